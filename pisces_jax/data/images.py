@@ -1,0 +1,68 @@
+"""Pictures from files or bytes to square `uint8` RGB arrays."""
+
+import io
+import os
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from pisces_jax.errors import UserError
+
+# Larger pictures are refused before they are decoded (a small file can claim any size): 128 megapixels, above any
+# photograph of these data sets.
+MAX_PIXELS = 128 * 1024 * 1024
+
+
+class UnreadablePicture(UserError):
+    """A picture that cannot be decoded; the message names it. Packing masks such a picture and counts it."""
+
+
+def load_image(source: str | os.PathLike | bytes, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes a picture to RGB, upright by its EXIF orientation, transparency laid over white.
+
+    `name` is what an error calls the picture; a path names itself.
+    Raises `UnreadablePicture` for whatever is missing, truncated, no picture, or above `MAX_PIXELS`.
+    """
+    name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's own, lower, warning about large pictures; damaged EXIF
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UnreadablePicture(
+                        f"picture {name} is {image.width} x {image.height}, above the limit of "
+                        f"{MAX_PIXELS // 2**20} megapixels: make it smaller or remove it"
+                    )
+                return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except UnreadablePicture:
+        raise
+    # Damaged files make PIL's decoders raise nearly anything (OSError, SyntaxError, struct.error, ValueError, ...).
+    except Exception as error:
+        raise UnreadablePicture(f"picture {name} cannot be read ({error}): replace or remove it") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode to RGB."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        # Converting to 8 bits clips instead of scaling; 16-bit greyscale PNGs open in these modes.
+        values = np.asarray(image, np.float64)
+        image = Image.fromarray(np.clip(values / 257, 0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def fit(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Bicubic resize of the short side to `size`, then the middle square; unchanged if it has that size already."""
+    height, width = image.shape[:2]
+    if height == width == size:
+        return image
+    scale = size / min(height, width)
+    new = max(size, round(width * scale)), max(size, round(height * scale))
+    resized = np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC))
+    top, left = (new[1] - size) // 2, (new[0] - size) // 2
+    return np.ascontiguousarray(resized[top : top + size, left : left + size])

@@ -1,0 +1,169 @@
+"""The shapes world as a source of training examples, drawn on the fly: the embedded default.
+
+This is its public face; scenes and rendering are in `shapes_scene.py`, captions and prompts in `shapes_text.py`,
+questions in `shapes_questions.py`.
+"""
+
+import functools
+import operator
+import random
+from collections.abc import Iterator
+
+from pisces_jax.data.example import Example, Part, Picture, Text
+from pisces_jax.data.shapes_questions import (
+    HELD_OUT_QUESTION_KINDS,
+    QUESTION_KINDS,
+    question_for,
+    questions,
+    sample_question,
+)
+from pisces_jax.data.shapes_scene import (
+    COLORS,
+    HELD_OUT_COUNTS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_RELATIONS,
+    SHAPES,
+    SPLITS,
+    Object,
+    Scene,
+    render,
+    sample_scene,
+    violates,
+)
+from pisces_jax.data.shapes_text import (
+    HELD_OUT_TAGS,
+    TAGS,
+    detailed_caption,
+    geneval_prompts,
+    prompt_for,
+    sample_for_prompt,
+    short_caption,
+)
+from pisces_jax.errors import UserError
+
+__all__ = [
+    "CAPTION_INSTRUCTION",
+    "COLORS",
+    "DESCRIBE_INSTRUCTION",
+    "HELD_OUT_COUNTS",
+    "HELD_OUT_PAIRS",
+    "HELD_OUT_QUESTION_KINDS",
+    "HELD_OUT_RELATIONS",
+    "HELD_OUT_TAGS",
+    "QUESTION_KINDS",
+    "SHAPES",
+    "SPLITS",
+    "TAGS",
+    "TASKS",
+    "Object",
+    "Scene",
+    "ShapesSource",
+    "corpus",
+    "detailed_caption",
+    "draw_instruction",
+    "geneval_prompts",
+    "prompt_for",
+    "question_for",
+    "questions",
+    "render",
+    "sample_for_prompt",
+    "sample_question",
+    "sample_scene",
+    "short_caption",
+    "violates",
+]
+
+CAPTION_INSTRUCTION = "caption:"
+DESCRIBE_INSTRUCTION = "describe:"
+TASKS = (
+    "caption",
+    "describe",
+    "question",
+    "draw_caption",
+    "draw_details",
+    "draw_prompt",
+    "draw_described",
+    "pair",
+)
+
+
+def draw_instruction(prompt: str) -> str:
+    """What the model is told in order to draw `prompt`."""
+    return f"draw: {prompt}"
+
+
+class ShapesSource:
+    """Examples of one task, by index; the same for the same (task, split, seed, index), on any machine.
+
+    Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
+    distribution with other random numbers; every example of "held_out" holds something that neither of them does.
+
+    Raises `UserError` for an unknown task or split.
+    """
+
+    def __init__(
+        self, task: str, split: str = "train", num_examples: int = 1_000_000, seed: int = 0, size: int = 32
+    ):
+        if task not in TASKS:
+            raise UserError(f"the shapes world has no task {task!r}: choose one of {', '.join(TASKS)}")
+        if split not in SPLITS:
+            raise UserError(f"the shapes world has no split {split!r}: choose one of {', '.join(SPLITS)}")
+        self.task, self.split, self.num_examples, self.seed, self.size = task, split, num_examples, seed, size
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, index: int) -> Example:
+        index = operator.index(index)
+        if not 0 <= index < self.num_examples:
+            raise IndexError(f"example {index} of {self.num_examples}")
+        key = f"shapes/{self.split}/{self.seed}/{self.task}/{index}"
+        return Example(self._parts(random.Random(key)), key)
+
+    def _parts(self, rng: random.Random) -> tuple[Part, ...]:
+        if self.task == "question":
+            scene, _, question, answer = sample_question(rng, self.split)
+            return self._picture(scene, "read"), Text(question), Text(answer, learn=True)
+        if self.task == "draw_prompt":
+            line, scene = sample_for_prompt(rng, self.split)
+            return Text(draw_instruction(line["prompt"])), self._picture(scene, "draw")
+        if self.task == "draw_described":
+            if rng.random() < 0.5:
+                line, scene = sample_for_prompt(rng, self.split)
+                prompt = line["prompt"]
+            else:
+                scene = sample_scene(rng, self.split)
+                prompt = short_caption(scene, rng)
+            description = Text(detailed_caption(scene), learn=True)
+            return Text(draw_instruction(prompt)), description, self._picture(scene, "draw")
+        scene = sample_scene(rng, self.split)
+        if self.task == "caption":
+            caption = Text(short_caption(scene, rng), learn=True)
+            return self._picture(scene, "read"), Text(CAPTION_INSTRUCTION), caption
+        if self.task == "describe":
+            description = Text(detailed_caption(scene), learn=True)
+            return self._picture(scene, "read"), Text(DESCRIBE_INSTRUCTION), description
+        if self.task == "draw_caption":
+            return Text(draw_instruction(short_caption(scene, rng))), self._picture(scene, "draw")
+        if self.task == "draw_details":
+            return Text(draw_instruction(detailed_caption(scene))), self._picture(scene, "draw")
+        detailed = rng.random() < 0.5  # "pair"
+        return self._picture(scene, "read"), Text(
+            detailed_caption(scene) if detailed else short_caption(scene, rng)
+        )
+
+    def _picture(self, scene: Scene, role: str) -> Picture:
+        return Picture(functools.partial(render, scene, self.size), role)
+
+
+def corpus(n: int, seed: int = 0) -> Iterator[str]:
+    """`n` texts as training sees them, all tasks in turn, to train a small tokenizer on."""
+    sources = [ShapesSource(task, "train", n, f"corpus-{seed}") for task in TASKS if task != "pair"]
+    made = 0
+    for index in range(n):
+        for part in sources[index % len(sources)][index].parts:
+            if isinstance(part, Text):
+                if made == n:
+                    return
+                made += 1
+                yield part.text

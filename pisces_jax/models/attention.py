@@ -1,0 +1,64 @@
+"""Attention with grouped queries over packed rows, and the masks it needs.
+
+Letters: B rows, T queries, S keys, N query heads, K key-value heads, G = N/K queries a group, H head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """True where query and key belong to one segment: examples packed in a row never see each other.
+
+    Segments `[1, 1, 2, 0]` (0 is padding) give
+
+        1 1 0 0
+        1 1 0 0
+        0 0 1 0
+        0 0 0 1
+
+    A padding position sees padding alone, so that no row of the softmax is empty.
+    """
+    return queries[:, :, None] == keys[:, None, :]
+
+
+def causal_mask(queries: int, keys: int) -> Bool[Array, "1 T S"]:
+    """True where the key's index is not after the query's."""
+    return (jnp.arange(queries)[:, None] >= jnp.arange(keys)[None, :])[None]
+
+
+def cache_mask(index: Int[Array, "B T"], slots: int) -> Bool[Array, "B T S"]:
+    """True for the cache's slots up to each query's own: the cache is left-aligned, and what lies behind is stale."""
+    return jnp.arange(slots)[None, None, :] <= index[:, :, None]
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    causal: bool = False,
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    mask: Bool[Array, "B T S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(q kᵀ / √H) v, softmax in float32 (float64 where the inputs are).
+
+    `causal`, `segment_ids` (of queries and keys) and `mask` (True: seen) hold together.
+    """
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    seen = None
+    for part in (
+        causal_mask(T, S) if causal else None,
+        segment_mask(*segment_ids) if segment_ids is not None else None,
+        mask,
+    ):
+        if part is not None:
+            seen = part if seen is None else seen & part
+    q = q.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    if seen is not None:
+        logits = jnp.where(seen[:, None, None], logits, jnp.finfo(logits.dtype).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)

@@ -1,0 +1,183 @@
+"""One diffusion transformer, with the block of Lumina-Next (arXiv 2406.18583) as BLIP3-o uses it.
+
+It decodes visual vectors to pictures (pixels, or latents of an autoencoder). Self-attention and cross-attention to
+the condition share the normalised input and one output projection: `self + tanh(gate) · cross`, a gate a head, zero
+at the start. Norms stand before and after each sublayer; the time embedding and the mean of the condition give
+scales and gates, no shifts.
+
+Letters: B pictures, N patches, M condition vectors, C their width, D width, H head width, E heads.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pisces_jax.models.attention import attention
+from pisces_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    grid_angles,
+    grid_centres,
+    logical,
+    patchify,
+    rotate,
+    scanned,
+    time_embedding,
+    unpatchify,
+)
+from pisces_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """`size` is the side of what is generated, in pixels or latent cells, `channels` its depth.
+
+    `local_condition` adds to every patch the projected condition vector that covers its place, and turns the
+    condition's keys by their places (2-D rotary): for conditions that are a grid over the same picture.
+    """
+
+    size: int
+    patch_size: int
+    channels: int
+    width: int
+    layers: int
+    heads: int
+    mlp_hidden: int
+    condition_width: int
+    condition_vectors: int
+    local_condition: bool = False
+    rotary_base: float = 10_000.0
+    eps: float = 1e-5
+    remat: str = "everything"
+    unroll: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size % self.patch_size:
+            raise ValueError(f"size {self.size} is no multiple of patch_size {self.patch_size}")
+        if self.width % self.heads or self.width // self.heads % 4:
+            raise ValueError(f"width {self.width} over {self.heads} heads must give head widths that 4 divides")
+        side = self.condition_side
+        if self.local_condition and (side**2 != self.condition_vectors or self.side % side):
+            raise ValueError(f"{self.condition_vectors} condition vectors are no grid over {self.side}² patches")
+
+    @property
+    def side(self) -> int:
+        return self.size // self.patch_size
+
+    @property
+    def condition_side(self) -> int:
+        return round(self.condition_vectors**0.5)
+
+
+class JointAttention(nn.Module):
+    """Self-attention plus gated cross-attention, with LayerNorm on queries and keys over the full width."""
+
+    config: DiTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"], y: Float[Array, "B M D"], angles: Array, y_angles: Any) -> Array:
+        c = self.config
+        heads = (c.heads, c.width // c.heads)
+
+        def project(name: str, source: Array, norm: bool) -> Array:
+            z = Linear((c.width,), ("embed",), ("mlp",), bias=False, dtype=self.dtype, name=name)(source)
+            if norm:
+                z = LayerNorm(dtype=self.dtype, name=f"{name}_norm")(z)
+            return z.reshape(*z.shape[:-1], *heads)
+
+        q = rotate(project("query", x, True), angles)
+        k = rotate(project("key", x, True), angles)
+        own = attention(q, k, project("value", x, False))
+        yk = project("condition_key", y, True)
+        if y_angles is not None:
+            yk = rotate(yk, y_angles)
+        cross = attention(q, yk, project("condition_value", y, False))
+        gate = self.param("gate", logical(nn.initializers.zeros, None), (c.heads,)).astype(self.dtype)
+        z = own + jnp.tanh(gate)[:, None] * cross
+        z = z.reshape(*z.shape[:-2], c.width)
+        return Linear((c.width,), ("mlp",), ("embed",), bias=False, dtype=self.dtype, name="out")(z)
+
+
+class DiTBlock(nn.Module):
+    config: DiTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], y: Float[Array, "B M D"], t: Float[Array, "B D"], angles: Array, y_angles: Any
+    ) -> tuple[Float[Array, "B N D"], None]:
+        c = self.config
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(c.eps, dtype=self.dtype, name=name)
+
+        x = constrain(x, "batch", "length", "width")
+        modulation = Linear((4, c.width), ("embed",), (None, "modulation"), scale=0.0, dtype=self.dtype, name="modulation")
+        scale1, gate1, scale2, gate2 = jnp.moveaxis(modulation(jax.nn.silu(t))[:, None], 2, 0)
+        z = norm("attention_norm")(x) * (1 + scale1)
+        z = JointAttention(c, self.dtype, name="attention")(z, norm("condition_norm")(y), angles, y_angles)
+        x = x + jnp.tanh(gate1) * norm("attention_post_norm")(z)
+        z = norm("mlp_norm")(x) * (1 + scale2)
+        z = SwiGLU(c.mlp_hidden, dtype=self.dtype, name="mlp")(z)
+        return x + jnp.tanh(gate2) * norm("mlp_post_norm")(z), None
+
+
+class DiT(nn.Module):
+    """The network of a flow: what it predicts (velocity or data) is for `flow.py` to say."""
+
+    config: DiTConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S S ch"], t: Float[Array, "B"], condition: Float[Array, "B M C"], keep: Array
+    ) -> Float[Array, "B S S ch"]:
+        """Output in at least float32.
+
+        Args:
+            x: the noisy picture at time t (0: noise, 1: data).
+            condition: the visual vectors, raw.
+            keep: bool [B]; where False the condition is dropped, i.e. zeros after its projection (guidance).
+        """
+        c = self.config
+        y = LayerNorm(name="condition_norm", dtype=self.dtype)(condition)
+        y = Linear((c.width,), ("features",), ("embed",), dtype=self.dtype, name="condition_embedding")(y)
+        y = jnp.where(keep[:, None, None], y, 0)
+
+        h = Linear((c.width,), ("embed",), ("embed_out",), dtype=self.dtype, name="time_up")(
+            time_embedding(t, c.width).astype(self.dtype)
+        )
+        h = Linear((c.width,), ("embed",), ("embed_out",), dtype=self.dtype, name="time_down")(jax.nn.silu(h))
+        pooled = Linear((c.width,), ("embed",), ("embed_out",), dtype=self.dtype, name="pooled_embedding")(y.mean(1))
+        h = h + pooled
+
+        z = Linear((c.width,), ("patch",), ("embed",), dtype=self.dtype, name="patch_embedding")(
+            patchify(x.astype(self.dtype), c.patch_size)
+        )
+        head_width = c.width // c.heads
+        angles = grid_angles(*grid_centres(c.side), head_width, c.rotary_base)
+        y_angles = None
+        if c.local_condition:
+            ratio = c.side // c.condition_side
+            grid = y.reshape(-1, c.condition_side, c.condition_side, c.width)
+            z = z + grid.repeat(ratio, axis=1).repeat(ratio, axis=2).reshape(z.shape)
+            y_angles = grid_angles(*grid_centres(c.condition_side, ratio), head_width, c.rotary_base)
+
+        inputs = (nn.broadcast,) * 4
+        blocks = scanned(DiTBlock, c.layers, inputs, remat=c.remat, unroll=c.unroll)(c, self.dtype, name="layers")
+        z, _ = blocks(z, y, h, angles, y_angles)
+        scale = Linear((c.width,), ("embed",), ("modulation",), scale=0.0, dtype=self.dtype, name="final_modulation")(
+            jax.nn.silu(h)
+        )
+        z = LayerNorm(affine=False, dtype=self.dtype)(z) * (1 + scale[:, None])
+        out = Linear(
+            (c.patch_size**2 * c.channels,), ("embed",), ("patch",), scale=0.0, dtype=self.dtype, name="output"
+        )(z)
+        return unpatchify(out, c.patch_size).astype(jnp.promote_types(self.dtype, jnp.float32))

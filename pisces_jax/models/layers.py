@@ -1,0 +1,224 @@
+"""Norms, projections, feed-forward layers, rotary and time embeddings: what every model here is made of.
+
+Every parameter is float32 at initialisation and is cast to the module's compute dtype where it is used.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+DType = Any
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+REMAT_POLICIES: dict[str, Any] = {
+    # What the backward pass finds saved: everything (no rematerialisation), nothing, or the outputs of projections.
+    "everything": None,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def logical(init: nn.initializers.Initializer, *axes: str | None) -> Callable[..., Any]:
+    return nn.with_logical_partitioning(init, axes)
+
+
+def lecun(fan_in: int, scale: float = 1.0) -> nn.initializers.Initializer:
+    """Normal with variance scale²/fan_in: written out since kernels here have split axes."""
+    return nn.initializers.normal(scale * fan_in**-0.5)
+
+
+def scanned(block: type[nn.Module], length: int, in_axes: Sequence[Any], *, remat: str, unroll: bool) -> Any:
+    """The module of `length` blocks run as one scan: parameters get a leading axis, the compiler sees one block.
+
+    A block maps `(x, *inputs)` to `(x, output)`; `in_axes` says of each input whether it has a leading axis of layers
+    (0) or is the same for all (`nn.broadcast`). `unroll` writes the loop out, faster on CPU, with the same numbers.
+
+    Raises:
+        ValueError: an unknown rematerialisation policy.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"unknown rematerialisation policy {remat!r}; known: {', '.join(REMAT_POLICIES)}")
+    if REMAT_POLICIES[remat] is not None:
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=tuple(in_axes),
+        length=length,
+        unroll=length if unroll else 1,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class Linear(nn.Module):
+    """x Wᵀ + b with named axes: contracts the last `len(in_axes)` axes of x, gives `out_shape`."""
+
+    out_shape: Sequence[int]
+    in_axes: Sequence[str | None]
+    out_axes: Sequence[str | None]
+    bias: bool = True
+    scale: float = 1.0
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n = len(self.in_axes)
+        in_shape = x.shape[-n:]
+        fan_in = 1
+        for d in in_shape:
+            fan_in *= d
+        shape = (*in_shape, *self.out_shape)
+        kernel = self.param("kernel", logical(lecun(fan_in, self.scale), *self.in_axes, *self.out_axes), shape)
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+        if self.bias:
+            y = y + self.param("bias", logical(nn.initializers.zeros, *self.out_axes), tuple(self.out_shape)).astype(
+                self.dtype
+            )
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale over the last axis (Zhang & Sennrich 2019), in at least float32."""
+
+    eps: float = 1e-5
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", logical(nn.initializers.ones, "norm"), (x.shape[-1],))
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / std · scale + bias over the last axis, in at least float32; `affine=False`: neither."""
+
+    eps: float = 1e-6
+    affine: bool = True
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.affine:
+            wide = wide * self.param("scale", logical(nn.initializers.ones, "norm"), (x.shape[-1],))
+            wide = wide + self.param("bias", logical(nn.initializers.zeros, "norm"), (x.shape[-1],))
+        return wide.astype(self.dtype)
+
+
+class MLP(nn.Module):
+    """Two layers with an activation between (transformer encoders)."""
+
+    hidden: int
+    activation: str = "gelu"
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        h = Linear((self.hidden,), ("embed",), ("mlp",), dtype=self.dtype, name="up")(x)
+        h = ACTIVATIONS[self.activation](h)
+        return Linear((x.shape[-1],), ("mlp",), ("embed",), dtype=self.dtype, name="down")(h)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), no biases (Shazeer 2020; LLaMA)."""
+
+    hidden: int
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        def project(name: str) -> Array:
+            return Linear((self.hidden,), ("embed",), ("mlp",), bias=False, dtype=self.dtype, name=name)(x)
+
+        h = jax.nn.silu(project("gate")) * project("up")
+        return Linear((x.shape[-1],), ("mlp",), ("embed",), bias=False, dtype=self.dtype, name="down")(h)
+
+
+class Projector(nn.Module):
+    """The two-layer GELU MLP from one representation to another: encoder to language model, and back."""
+
+    width: int
+    hidden: int
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
+        h = Linear((self.hidden,), ("embed",), ("mlp",), dtype=self.dtype, name="up")(x)
+        h = ACTIVATIONS["gelu"](h)
+        return Linear((self.width,), ("mlp",), ("embed",), dtype=self.dtype, name="down")(h)
+
+
+def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "#B T Half"]) -> Float[Array, "B T N H"]:
+    """Rotary embedding (Su et al. 2021): pairs (x_i, x_{i+H/2}) turned by `angles`, in at least float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    cos, sin = jnp.cos(angles)[:, :, None].astype(wide), jnp.sin(angles)[:, :, None].astype(wide)
+    a, b = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def grid_angles(ys: Float[Array, "M"], xs: Float[Array, "M"], head_dim: int, base: float) -> Float[Array, "1 M Half"]:
+    """Angles of a two-dimensional rotary embedding: half of the frequencies turn with y, half with x."""
+    frequencies = base ** (-jnp.arange(0, head_dim // 2, 2) / (head_dim // 2))
+    return jnp.concatenate([ys[:, None] * frequencies, xs[:, None] * frequencies], axis=-1)[None]
+
+
+def grid_centres(side: int, scale: float = 1.0) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
+    """(ys, xs) of the cell centres of a side×side grid in raster order, in units of `scale` a cell."""
+    centres = (jnp.arange(side) + 0.5) * scale
+    ys, xs = jnp.meshgrid(centres, centres, indexing="ij")
+    return ys.reshape(-1), xs.reshape(-1)
+
+
+def time_embedding(t: Float[Array, "B"], width: int, max_period: float = 10_000.0) -> Float[Array, "B width"]:
+    """Sinusoids of 1000·t, t in [0, 1] (Ho et al. 2020)."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half) / half)
+    angles = 1000.0 * t[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def pool_2d(x: Float[Array, "B N D"], stride: int) -> Float[Array, "B M D"]:
+    """Average over stride×stride squares of a square grid in raster order (Pisces' Pool_{a×a}); M = N/stride²."""
+    B, N, D = x.shape
+    side = round(N**0.5)
+    if side * side != N or side % stride:
+        raise ValueError(f"{N} vectors are no square grid whose side is a multiple of {stride}")
+    x = x.reshape(B, side // stride, stride, side // stride, stride, D)
+    return x.mean(axis=(2, 4)).reshape(B, -1, D)
+
+
+def normalize_picture(
+    images: Int[Array, "B S S 3"], mean: Sequence[float], std: Sequence[float], dtype: DType
+) -> Float[Array, "B S S 3"]:
+    """uint8 pixels to (x/255 − mean)/std, as the encoders expect them."""
+    x = images.astype(jnp.float32) / 255.0
+    return ((x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)).astype(dtype)
+
+
+def patchify(images: Float[Array, "B S S C"], patch: int) -> Float[Array, "B N PPC"]:
+    """Squares of patch×patch pixels in raster order; inside one: row, column, channel."""
+    B, S, _, C = images.shape
+    n = S // patch
+    x = images.reshape(B, n, patch, n, patch, C).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, n * n, patch * patch * C)
+
+
+def unpatchify(patches: Float[Array, "B N PPC"], patch: int) -> Float[Array, "B S S C"]:
+    """The inverse of `patchify`."""
+    B, N, D = patches.shape
+    n, C = round(N**0.5), D // patch**2
+    x = patches.reshape(B, n, n, patch, patch, C).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, n * patch, n * patch, C)

@@ -1,0 +1,176 @@
+"""The causal language model: LLaMA 3.1 (Dubey et al. 2024), with its key-value cache.
+
+Letters: B rows, T positions, D width, N query heads, K key-value heads, H head width, V vocabulary, L layers.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pisces_jax.models.attention import attention, cache_mask
+from pisces_jax.models.layers import Linear, RMSNorm, SwiGLU, logical, rotate, scanned
+from pisces_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """LLaMA 3.1's stretching of the slow rotary frequencies (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_hidden: int
+    rotary_base: float = 500_000.0
+    rotary_scaling: RotaryScaling | None = None
+    eps: float = 1e-5
+    tied_embedding: bool = False
+    remat: str = "everything"
+    unroll: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads are no multiple of {self.kv_heads} key-value heads")
+
+
+def rotary_frequencies(config: TransformerConfig) -> Float[Array, "Half"]:
+    """Radians a position, per pair of a head's dimensions; with 3.1's scaling, slow ones are divided by `factor`.
+
+    A frequency whose wavelength is shorter than `original / high` stays, one longer than `original / low` is divided,
+    and between them the two are blended linearly in original / wavelength.
+    """
+    exponents = jnp.arange(0, config.head_dim, 2) / config.head_dim
+    frequencies = config.rotary_base**-exponents
+    s = config.rotary_scaling
+    if s is None:
+        return frequencies
+    turns = s.original_max_position * frequencies / (2 * math.pi)
+    blend = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+    return frequencies * (blend + (1 - blend) / s.factor)
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the positions so far, left-aligned: row b's position p is slot p."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+
+
+def empty_cache(config: TransformerConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class Attention(nn.Module):
+    config: TransformerConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, cache: Any, angles: Array, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
+        c = self.config
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            y = Linear(
+                (heads, c.head_dim), ("embed",), (axis, "head_dim"), bias=False, dtype=self.dtype, name=name
+            )(x)
+            return constrain(y, "batch", "length", axis, None)
+
+        q = rotate(project("query", c.heads, "heads"), angles)
+        k = rotate(project("key", c.kv_heads, "kv_heads"), angles)
+        v = project("value", c.kv_heads, "kv_heads")
+        if cache is None:
+            ids = None if segment_ids is None else (segment_ids, segment_ids)
+            y = attention(q, k, v, causal=True, segment_ids=ids)
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            k, v = (old.at[rows, positions].set(new.astype(old.dtype)) for old, new in zip(cache, (k, v), strict=True))
+            cache = (k, v)
+            y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=cache_mask(positions, k.shape[1]))
+        y = Linear((c.width,), ("heads", "head_dim"), ("embed",), bias=False, dtype=self.dtype, name="out")(y)
+        return y, cache
+
+
+class Block(nn.Module):
+    config: TransformerConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, cache: Any, angles: Array, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
+        c = self.config
+        x = constrain(x, "batch", "length", "width")
+        y = RMSNorm(c.eps, dtype=self.dtype, name="attention_norm")(x)
+        y, cache = Attention(c, self.dtype, name="attention")(y, cache, angles, positions, segment_ids)
+        x = x + y
+        y = RMSNorm(c.eps, dtype=self.dtype, name="mlp_norm")(x)
+        return x + SwiGLU(c.mlp_hidden, dtype=self.dtype, name="mlp")(y), cache
+
+
+class Transformer(nn.Module):
+    """Embeddings in, hidden states out; `embed` and `logits` are the two ends of a text model."""
+
+    config: TransformerConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        init = logical(nn.initializers.normal(0.02), "vocab", "embed")
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.width))
+        inputs = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        self.layers = scanned(Block, c.layers, inputs, remat=c.remat, unroll=c.unroll)(c, self.dtype)
+        self.final_norm = RMSNorm(c.eps, dtype=self.dtype)
+        if not c.tied_embedding:
+            self.head = self.param("head", logical(nn.initializers.normal(0.02), "vocab", "embed"), (c.vocab_size, c.width))
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.embedding.astype(self.dtype)[tokens]
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden states after the final norm, and the cache with these positions written into it.
+
+        Without a cache, x is whole rows: index order is causal order, `positions` only turn the rotary embedding, and
+        `segment_ids` (0 is padding) keep packed examples apart. With a cache, `positions` are also the slots, and a
+        position sees every slot up to its own.
+        """
+        angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(self.config)
+        x, slots = self.layers(
+            x.astype(self.dtype), None if cache is None else (cache.k, cache.v), angles, positions, segment_ids
+        )
+        return self.final_norm(x), None if cache is None else Cache(*slots)
+
+    def output_matrix(self) -> Float[Array, "V D"]:
+        return self.embedding if self.config.tied_embedding else self.head
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """In at least float32."""
+        matrix = self.output_matrix().astype(self.dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        y = jnp.einsum("BTD,VD->BTV", hidden, matrix, preferred_element_type=wide)
+        return constrain(y, "batch", "length", "vocab")
+
+    def init_all(self, tokens: Int[Array, "B T"]) -> jax.Array:
+        """Touches every parameter: what `init` is called with."""
+        hidden, _ = self(self.embed(tokens), jnp.zeros(tokens.shape, jnp.int32))
+        return self.logits(hidden)

@@ -1,0 +1,187 @@
+"""The vision transformer (Dosovitskiy et al. 2021): SigLIP and EVA-CLIP are settings of one module."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pisces_jax.models.attention import attention
+from pisces_jax.models.layers import MLP, LayerNorm, Linear, logical, normalize_picture, patchify, pool_2d, scanned
+from pisces_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """`norm="pre"` is SigLIP's block, `x + f(norm(x))`; `"post"` is EVA-CLIP-E's, `x + norm(f(x))`.
+
+    `biases` names those of the query, key and value projections that have one. `output_dim` adds a projection of
+    every patch vector to that width, then a LayerNorm without parameters: small encoders trained here end so.
+    `mean` and `std` are those of the pixels, scaled to 0..1.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_hidden: int
+    norm: str = "pre"
+    class_token: bool = False
+    final_norm: bool = True
+    biases: str = "qkv"
+    activation: str = "gelu_tanh"
+    eps: float = 1e-6
+    output_dim: int = 0
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    remat: str = "everything"
+    unroll: bool = False
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("pre", "post"):
+            raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+
+    @property
+    def vectors(self) -> int:
+        """Vectors a picture gives."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def output_width(self) -> int:
+        return self.output_dim or self.width
+
+
+class EncoderAttention(nn.Module):
+    """Full attention with as many key-value heads as query heads; `mask` (True: seen) where texts are padded."""
+
+    heads: int
+    biases: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], mask: Any) -> Float[Array, "B T D"]:
+        D = x.shape[-1]
+        H = D // self.heads
+
+        def project(name: str) -> Array:
+            bias = name[0] in self.biases
+            return Linear(
+                (self.heads, H), ("embed",), ("heads", "head_dim"), bias=bias, dtype=self.dtype, name=name
+            )(x)
+
+        y = attention(project("query"), project("key"), project("value"), mask=mask)
+        return Linear((D,), ("heads", "head_dim"), ("embed",), dtype=self.dtype, name="out")(y)
+
+
+class EncoderBlock(nn.Module):
+    """One block of a transformer encoder, pre- or post-norm (see `ViTConfig`)."""
+
+    heads: int
+    mlp_hidden: int
+    norm: str
+    biases: str
+    activation: str
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], mask: Any) -> tuple[Float[Array, "B T D"], None]:
+        attend = EncoderAttention(self.heads, self.biases, self.dtype, name="attention")
+        mlp = MLP(self.mlp_hidden, self.activation, dtype=self.dtype, name="mlp")
+        norm1 = LayerNorm(self.eps, dtype=self.dtype, name="norm1")
+        norm2 = LayerNorm(self.eps, dtype=self.dtype, name="norm2")
+        x = constrain(x, "batch", "length", "width")
+        if self.norm == "pre":
+            x = x + attend(norm1(x), mask)
+            return x + mlp(norm2(x)), None
+        x = x + norm1(attend(x, mask))
+        return x + norm2(mlp(x)), None
+
+
+class ViT(nn.Module):
+    """Pictures to patch vectors in raster order; the class token, where there is one, is dropped at the end."""
+
+    config: ViTConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Int[Array, "B S S 3"]) -> Float[Array, "B N D"]:
+        """uint8 pictures of `image_size` to vectors of `output_width`."""
+        c = self.config
+        x = patchify(normalize_picture(images, c.mean, c.std, self.dtype), c.patch_size)
+        x = Linear((c.width,), ("patch",), ("embed",), dtype=self.dtype, name="patch_embedding")(x)
+        if c.class_token:
+            token = self.param("class_token", logical(nn.initializers.normal(0.02), "embed"), (c.width,))
+            x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, c.width)), x], axis=1)
+        init = logical(nn.initializers.normal(0.02), "position", "embed")
+        x = x + self.param("position_embedding", init, (x.shape[1], c.width)).astype(x.dtype)
+        blocks = scanned(EncoderBlock, c.layers, (nn.broadcast,), remat=c.remat, unroll=c.unroll)(
+            c.heads, c.mlp_hidden, c.norm, c.biases, c.activation, c.eps, self.dtype, name="layers"
+        )
+        x, _ = blocks(x, None)
+        if c.final_norm:
+            x = LayerNorm(c.eps, dtype=self.dtype, name="final_norm")(x)
+        if c.class_token:
+            x = x[:, 1:]
+        if c.output_dim:
+            x = Linear((c.output_dim,), ("embed",), ("features",), dtype=self.dtype, name="output")(x)
+            x = LayerNorm(c.eps, affine=False, dtype=self.dtype)(x)
+        return x
+
+
+def pooled_features(vectors: Float[Array, "B N D"], stride: int) -> Float[Array, "B M D"]:
+    """The generation encoder's vectors, pooled before any projection and not normalised (Pisces), in float32."""
+    return pool_2d(vectors.astype(jnp.float32), stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTowerConfig:
+    """The text side of contrastive pretraining."""
+
+    vocab_size: int
+    max_length: int
+    width: int
+    layers: int
+    heads: int
+    mlp_hidden: int
+    unroll: bool = False
+
+
+class TextTower(nn.Module):
+    """Tokens to one vector: a pre-norm encoder without causal mask, mean over the real tokens."""
+
+    config: TextTowerConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B L"], real: Array) -> Float[Array, "B D"]:
+        """`real [B, L]`: False on padding."""
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        embedding = self.param("embedding", logical(init, "vocab", "embed"), (c.vocab_size, c.width))
+        positions = self.param("position_embedding", logical(init, "position", "embed"), (c.max_length, c.width))
+        x = embedding.astype(self.dtype)[tokens] + positions.astype(self.dtype)[: tokens.shape[1]]
+        blocks = scanned(EncoderBlock, c.layers, (nn.broadcast,), remat="everything", unroll=c.unroll)(
+            c.heads, c.mlp_hidden, "pre", "qkv", "gelu", 1e-6, self.dtype, name="layers"
+        )
+        x, _ = blocks(x, jnp.broadcast_to(real[:, None, :], (*real.shape, real.shape[1])))
+        x = LayerNorm(dtype=self.dtype, name="final_norm")(x)
+        weight = real[..., None].astype(x.dtype)
+        return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+
+
+class ContrastiveHead(nn.Module):
+    """A unit vector from patch vectors (their mean) or from a text vector, for the sigmoid loss."""
+
+    dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        x = Linear((self.dim,), ("features",), (None,), bias=False, dtype=self.dtype, name="projection")(x)
+        x = x.astype(jnp.float32)
+        return x * (jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12) ** -0.5

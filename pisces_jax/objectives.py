@@ -1,0 +1,101 @@
+"""The losses: each a sum over its own tokens, vectors or pictures, and their count.
+
+Totals and counts are kept apart so that a loss is normalised over the global batch, whatever the mesh, the packing
+or the accumulation.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pisces_jax.flow import FlowConfig, interpolate, loss_weight, sample_time, velocity
+
+
+@flax.struct.dataclass
+class Total:
+    """A sum of losses and how many there are; `mean()` is their quotient (0 where there are none)."""
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+    def mean(self) -> Float[Array, ""]:
+        return self.total / jnp.maximum(self.count, 1)
+
+
+def masked_total(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Total:
+    return Total(jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask).astype(jnp.float32))
+
+
+def next_token_targets(
+    tokens: Int[Array, "B T"], learn: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """What each position is to predict, and whether it counts: the next token of the same segment, if it is learned."""
+    following = jnp.roll(tokens, -1, axis=1)
+    counts = jnp.roll(learn, -1, axis=1) & (segment_ids == jnp.roll(segment_ids, -1, axis=1)) & (segment_ids > 0)
+    return following, counts.at[:, -1].set(False)
+
+
+def text_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    matrix: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int = 0,
+) -> Float[Array, "B T"]:
+    """−log softmax(hidden · matrixᵀ)[target] a position, in float32.
+
+    With `chunk`, positions are taken that many at a time and their logits computed again in the backward pass, so
+    that the full [B, T, V] never exists; `chunk` must divide T.
+    """
+
+    def block(h: Array, target: Array) -> Array:
+        wide = jnp.promote_types(h.dtype, jnp.float32)
+        logits = jnp.einsum("BTD,VD->BTV", h, matrix.astype(h.dtype), preferred_element_type=wide)
+        right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - right
+
+    B, T, D = hidden.shape
+    if not chunk or chunk == T:
+        return block(hidden, targets)
+    if T % chunk:
+        raise ValueError(f"the cross-entropy's chunk of {chunk} positions does not divide rows of {T}")
+    pieces = hidden.reshape(B, T // chunk, chunk, D).swapaxes(0, 1)
+    losses = jax.lax.map(lambda p: jax.checkpoint(block)(*p), (pieces, targets.reshape(B, -1, chunk).swapaxes(0, 1)))
+    return losses.swapaxes(0, 1).reshape(B, T)
+
+
+def vector_error(predicted: Float[Array, "*B C"], target: Float[Array, "*B C"]) -> Float[Array, "*B"]:
+    """Squared error of each vector, the mean over its dimensions, in float32."""
+    return jnp.mean(jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32)), axis=-1)
+
+
+def flow_matching(
+    network: object, data: Float[Array, "B ..."], condition: Array, keys: Array, config: FlowConfig
+) -> Float[Array, "B"]:
+    """Weighted squared velocity error a picture, the mean over its elements (conditional flow matching).
+
+    Args:
+        network: `(x, t, condition, keep) -> output`.
+        keys: one random key a picture [B]; its time, noise and condition dropout come from it alone.
+    """
+
+    def draws(key: Array) -> tuple[Array, Array, Array]:
+        time, noise, drop = jax.random.split(key, 3)
+        kept = jax.random.uniform(drop) >= config.drop
+        return sample_time(time, config), jax.random.normal(noise, data.shape[1:]), kept
+
+    t, noise, keep = jax.vmap(draws)(keys)
+    x = interpolate(noise, data, t)
+    v = velocity(network(x, t, condition, keep), x, t, config)  # type: ignore[operator]
+    error = jnp.mean(jnp.square(v - (data - noise)), axis=tuple(range(1, data.ndim)))
+    return loss_weight(t, config) * error
+
+
+def sigmoid_contrastive(
+    pictures: Float[Array, "B E"], texts: Float[Array, "B E"], log_scale: Float[Array, ""], bias: Float[Array, ""]
+) -> Float[Array, "B"]:
+    """SigLIP's loss (Zhai et al. 2023, equation 1), a picture: −Σ_j log σ(z_ij (scale·x_i·y_j + bias)), z = ±1."""
+    logits = jnp.exp(log_scale) * jnp.einsum("BE,ZE->BZ", pictures, texts) + bias
+    signs = 2 * jnp.eye(logits.shape[0]) - 1
+    return -jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=-1)

@@ -1,0 +1,173 @@
+"""The mesh, and the one table from logical to mesh axes.
+
+Every parameter names its logical axes where it is declared (`models/`); `RULES` says on which mesh axes each of
+them lies. A dimension that does not divide falls back to as many of its mesh axes as divide it, in order, or to
+replication, and `Fallback` says so.
+
+Users give three sizes, `data`, `fsdp` and `tensor`. Inside, `fsdp` is two mesh axes: over one axis that spans a
+whole TPU slice the compiler turns gradients into all-reduces, over a pair of axes into reduce-scatters, which
+send half the bytes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pisces_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "fsdp_inner", "tensor")
+_FSDP = ("fsdp", "fsdp_inner")
+BATCH_AXES = ("data", *_FSDP)
+
+# Parameters: the model's width over fsdp, so that every matrix is sharded once whatever its other axis; that other
+# axis (heads, hidden units, vocabulary) over tensor. Activations: rows over data and fsdp, since fsdp is data
+# parallelism with sharded parameters; their heads, hidden units and vocabulary over tensor; their width whole.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "vocab": ("tensor",),
+    "embed": _FSDP,
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "norm": (),
+    "layers": (),
+    "position": (),
+    "patch": (),
+    "embed_out": (),  # the second axis of a square matrix of the width
+    "features": (),
+    "modulation": (),
+    "batch": BATCH_AXES,
+    "length": (),
+    "width": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """A dimension that could not be sharded as `RULES` wants: `wanted` mesh axes, of which only `used` divide it."""
+
+    name: str
+    dimension: int
+    size: int
+    wanted: tuple[str, ...]
+    used: tuple[str, ...]
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of all devices (or of `devices`); one size may be -1: what the others leave.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices; the message names sizes that would.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    total = len(devices)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {_show(sizes)}: sizes are positive, and at most one of them is -1")
+    rest = math.prod(size for size in sizes.values() if size != -1)
+    if free and total % rest == 0:
+        sizes[free[0]] = total // rest
+    elif free or rest != total:
+        fits = {**sizes, "data": 1, "tensor": math.gcd(max(tensor, 1), total)}
+        fits["fsdp"] = total // fits["tensor"]
+        raise UserError(
+            f"mesh {_show(sizes)} takes {'a multiple of ' if free else ''}{rest} devices and there are {total}: "
+            f"try {_show(fits)}"
+        )
+    inner = _inner_size(sizes["fsdp"])
+    shape = (sizes["data"], sizes["fsdp"] // inner, inner, sizes["tensor"])
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    if len(devices) < jax.device_count() or devices[0].platform == "cpu":
+        return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=auto)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+
+
+def _inner_size(fsdp: int) -> int:
+    return next(n for n in (4, 2, 1) if fsdp % n == 0 and (n == 1 or fsdp > n))
+
+
+def _show(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Any, *, name: str = "", fallbacks: list | None = None
+) -> PartitionSpec:
+    """Where an array with these logical axes lies on `mesh` (concrete or abstract).
+
+    Raises:
+        ValueError: an unknown logical axis, or two logical axes that would land on one mesh axis.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name or 'array'}: axes {tuple(axes)} do not name the dimensions of {tuple(shape)}")
+    taken: dict[str, str] = {}
+    entries: list[Any] = []
+    for dimension, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"{name or 'array'}: unknown logical axis {axis!r}; known: {', '.join(RULES)}")
+        wanted = tuple(a for a in RULES[axis] if mesh.shape[a] > 1) if axis is not None else ()
+        for mesh_axis in wanted:
+            if mesh_axis in taken:
+                raise ValueError(
+                    f"{name or 'array'}: logical axes {taken[mesh_axis]!r} and {axis!r} both want mesh axis {mesh_axis!r}"
+                )
+            taken[mesh_axis] = str(axis)
+        used: tuple[str, ...] = ()
+        for mesh_axis in wanted:
+            if size % math.prod(mesh.shape[a] for a in (*used, mesh_axis)) == 0:
+                used = (*used, mesh_axis)
+            else:
+                break
+        if used != wanted and fallbacks is not None:
+            fallbacks.append(Fallback(name, dimension, size, wanted, used))
+        entries.append(used if len(used) > 1 else used[0] if used else None)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A tree path as `a/b/c`: how parameters are named everywhere (tables, messages, files)."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def param_shardings(boxed: Any, mesh: Mesh, fallbacks: list | None = None) -> Any:
+    """Shardings of a tree of Linen's boxed (abstract) parameters, as `jax.eval_shape(model.init, ...)` gives it."""
+    axes = nn.get_partition_spec(boxed)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, spec: NamedSharding(
+            mesh,
+            partition_spec(
+                tuple(spec) + (None,) * (len(leaf.shape) - len(spec)),
+                leaf.shape, mesh, name=path_name(path), fallbacks=fallbacks,
+            ),
+        ),
+        nn.unbox(boxed),
+        axes,
+    )  # fmt: skip
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """A batch lies with its leading axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` held to its logical axes on the mesh in force (`jax.set_mesh`); without a mesh, `x` as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

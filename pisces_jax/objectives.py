@@ -4,27 +4,17 @@ Totals and counts are kept apart so that a loss is normalised over the global ba
 or the accumulation.
 """
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+from clu.metrics import Average
 from jaxtyping import Array, Bool, Float, Int
 
 from pisces_jax.flow import FlowConfig, interpolate, loss_weight, sample_time, velocity
 
 
-@flax.struct.dataclass
-class Total:
-    """A sum of losses and how many there are; `mean()` is their quotient (0 where there are none)."""
-
-    total: Float[Array, ""]
-    count: Float[Array, ""]
-
-    def mean(self) -> Float[Array, ""]:
-        return self.total / jnp.maximum(self.count, 1)
-
-
-def masked_total(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Total:
-    return Total(jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask).astype(jnp.float32))
+def masked_average(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Average:
+    """The sum of the values where `mask` holds, and how many they are."""
+    return Average(total=jnp.sum(jnp.where(mask, values, 0.0)), count=jnp.sum(mask).astype(jnp.float32))
 
 
 def next_token_targets(

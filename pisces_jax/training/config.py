@@ -1,0 +1,183 @@
+"""What a config holds: every key with its default, once; and from its values to the model's own settings.
+
+A file under `configs/` has `get_config(stage)`. It starts from `run_config(...)`, which knows all keys, and changes
+values. A config with `stages` is a sequence of such runs.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from pisces_jax.errors import UserError
+from pisces_jax.flow import FlowConfig
+from pisces_jax.models.dit import DiTConfig
+from pisces_jax.models.pisces import PiscesConfig
+from pisces_jax.models.transformer import RotaryScaling, TransformerConfig
+from pisces_jax.models.vit import TextTowerConfig, ViTConfig
+
+T = TypeVar("T")
+
+
+def run_config(**changes: Any) -> ConfigDict:
+    """One run with every key it may have; `changes` are set over the defaults (dicts are merged into them).
+
+    Raises:
+        UserError: a key that does not exist; the message names the nearest.
+    """
+    config = ConfigDict(
+        dict(
+            name="",  # the run's folder below --workdir
+            program="unified",  # pretrain, decoder or unified
+            seed=0,
+            steps=1000,
+            batch_size=1,  # groups of rows (unified) or pictures (pretrain, decoder), over all devices
+            compute_dtype="float32",
+            # Part of the model -> settings (models/): what a program needs and no more.
+            model=ConfigDict(),
+            # Part -> the run below --workdir whose weights it starts from; unnamed parts start from random numbers.
+            parts=ConfigDict(),
+            # Part -> dtype it is stored in; trained parts that are not named are float32, frozen ones too.
+            storage=ConfigDict(),
+            data=dict(
+                tokenizer="tokenizer.model",  # below --workdir
+                # A tokenizer that is trained if the file is not there: number of pieces, and how many examples of
+                # each training source it sees.
+                tokenizer_vocabulary=0,
+                tokenizer_examples=2000,
+                train=ConfigDict(),  # name -> source (data/pipeline.py)
+                evaluate=ConfigDict(),
+                examples_per_epoch=0,  # 0: as many as the sources hold
+                threads=2,
+                workers=0,  # processes; 0: threads alone
+                row_length=256,
+                rows=1,  # a group
+                read_slots=0,  # a group
+                draw_slots=0,
+                text_length=64,  # pretrain, decoder: longest text, in tokens
+            ),
+            loss=dict(
+                text=1.0,
+                vectors=1.0,
+                contrastive=1.0,
+                reconstruction=1.0,
+                chunk=0,  # positions whose logits exist at a time; 0: all
+                # Standard deviation of Gaussian noise on the features that the decoder is conditioned on.
+                feature_noise=0.0,
+            ),
+            flow=dataclasses.asdict(FlowConfig()),
+            optimizer=dict(
+                learning_rate=1e-3,
+                warmup_steps=0,
+                final_rate=0.0,  # share of learning_rate at the end of the cosine
+                b1=0.9,
+                b2=0.95,
+                eps=1e-8,
+                clip=1.0,  # global norm of the gradient
+                accumulate=1,  # parts in which a batch is taken
+                average=0.0,  # decay of the averaged weights; 0: none
+                moment_dtype="float32",
+                # (pattern over parameter names, multiple of the learning rate, weight decay): the first that
+                # matches holds; a multiple of 0 freezes.
+                table=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),
+            ),
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+            log=dict(
+                every=50,
+                evaluate_every=0,
+                evaluate_batches=4,
+                checkpoint_every=0,  # 0: at the end alone
+                keep=1,
+                samples_every=0,
+                samples=8,
+                tensorboard=False,
+            ),
+        )
+    )
+    merge(config, changes)
+    return config
+
+
+# Keys whose subkeys are the user's own: any name may stand there.
+_OPEN = ("model", "parts", "storage", "train", "evaluate", "stages")
+
+
+def merge(config: ConfigDict, changes: Mapping[str, Any], prefix: str = "") -> None:
+    """Sets `changes` in `config`, dicts key by key; an unknown key is an error that names its nearest neighbour."""
+    for key, value in changes.items():
+        if prefix.split(".")[-1] in _OPEN:
+            config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
+        elif key not in config:
+            near = difflib.get_close_matches(key, list(config), 1, 0.0)
+            raise UserError(f"config key {prefix}{'.' if prefix else ''}{key} does not exist: did you mean {near[0]}?")
+        elif isinstance(config[key], ConfigDict) and isinstance(value, Mapping):
+            merge(config[key], value, f"{prefix}.{key}" if prefix else key)
+        else:
+            config[key] = value
+
+
+def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """A dataclass of settings from a config's mapping.
+
+    Raises:
+        UserError: a key that the dataclass lacks (names the nearest), one that is missing, or a value it refuses.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = dict(settings)
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, list(fields), 1, 0.0)
+            raise UserError(f"config key {where}.{key} does not exist: did you mean {near[0]}?")
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
+    if missing:
+        raise UserError(f"config key {where}.{missing[0]} is missing: set it")
+    if values.get("rotary_scaling") is not None and "rotary_scaling" in values:
+        values["rotary_scaling"] = build(RotaryScaling, values["rotary_scaling"], f"{where}.rotary_scaling")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"config {where}: {error}") from error
+
+
+def _part(config: ConfigDict, part: str) -> Mapping[str, Any]:
+    if part not in config.model:
+        raise UserError(f"config key model.{part} is missing: program {config.program!r} needs that part")
+    return config.model[part]
+
+
+def vit_config(config: ConfigDict, part: str) -> ViTConfig:
+    return build(ViTConfig, _part(config, part), f"model.{part}")
+
+
+def dit_config(config: ConfigDict) -> DiTConfig:
+    """The decoder's settings; width and number of its condition follow from the generation encoder and the pooling."""
+    encoder = vit_config(config, "generation_encoder")
+    settings = dict(_part(config, "decoder"))
+    settings["condition_width"] = encoder.output_width
+    settings["condition_vectors"] = encoder.vectors // config.model.pool**2
+    return build(DiTConfig, settings, "model.decoder")
+
+
+def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
+    language = {**_part(config, "language_model"), "vocab_size": vocab_size}
+    hidden = _part(config, "hidden")
+    return PiscesConfig(
+        language_model=build(TransformerConfig, language, "model.language_model"),
+        understanding_encoder=vit_config(config, "understanding_encoder"),
+        generation_encoder=vit_config(config, "generation_encoder"),
+        pool=config.model.pool,
+        projector_hidden=hidden["projector"],
+        vector_head_hidden=hidden["vector_head"],
+    )
+
+
+def text_tower_config(config: ConfigDict, vocab_size: int) -> TextTowerConfig:
+    settings = {**_part(config, "text_tower"), "vocab_size": vocab_size, "max_length": config.data.text_length}
+    return build(TextTowerConfig, settings, "model.text_tower")
+
+
+def flow_config(config: ConfigDict) -> FlowConfig:
+    return build(FlowConfig, config.flow, "flow")

@@ -1,0 +1,283 @@
+"""The three programs: what is trained on a batch. A program is parts, losses over a batch, and their counts.
+
+The loop, the state and the checkpoints know no more of it than this. Parameters are a dict from part to tree.
+
+Noise for an example comes from (seed, the example's identity, purpose): neither packing, nor the place in the batch,
+nor accumulation changes it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from clu.metrics import Average
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from pisces_jax import objectives
+from pisces_jax.errors import UserError
+from pisces_jax.flow import FlowConfig
+from pisces_jax.models.dit import DiT, DiTConfig
+from pisces_jax.models.pisces import Pisces, PiscesConfig
+from pisces_jax.models.vit import ContrastiveHead, TextTower, TextTowerConfig, ViT, ViTConfig, pooled_features
+from pisces_jax.training import config as settings
+
+Params = Mapping[str, Any]
+Batch = Mapping[str, Array]
+PURPOSES = ("flow", "feature_noise")
+
+
+class Program(Protocol):
+    """What the loop needs of a program."""
+
+    weights: Mapping[str, float]
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Boxed parameters by part."""
+        ...
+
+    def counts(self, batch: Batch) -> dict[str, Array]:
+        """How many items each loss is over in this batch: from the batch alone, before anything is computed."""
+        ...
+
+    def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
+        """The losses (names as in `weights`), and further averages to report."""
+        ...
+
+
+def example_keys(key: jax.Array, ids: Array, purpose: str) -> Array:
+    """One random key an example: ids uint32 [B, 2] -> keys [B]."""
+    key = jax.random.fold_in(key, PURPOSES.index(purpose))
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i[0]), i[1]))(ids)
+
+
+def to_signal(images: Array) -> Array:
+    """uint8 pixels to the decoder's range, -1..1."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_pixels(signal: Array) -> Array:
+    return jnp.round((jnp.clip(signal, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def by_source(values: Array, mask: Array, source: Array, names: tuple[str, ...], prefix: str) -> dict[str, Average]:
+    """The average of each source of the mixture apart."""
+    return {f"{prefix}/{name}": objectives.masked_average(values, mask & (source == i)) for i, name in enumerate(names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """Generation encoder and decoder: from a picture through its pooled features back to the picture."""
+
+    encoder: ViT
+    decoder: DiT
+    pool: int
+    flow: FlowConfig
+    feature_noise: float
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        k1, k2 = jax.random.split(key)
+        e, d = self.encoder.config, self.decoder.config
+        images = jnp.zeros((1, e.image_size, e.image_size, 3), jnp.uint8)
+        x = jnp.zeros((1, d.size, d.size, d.channels))
+        condition = jnp.zeros((1, d.condition_vectors, d.condition_width))
+        return {
+            "generation_encoder": self.encoder.init(k1, images)["params"],
+            "decoder": self.decoder.init(k2, x, jnp.zeros(1), condition, jnp.ones(1, bool))["params"],
+        }
+
+    def vectors(self, params: Params, images: Array) -> Array:
+        with jax.named_scope("generation_encoder"):
+            return self.encoder.apply({"params": params["generation_encoder"]}, images)
+
+    def errors(self, params: Params, vectors: Array, batch: Batch, key: jax.Array) -> Array:
+        """Flow-matching error of each picture given the encoder's vectors."""
+        features = pooled_features(vectors, self.pool)
+        if self.feature_noise:
+            noise = jax.vmap(lambda k: jax.random.normal(k, features.shape[1:]))
+            features = features + self.feature_noise * noise(example_keys(key, batch["id"], "feature_noise"))
+        with jax.named_scope("decoder"):
+            return objectives.flow_matching(
+                lambda *a: self.decoder.apply({"params": params["decoder"]}, *a),
+                to_signal(batch["image"]), features, example_keys(key, batch["id"], "flow"), self.flow,
+            )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderProgram:
+    """Decoder training: flow matching from frozen pooled generation features; no language model in the loop."""
+
+    reconstruction: Reconstruction
+    weights: Mapping[str, float]
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        return self.reconstruction.init(key)
+
+    def counts(self, batch: Batch) -> dict[str, Array]:
+        return {"reconstruction": jnp.float32(batch["image"].shape[0])}
+
+    def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
+        vectors = jax.lax.stop_gradient(self.reconstruction.vectors(params, batch["image"]))
+        errors = self.reconstruction.errors(params, vectors, batch, key)
+        return {"reconstruction": objectives.masked_average(errors, jnp.ones_like(errors, bool))}, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainProgram:
+    """Encoders from scratch: sigmoid contrastive between picture and caption for both encoders, one text tower; for
+    the generation encoder reconstruction through the decoder in the same run, as its model was trained both ways.
+    """
+
+    reconstruction: Reconstruction
+    understanding_encoder: ViT
+    text_tower: TextTower
+    heads: Mapping[str, ContrastiveHead]
+    weights: Mapping[str, float]
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        keys = jax.random.split(key, 6)
+        params = self.reconstruction.init(keys[0])
+        size = self.understanding_encoder.config.image_size
+        params["understanding_encoder"] = self.understanding_encoder.init(
+            keys[1], jnp.zeros((1, size, size, 3), jnp.uint8)
+        )["params"]
+        t = self.text_tower.config
+        tokens = jnp.zeros((1, t.max_length), jnp.int32)
+        params["text_tower"] = self.text_tower.init(keys[2], tokens, tokens == 0)["params"]
+        widths = {
+            "text": t.width,
+            "understanding": self.understanding_encoder.config.output_width,
+            "generation": self.reconstruction.encoder.config.output_width,
+        }
+        params["contrastive"] = {
+            name: head.init(k, jnp.zeros((1, widths[name])))["params"]
+            for k, (name, head) in zip(keys[3:], self.heads.items(), strict=True)
+        }
+        # SigLIP's starting point: scale 10, bias -10.
+        params["contrastive"]["log_scale"] = jnp.full(2, jnp.log(10.0))
+        params["contrastive"]["bias"] = jnp.full(2, -10.0)
+        return params
+
+    def counts(self, batch: Batch) -> dict[str, Array]:
+        count = jnp.float32(batch["image"].shape[0])
+        return dict.fromkeys(self.weights, count)
+
+    def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
+        heads = params["contrastive"]
+
+        def embed(name: str, x: Array) -> Array:
+            return self.heads[name].apply({"params": heads[name]}, x)
+
+        with jax.named_scope("text_tower"):
+            text = self.text_tower.apply({"params": params["text_tower"]}, batch["tokens"], batch["text_mask"])
+            text = embed("text", text)
+        with jax.named_scope("understanding_encoder"):
+            read = self.understanding_encoder.apply({"params": params["understanding_encoder"]}, batch["image"])
+        drawn = self.reconstruction.vectors(params, batch["image"])
+        every = jnp.ones(text.shape[0], bool)
+        losses, reported = {}, {}
+        for i, (name, vectors) in enumerate((("understanding", read), ("generation", drawn))):
+            pictures = embed(name, vectors.astype(jnp.float32).mean(axis=1))
+            error = objectives.sigmoid_contrastive(pictures, text, heads["log_scale"][i], heads["bias"][i])
+            losses[f"contrastive_{name}"] = objectives.masked_average(error, every)
+            nearest = jnp.argmax(pictures @ text.T, axis=1) == jnp.arange(text.shape[0])
+            reported[f"matched_{name}"] = objectives.masked_average(nearest.astype(jnp.float32), every)
+        errors = self.reconstruction.errors(params, drawn, batch, key)
+        losses["reconstruction"] = objectives.masked_average(errors, every)
+        return losses, reported
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifiedProgram:
+    """The Pisces stages: next-token cross-entropy and next-vector regression in one pass over packed rows."""
+
+    model: Pisces
+    weights: Mapping[str, float]
+    chunk: int
+    sources: tuple[str, ...]
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        c = self.model.config
+
+        def blank(size: int) -> Array:
+            return jnp.zeros((1, size, size, 3), jnp.uint8)
+
+        images = blank(c.understanding_encoder.image_size), blank(c.generation_encoder.image_size)
+        return dict(self.model.init(key, *images, jnp.zeros((1, 8), jnp.int32), method="init_all")["params"])
+
+    def _targets(self, batch: Batch) -> tuple[Array, Array]:
+        flat = (-1, batch["tokens"].shape[-1])
+        return objectives.next_token_targets(*(batch[k].reshape(flat) for k in ("tokens", "learn", "segment_ids")))
+
+    def counts(self, batch: Batch) -> dict[str, Array]:
+        _, learned = self._targets(batch)
+        vectors = batch["draw_valid"].sum() * self.model.config.draw_vectors
+        return {"text": learned.sum().astype(jnp.float32), "vectors": vectors.astype(jnp.float32)}
+
+    def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
+        del key  # nothing here is random
+        variables = {"params": params}
+        hidden, predicted, target = self.model.apply(variables, batch)
+        targets, learned = self._targets(batch)
+        with jax.named_scope("text_loss"):
+            matrix = self.model.apply(variables, method="output_matrix")
+            text = objectives.text_cross_entropy(hidden, matrix, targets, chunk=self.chunk)
+        with jax.named_scope("vector_loss"):
+            vectors = objectives.vector_error(predicted, target)
+        drawn = jnp.broadcast_to(batch["draw_valid"][..., None], vectors.shape)
+        losses = {
+            "text": objectives.masked_average(text, learned),
+            "vectors": objectives.masked_average(vectors, drawn),
+        }
+        source = batch["source"].reshape(text.shape)
+        draw_source = jnp.broadcast_to(batch["draw_source"][..., None], vectors.shape)
+        reported = by_source(text, learned, source, self.sources, "text")
+        reported |= by_source(vectors, drawn, draw_source, self.sources, "vectors")
+        return losses, reported
+
+
+def make_program(config: ConfigDict, vocab_size: int) -> Program:
+    """The program that a config names.
+
+    Raises:
+        UserError: an unknown program, or settings that it lacks.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def vit(part: str) -> ViT:
+        vit_settings: ViTConfig = settings.vit_config(config, part)
+        return ViT(vit_settings, dtype)
+
+    if config.program == "unified":
+        pisces: PiscesConfig = settings.pisces_config(config, vocab_size)
+        weights = {"text": config.loss.text, "vectors": config.loss.vectors}
+        return UnifiedProgram(Pisces(pisces, dtype), weights, config.loss.chunk, tuple(config.data.train))
+    if config.program not in ("pretrain", "decoder"):
+        raise UserError(f"config key program: {config.program!r} is none of pretrain, decoder, unified")
+    dit: DiTConfig = settings.dit_config(config)
+    encoder = vit("generation_encoder")
+    if encoder.config.image_size != dit.size:
+        raise UserError(
+            f"model.decoder.size {dit.size} and model.generation_encoder.image_size {encoder.config.image_size} differ: "
+            "a pixel decoder learns from the pictures that its encoder sees, so make them equal"
+        )
+    reconstruction = Reconstruction(
+        encoder, DiT(dit, dtype), config.model.pool, settings.flow_config(config), config.loss.feature_noise
+    )
+    if config.program == "decoder":
+        return DecoderProgram(reconstruction, {"reconstruction": config.loss.reconstruction})
+    if config.optimizer.accumulate != 1:
+        raise UserError(
+            "optimizer.accumulate must be 1 in program pretrain: its contrastive loss compares the whole batch"
+        )
+    tower: TextTowerConfig = settings.text_tower_config(config, vocab_size)
+    head = ContrastiveHead(tower.width, dtype)
+    weights = {
+        "contrastive_understanding": config.loss.contrastive,
+        "contrastive_generation": config.loss.contrastive,
+        "reconstruction": config.loss.reconstruction,
+    }
+    heads = {"text": head, "understanding": head, "generation": head}
+    return PretrainProgram(reconstruction, vit("understanding_encoder"), TextTower(tower, dtype), heads, weights)

@@ -1,0 +1,194 @@
+"""The state of a run and the two compiled functions over it: one step of training, one batch of evaluation."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from clu.metrics import Average
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from pisces_jax.errors import UserError
+from pisces_jax.sharding import Fallback, batch_sharding, batch_shards, param_shardings
+from pisces_jax.training import optimizer
+from pisces_jax.training.programs import Batch, Program
+
+Metrics = dict[str, Average]
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that a run changes, and the frozen parts beside it.
+
+    `average` is the moving average of `trained` (empty where the config asks for none). Trees are by part.
+    """
+
+    step: Int[Array, ""]
+    trained: Any
+    average: Any
+    optimizer: Any
+    frozen: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A program on a mesh: how its state lies there, and the functions that advance it."""
+
+    program: Program
+    config: ConfigDict
+    mesh: Mesh
+    rules: Mapping[str, optimizer.Rule]
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    abstract: State
+    shardings: State
+    fallbacks: tuple[Fallback, ...]
+
+    def init(self, key: jax.Array, parts: Mapping[str, Any] | None = None) -> State:
+        """A fresh state, made in place on the mesh; `parts` replaces the random start of whole parts."""
+        parts = dict(parts or {})
+
+        def create(key: jax.Array, given: Any) -> State:
+            params = {**nn.unbox(self.program.init(key)), **given}
+            return _fresh(params, self.rules, self.optimizer, self.config)
+
+        given_shardings = {k: optimizer.join(self.shardings.trained, self.shardings.frozen)[k] for k in parts}
+        parts = jax.device_put(parts, given_shardings)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(create, out_shardings=self.shardings)(key, parts)
+
+    def put(self, batch: Mapping[str, Any]) -> Batch:
+        """This process's share of a batch, on the mesh."""
+        sharding = batch_sharding(self.mesh)
+        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+    def train_step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
+        return self._jit(self._train, donate_argnums=0, out=(self.shardings, None))
+
+    def evaluate_step(self) -> Callable[[State, Batch], Metrics]:
+        """Losses of a batch, with the averaged weights where there are any."""
+        return self._jit(self._evaluate, out=None)
+
+    def _jit(self, function: Any, out: Any, **kwargs: Any) -> Any:
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        out = jax.tree.map(lambda s: replicated if s is None else s, out, is_leaf=lambda s: s is None)
+        compiled = jax.jit(function, in_shardings=(self.shardings, batch_sharding(self.mesh)), out_shardings=out, **kwargs)
+
+        def call(state: State, batch: Batch) -> Any:
+            with jax.set_mesh(self.mesh):
+                return compiled(state, batch)
+
+        call.lower = lambda *a: _lower(compiled, self.mesh, *a)  # type: ignore[attr-defined]
+        return call
+
+    @property
+    def _key(self) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.config.seed), 1)
+
+    def _objective(
+        self, trained: Any, frozen: Any, batch: Batch, counts: Mapping[str, Array]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Σ_k weight_k · total_k / count_k, with the counts of the whole batch also where this is a part of it."""
+        losses, reported = self.program.losses(optimizer.join(trained, frozen), batch, self._key)
+        weights = self.program.weights
+        loss = sum(weights[k] * losses[k].total / jnp.maximum(counts[k], 1) for k in weights if weights[k])
+        return jnp.asarray(loss), {**losses, **reported}
+
+    def _gradient(self, state: State, batch: Batch) -> tuple[Any, Metrics]:
+        counts = self.program.counts(batch)
+        gradient = jax.grad(self._objective, has_aux=True)
+        parts = self.config.optimizer.accumulate
+        if parts == 1:
+            return gradient(state.trained, state.frozen, batch, counts)
+
+        # Each part takes every parts-th element, so that a part lies on the devices as the whole batch does.
+        micro = {k: v.reshape(-1, parts, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(state.trained, state.frozen, part, counts)), None
+
+        first = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(gradient, state.trained, state.frozen, first, counts)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, micro)[0]
+
+    def _train(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        gradients, metrics = self._gradient(state, batch)
+        with jax.named_scope("optimizer"):
+            updates, opt = self.optimizer.update(gradients, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+            decay = self.config.optimizer.average
+            # In its first steps the average is shorter than 1/(1 - decay): so that it forgets the random start.
+            decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, trained if state.average else {})
+        for name, tree in (("gradient", gradients), ("parameter", trained), ("update", updates)):
+            metrics[f"norm/{name}"] = _value(optax.global_norm(tree))
+        metrics["learning_rate"] = _value(self.schedule(state.step))
+        return state.replace(step=state.step + 1, trained=trained, average=average, optimizer=opt), metrics
+
+    def _evaluate(self, state: State, batch: Batch) -> Metrics:
+        trained = state.average if state.average else state.trained
+        return self._objective(trained, state.frozen, batch, self.program.counts(batch))[1]
+
+
+def _lower(compiled: Any, mesh: Mesh, *args: Any) -> Any:
+    with jax.set_mesh(mesh):
+        return compiled.lower(*args)
+
+
+def _value(x: Any) -> Average:
+    return Average(total=jnp.asarray(x, jnp.float32), count=jnp.ones((), jnp.float32))
+
+
+def _fresh(params: Any, rules: Any, tx: optax.GradientTransformation, config: ConfigDict) -> State:
+    flat = optimizer.flatten(params)
+    stored = {k: v.astype(config.storage.get(k.split("/")[0], "float32")) for k, v in flat.items()}
+    trained, frozen = optimizer.split(optimizer.unflatten(stored), rules)
+    average = jax.tree.map(jnp.copy, trained) if config.optimizer.average else {}
+    return State(jnp.zeros((), jnp.int32), trained, average, tx.init(trained), frozen)
+
+
+def make_trainer(program: Program, config: ConfigDict, mesh: Mesh) -> Trainer:
+    """Shapes first, shardings from shapes; nothing is allocated.
+
+    Raises:
+        UserError: a table, storage or batch size that does not fit the model or the mesh.
+    """
+    boxed = jax.eval_shape(program.init, jax.random.key(0))
+    fallbacks: list[Fallback] = []
+    shardings = param_shardings(boxed, mesh, fallbacks)
+    params = nn.unbox(boxed)
+    for part in config.storage:
+        if part not in params:
+            raise UserError(f"config key storage.{part}: the model's parts are {', '.join(params)}")
+    rules = optimizer.match(optimizer.read_table(config.optimizer.table), list(optimizer.flatten(params)))
+    trained, _ = optimizer.split(params, rules)
+    if not trained:
+        raise UserError("optimizer.table freezes every parameter: nothing would be trained")
+    shards = batch_shards(mesh) * config.optimizer.accumulate
+    if config.batch_size % shards:
+        raise UserError(
+            f"batch_size {config.batch_size} must be a multiple of {shards} "
+            f"(mesh shards {batch_shards(mesh)} × optimizer.accumulate {config.optimizer.accumulate})"
+        )
+    tx = optimizer.make_optimizer(config.optimizer, config.steps, trained, rules)
+    abstract = jax.eval_shape(lambda p: _fresh(p, rules, tx, config), params)
+    trained_shardings, frozen_shardings = optimizer.split(shardings, rules)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    state_shardings = State(
+        step=replicated,
+        trained=trained_shardings,
+        average=trained_shardings if abstract.average else {},
+        optimizer=optax.tree_map_params(
+            tx, lambda _, s: s, abstract.optimizer, trained_shardings, transform_non_params=lambda _: replicated
+        ),
+        frozen=frozen_shardings,
+    )
+    schedule = optimizer.learning_rate(config.optimizer, config.steps)
+    return Trainer(program, config, mesh, rules, tx, schedule, abstract, state_shardings, tuple(fallbacks))

@@ -83,9 +83,16 @@ def flow_matching(
 
 
 def sigmoid_contrastive(
-    pictures: Float[Array, "B E"], texts: Float[Array, "B E"], log_scale: Float[Array, ""], bias: Float[Array, ""]
+    pictures: Float[Array, "B E"],
+    texts: Float[Array, "B E"],
+    log_scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    valid: Bool[Array, "B"],
 ) -> Float[Array, "B"]:
-    """SigLIP's loss (Zhai et al. 2023, equation 1), a picture: −Σ_j log σ(z_ij (scale·x_i·y_j + bias)), z = ±1."""
+    """SigLIP's loss (Zhai et al. 2023, equation 1), a picture: −Σ_j log σ(z_ij (scale·x_i·y_j + bias)), z = ±1.
+
+    Pairs that are not `valid` take no part, neither as pictures nor as other pictures' texts.
+    """
     logits = jnp.exp(log_scale) * jnp.einsum("BE,ZE->BZ", pictures, texts) + bias
     signs = 2 * jnp.eye(logits.shape[0]) - 1
-    return -jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=-1)
+    return -jnp.sum(jnp.where(valid[:, None] & valid[None], jax.nn.log_sigmoid(signs * logits), 0.0), axis=-1)

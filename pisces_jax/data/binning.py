@@ -17,48 +17,78 @@ class Bins(NamedTuple):
     num_groups: int
 
 
+class _Group:
+    """An open group: free tokens of each row, free slots of each pool."""
+
+    __slots__ = ("number", "free", "reads", "draws")
+
+    def __init__(self, number: int, layout: Layout):
+        self.number = number
+        self.free = [layout.length] * layout.rows
+        self.reads, self.draws = layout.read_slots, layout.draw_slots
+
+    def room(self, layout: Layout) -> float:
+        """The share of what will run out first: of the tokens, or of the slots of both pools together."""
+        slots = layout.read_slots + layout.draw_slots
+        return min(
+            sum(self.free) / (layout.length * layout.rows),
+            (self.reads + self.draws) / slots if slots else 1.0,
+        )
+
+
 def pack(
     tokens: Int[np.ndarray, "E"],
     reads: Int[np.ndarray, "E"],
     draws: Int[np.ndarray, "E"],
     layout: Layout,
-    open_groups: int = 16,
+    open_rows: int = 64,
 ) -> Bins:
     """Puts every example where it leaves the least room, within the token and both picture budgets.
 
-    Every example must fit into an empty group. Where none of the open groups has room, the one nearest to full
-    is closed and a new one is opened, so time and memory do not depend on how many groups there are.
+    Every example must fit into an empty group. Where none of the open groups has room, the one nearest to
+    full is closed and another is opened: time is linear in the number of examples. At least `open_rows`
+    rows and 16 groups stay open; more of them pack a little better and slower.
     """
+    open_groups = max(16, open_rows // layout.rows)
     group, row, offset = (np.empty(len(tokens), np.int32) for _ in range(3))
-    # One entry for each open group: its number, free tokens of its rows, free slots to read and to draw.
-    opened: list[tuple[int, list[int], list[int]]] = []
-    num_groups = 0
+    opened: list[_Group] = []
+    # All open rows by their free tokens, and in `lengths` a bit for every length that some row has free: the
+    # lowest bit at or above an example's length is its best fit.
+    by_free: list[list[tuple[_Group, int]]] = [[] for _ in range(layout.length + 1)]
+    lengths = num_groups = 0
     for i, (t, r, d) in enumerate(zip(tokens.tolist(), reads.tolist(), draws.tolist(), strict=True)):
-        best = layout.length + 1
-        for number, rows, slots in opened:
-            if slots[0] < r or slots[1] < d:
-                continue
-            for place, free in enumerate(rows):
-                if t <= free < best:
-                    best, found = free, (number, place, rows, slots)
-            if best == t:
-                break
-        if best > layout.length:
+        place = None
+        longer = lengths >> t
+        while longer and place is None:
+            lowest = longer & -longer
+            longer ^= lowest
+            for candidate in by_free[t + lowest.bit_length() - 1]:
+                if candidate[0].reads >= r and candidate[0].draws >= d:
+                    place = candidate
+                    break
+        if place is None:
             if len(opened) == open_groups:
-                opened.remove(min(opened, key=lambda entry: _room(entry[1], entry[2], layout)))
-            rows, slots = [layout.length] * layout.rows, [layout.read_slots, layout.draw_slots]
-            opened.append((num_groups, rows, slots))
-            found = (num_groups, 0, rows, slots)
+                closed = min(opened, key=lambda one: one.room(layout))
+                opened.remove(closed)
+                for number, free in enumerate(closed.free):
+                    by_free[free].remove((closed, number))
+                    if not by_free[free]:
+                        lengths &= ~(1 << free)
+            new = _Group(num_groups, layout)
             num_groups += 1
-        number, place, rows, slots = found
-        group[i], row[i], offset[i] = number, place, layout.length - rows[place]
-        rows[place] -= t
-        slots[0] -= r
-        slots[1] -= d
+            opened.append(new)
+            by_free[layout.length] += [(new, number) for number in range(layout.rows)]
+            lengths |= 1 << layout.length
+            place = new, 0
+        found, number = place
+        free = found.free[number]
+        group[i], row[i], offset[i] = found.number, number, layout.length - free
+        found.free[number] = free - t
+        found.reads -= r
+        found.draws -= d
+        by_free[free].remove(place)
+        if not by_free[free]:
+            lengths &= ~(1 << free)
+        by_free[free - t].append(place)
+        lengths |= 1 << (free - t)
     return Bins(group, row, offset, num_groups)
-
-
-def _room(rows: list[int], slots: list[int], layout: Layout) -> float:
-    """What limits a group: its share of free tokens, or of free picture slots."""
-    tokens = sum(rows) / (layout.length * layout.rows)
-    return min(tokens, sum(slots) / max(layout.read_slots + layout.draw_slots, 1)) if any(slots) else 0.0

@@ -10,8 +10,8 @@ from PIL import Image, ImageOps
 
 from pisces_jax.errors import UserError
 
-# Larger pictures are refused before they are decoded (a small file can claim any size): 128 megapixels, above any
-# photograph of these data sets.
+# Larger pictures are refused before they are decoded (a small file can claim any size): 128 megapixels, above
+# any photograph of these data sets.
 MAX_PIXELS = 128 * 1024 * 1024
 
 
@@ -38,7 +38,7 @@ def load_image(source: str | os.PathLike | bytes, name: str = "") -> UInt8[np.nd
                 return np.asarray(_rgb(ImageOps.exif_transpose(image)))
     except UnreadablePicture:
         raise
-    # Damaged files make PIL's decoders raise nearly anything (OSError, SyntaxError, struct.error, ValueError, ...).
+    # Damaged files make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise UnreadablePicture(f"picture {name} cannot be read ({error}): replace or remove it") from error
 
@@ -57,7 +57,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Bicubic resize of the short side to `size`, then the middle square; unchanged if it has that size already."""
+    """Bicubic resize of the short side to `size`, then the middle square; unchanged if it is that already."""
     height, width = image.shape[:2]
     if height == width == size:
         return image

@@ -1,7 +1,7 @@
 """From an example to its token sequence, and the lengths of a whole source's examples.
 
-The sequence is `bos`, the parts in order, `eos`. A text is its ids. A picture to read is `read_vectors` times the
-`<image>` id, nothing around it. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
+The sequence is `bos`, the parts in order, `eos`. A text is its ids. A picture to read is `read_vectors` times
+the `<image>` id, nothing around it. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Layout:
 
 
 class Placed(NamedTuple):
-    """A picture at its place: `start` is the position of its first `<image>`, `ordinal` its place in the parts."""
+    """A picture: `start` is the position of its first `<image>`, `ordinal` its number among the parts."""
 
     role: Role
     start: int
@@ -58,7 +58,7 @@ class Placed(NamedTuple):
 
 
 class LaidOut(NamedTuple):
-    """One example as a sequence of `L` tokens. `learn[t]`: token t is a target, predicted from the state at t-1."""
+    """One example as `L` tokens; where `learn[t]`, token t is a target, predicted from the state at t-1."""
 
     tokens: Int32[np.ndarray, "L"]
     learn: Bool[np.ndarray, "L"]
@@ -68,8 +68,9 @@ class LaidOut(NamedTuple):
 def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout) -> LaidOut:
     """The token sequence of `example`; no picture is decoded.
 
-    Learned are the tokens of learned texts, and the `[IMG]` or `eos` right after one: there it was the model's own
-    decision to draw or to stop, elsewhere it is given. The state at `[IMG]` (`start - 1`) predicts vector 0.
+    Learned are the tokens of learned texts, and the `[IMG]` or `eos` right after one: there it was the
+    model's own decision to draw or to stop, elsewhere it is given. The state at `[IMG]` (`start - 1`)
+    predicts vector 0.
     """
     tokens, learn = [tokenizer.bos], [False]
     pictures = []
@@ -96,7 +97,7 @@ def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout) -> LaidOut:
 
 
 class Lengths(NamedTuple):
-    """What packing must know of every example of a source; `tokens` is -1 where the example cannot be read."""
+    """What packing must know of every example; `tokens` is -1 where the example cannot be read."""
 
     tokens: Int32[np.ndarray, "N"]
     reads: Int32[np.ndarray, "N"]
@@ -129,7 +130,7 @@ def scan_lengths(
 
 
 def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
-    """Changes with whatever can change a length: the source names its own contents by `fingerprint` if it can."""
+    """Changes with whatever can change a length; a source may name its own contents by `fingerprint`."""
     words = [tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, len(source)]
     words += [type(source).__qualname__, getattr(source, "fingerprint", "")]
     for i in np.linspace(0, len(source) - 1, num=min(len(source), 32)).astype(int):
@@ -148,7 +149,13 @@ def _read_cache(path: Path, key: str) -> Lengths | None:
         with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) == key:
                 return Lengths(*(file[name] for name in Lengths._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing, damaged or of an older form: it is made again
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+    ):  # missing, damaged or of an older form: it is made again
         pass
     return None
 

@@ -1,4 +1,4 @@
-"""Which examples an epoch takes from a mixture of sources, and in which order: a function of seed and epoch."""
+"""Which examples an epoch takes from a mixture of sources, in which order: a function of seed and epoch."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ from pisces_jax.errors import UserError
 def shuffled(positions: Int64[np.ndarray, "P"], n: int, *key: object) -> Int64[np.ndarray, "P"]:
     """Where a permutation of `range(n)`, chosen by `key`, takes `positions`.
 
-    Any part of the permutation costs no more than its own size (a Feistel network over a power of four, walked
-    until it lands below `n`), and it does not depend on NumPy's generators, whose streams may change.
+    It does not depend on NumPy's generators, whose streams may change, and for a large `n` any part of it
+    costs no more than its own size: a Feistel network over a power of four, walked until it lands below `n`.
     """
     words = identity(*key).astype(np.uint64)
     secret = words[0] << np.uint64(32) | words[1]
-    # At least 2^16, as small networks know few permutations; else n <= domain < 4 n, so that walks are short.
-    half = np.uint64(max(8, (int(n - 1).bit_length() + 1) // 2))
+    if n <= 2**16:  # small networks know few permutations
+        return np.argsort(_mixed(np.arange(n, dtype=np.uint64) + secret), kind="stable")[positions]
+    half = np.uint64((int(n - 1).bit_length() + 1) // 2)  # n <= 4^half < 4 n, so that walks are short
     result = np.asarray(positions, np.uint64)
     walking = np.arange(len(result))
     while len(walking):
@@ -32,21 +33,26 @@ def _feistel(values: UInt64[np.ndarray, "P"], half: np.uint64, secret: np.uint64
     """Six rounds over `2 * half` bits: a bijection whatever the round function is."""
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
-    for round_number in range(6):
-        mixed = (right << np.uint64(3) | np.uint64(round_number)) + secret
-        mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64
-        mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-        left, right = right, left ^ ((mixed ^ mixed >> np.uint64(31)) & mask)
+    for number in range(6):
+        left, right = right, left ^ (_mixed((right << np.uint64(3) | np.uint64(number)) + secret) & mask)
     return left << half | right
+
+
+def _mixed(values: UInt64[np.ndarray, "P"]) -> UInt64[np.ndarray, "P"]:
+    """splitmix64: numbers in a row become random numbers, all different."""
+    values = values * np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Sources by name and weight; `usable[s]` are the indices of the examples that may be taken from source s.
+    """Sources by name and weight; `usable[s]` are the indices of the examples that source s may give.
 
-    An epoch takes `round(share * examples_per_epoch)` examples of each source from that source's endless stream
-    (one permutation a pass), going on where the epoch before stopped, and shuffles them together. Without
-    `shuffle`, sources are read in order and interleaved evenly.
+    An epoch takes `round(share * examples_per_epoch)` examples of each source from that source's endless
+    stream (one permutation a pass), going on where the epoch before stopped, and shuffles them together.
+    Without `shuffle`, sources are read in order and interleaved evenly.
     """
 
     names: Sequence[str]
@@ -58,12 +64,20 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if len(set(self.names)) != len(self.names):
-            raise UserError(f"two sources of the mixture have the same name ({', '.join(self.names)}): rename one")
+            raise UserError(
+                f"two sources of the mixture have the same name ({', '.join(self.names)}): rename one"
+            )
         if min(self.weights) < 0 or sum(self.weights) <= 0:
-            raise UserError(f"mixture weights {list(self.weights)} must not be negative, nor all zero: change them")
+            raise UserError(
+                f"mixture weights {list(self.weights)} must not be negative, nor all zero: change them"
+            )
         for name, weight, usable in zip(self.names, self.weights, self.usable, strict=True):
             if weight > 0 and len(usable) == 0:
-                raise UserError(f"no example of source {name} can be used: remove it from the mixture or mend it")
+                raise UserError(
+                    f"no example of source {name} can be used: remove it from the mixture or mend it"
+                )
+        if sum(self.counts) == 0:
+            raise UserError("an epoch of this mixture has no example: set a greater examples_per_epoch")
 
     @property
     def counts(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Packing as an index: from (seed, epoch, lengths) the whole epoch's rows follow; any group is random access."""
+"""Packing as an index: from (seed, epoch, lengths) an epoch's rows follow, and any group is random access."""
 
 import collections
 import dataclasses
@@ -19,7 +19,17 @@ from pisces_jax.data.mixture import Mixture, shuffled
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
 
-__all__ = ["Entry", "Fill", "LaidOut", "Layout", "LeftOut", "Lengths", "PackedGroups", "lay_out", "scan_lengths"]
+__all__ = [
+    "Entry",
+    "Fill",
+    "LaidOut",
+    "Layout",
+    "LeftOut",
+    "Lengths",
+    "PackedGroups",
+    "lay_out",
+    "scan_lengths",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +62,7 @@ class Fill(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EpochIndex:
-    """The packing of one epoch, sorted by group, row and offset; group g is entries `first[g]` to `first[g+1]`."""
+    """An epoch's packing, sorted by group, row and offset; group g is entries `first[g]` to `first[g+1]`."""
 
     first: Int64[np.ndarray, "groups+1"]
     row: Int32[np.ndarray, "E"]
@@ -82,8 +92,8 @@ class PackedGroups:
         read_id       uint32 [Pr,2]  `identity(seed, epoch, example.key, ordinal of the part)`
         draw_...      the same for the pictures to draw
 
-    An example with a picture that cannot be read keeps its segment, with nothing learned and no valid slot; it is
-    counted in `broken` and logged once.
+    An example with a picture that cannot be read keeps its segment, with nothing learned and no valid slot;
+    it is counted in `broken` and logged once.
 
     Raises `UserError` when a source has no example that fits the layout.
     """
@@ -129,11 +139,13 @@ class PackedGroups:
         unreadable = lengths.tokens < 0
         long = lengths.tokens > layout.length
         many = ~long & ((lengths.reads > layout.read_slots) | (lengths.draws > layout.draw_slots))
-        self.left_out[entry.name] = left_out = LeftOut(int(long.sum()), int(many.sum()), int(unreadable.sum()))
+        self.left_out[entry.name] = left_out = LeftOut(
+            int(long.sum()), int(many.sum()), int(unreadable.sum())
+        )
         if sum(left_out):
             logger.warning(
-                "source %s: of %d examples %d are longer than a row of %d tokens, %d have more pictures than a "
-                "group has slots, %d are unreadable; they are left out",
+                "source %s: of %d examples %d are longer than a row of %d tokens, %d have more pictures than "
+                "a group has slots, %d are unreadable; they are left out",
                 *(entry.name, len(long), left_out.too_long, layout.length),
                 *(left_out.too_many_pictures, left_out.unreadable),
             )
@@ -147,9 +159,11 @@ class PackedGroups:
             if left_out.too_many_pictures:
                 raise UserError(
                     f"every example of source {entry.name} has more pictures than a group has slots: "
-                    f"set read_slots to at least {lengths.reads.min()} and draw_slots to {lengths.draws.min()}"
+                    f"set read_slots to {lengths.reads.max()} and draw_slots to {lengths.draws.max()} or more"
                 )
-            raise UserError(f"source {entry.name} has no readable example: mend it or remove it from the mixture")
+            raise UserError(
+                f"source {entry.name} has no readable example: mend it or remove it from the mixture"
+            )
         return usable
 
     def pack_epoch(self, epoch: int) -> EpochIndex:
@@ -188,8 +202,8 @@ class PackedGroups:
     def locate(self, i: int) -> tuple[int, int]:
         """The epoch of group `i` and its number in that epoch.
 
-        How many groups an epoch has is known only from its packing, so the first call for a late group packs all
-        epochs before it.
+        How many groups an epoch has is known only from its packing, so the first call for a late group packs
+        all epochs before it.
         """
         while not self._ends or i >= self._ends[-1]:
             epoch = len(self._ends)

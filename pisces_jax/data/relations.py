@@ -14,8 +14,8 @@ SLACK = 0.1  # part of the boxes' sizes that a centre may be off before it count
 def relations(box: Box, target: Box) -> tuple[str, ...]:
     """The relations in which `box` stands to `target`: none, one, or two (say left of and above).
 
-    With offset o between the centres and sizes d, per axis: `r = sign(o) max(|o| - 0.1 (d + d_target), 0)`, and a
-    relation holds where `r / ||o||` passes 0.5 (Ghosh et al. 2023, GenEval, `relative_position`).
+    With offset o between the centres and sizes d, per axis: `r = sign(o) max(|o| - 0.1 (d + d_target), 0)`,
+    and a relation holds where `r / ||o||` passes 0.5 (Ghosh et al. 2023, GenEval, `relative_position`).
     """
     offset_x = (box[0] + box[2] - target[0] - target[2]) / 2
     offset_y = (box[1] + box[3] - target[1] - target[3]) / 2

@@ -1,7 +1,7 @@
 """The shapes world as a source of training examples, drawn on the fly: the embedded default.
 
-This is its public face; scenes and rendering are in `shapes_scene.py`, captions and prompts in `shapes_text.py`,
-questions in `shapes_questions.py`.
+This is its public face; scenes and rendering are in `shapes_scene.py`, captions and prompts in
+`shapes_text.py`, questions in `shapes_questions.py`.
 """
 
 import functools
@@ -96,7 +96,8 @@ class ShapesSource:
     """Examples of one task, by index; the same for the same (task, split, seed, index), on any machine.
 
     Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
-    distribution with other random numbers; every example of "held_out" holds something that neither of them does.
+    distribution with other random numbers; every example of "held_out" holds something that neither of them
+    does.
 
     Raises `UserError` for an unknown task or split.
     """

@@ -45,7 +45,8 @@ def question_for(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
 def sample_question(rng: random.Random, split: str, kind: str | None = None) -> tuple[Scene, str, str, str]:
     """(scene, kind, question, answer): the kind by chance unless given, then a scene that permits it.
 
-    In "train" and "val" nothing held out is shown or named; in "held_out" the question or its answer names it.
+    In "train" and "val" nothing held out is shown or named; in "held_out" the question or its answer names
+    it.
     """
     if split == "held_out":
         kind = kind or rng.choice(HELD_OUT_QUESTION_KINDS)
@@ -60,7 +61,8 @@ def sample_question(rng: random.Random, split: str, kind: str | None = None) -> 
 def questions(per_kind: int, seed: int = 0, held_out: bool = False) -> list[tuple[Scene, str, str, str]]:
     """`per_kind` of (scene, kind, question, answer) for each kind, never those of a `ShapesSource`.
 
-    With `held_out`, each question or answer names something held out, and kinds are `HELD_OUT_QUESTION_KINDS`.
+    With `held_out`, each question or answer names something held out, and kinds are
+    `HELD_OUT_QUESTION_KINDS`.
     """
     split = "held_out" if held_out else "val"
     return [
@@ -279,8 +281,9 @@ def _others(rng: random.Random, shape: str, most: int = 2) -> list[Name]:
     """Up to `most` objects of allowed names, none of this shape."""
     while True:
         shapes = [rng.choice([s for s in SHAPES if s != shape]) for _ in range(rng.randint(0, most))]
-        if not holds_held_out_count(shapes):
-            return [(s, rng.choice(ALLOWED_COLORS[s])) for s in shapes]
+        names = [(s, rng.choice(ALLOWED_COLORS[s])) for s in shapes]
+        if not holds_held_out_count(names):
+            return names
 
 
 _HELD_OUT_ASKERS: dict[str, Callable[[random.Random], tuple[Scene, str, str, str]]] = {

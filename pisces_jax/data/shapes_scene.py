@@ -1,7 +1,8 @@
 """The scenes of the shapes world: what they may hold, how they are drawn by chance, how they become pixels.
 
-A scene is one to four coloured shapes on a grey ground. Sizes and places are continuous, in units of a canvas of 32
-by 32 whatever the picture's size. Some combinations never occur in training (`HELD_OUT_*`), to test composition.
+A scene is one to four coloured shapes on a grey ground. Sizes and places are continuous, in units of a canvas
+of 32 by 32 whatever the picture's size. Some combinations never occur in training (`HELD_OUT_*`), to test
+composition.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -98,12 +99,16 @@ class Scene:
 def violates(scene: Scene) -> bool:
     """Whether the scene holds a combination that is held out of training."""
     return any((o.shape, o.color) in HELD_OUT_PAIRS for o in scene.objects) or (
-        holds_held_out_count([o.shape for o in scene.objects]) or holds_held_out_relation(scene.objects)
+        holds_held_out_count([(o.shape, o.color) for o in scene.objects])
+        or holds_held_out_relation(scene.objects)
     )
 
 
-def holds_held_out_count(shapes: Sequence[str]) -> bool:
-    return any((count, shape) in HELD_OUT_COUNTS for shape, count in Counter(shapes).items())
+def holds_held_out_count(names: Sequence[Name]) -> bool:
+    """Whether a shape occurs just as often as is held out, in all or in one colour ("two red diamonds")."""
+    counts = [*Counter(shape for shape, _ in names).items()]
+    counts += [(shape, count) for (shape, _), count in Counter(names).items()]
+    return any((count, shape) in HELD_OUT_COUNTS for shape, count in counts)
 
 
 def holds_held_out_relation(objects: Sequence[Object]) -> bool:
@@ -122,7 +127,7 @@ _RELATED_SHAPES = frozenset((a, b) for _, a, b in HELD_OUT_RELATIONS)  # spares 
 
 
 def sample_scene(rng: random.Random, split: str = "train") -> Scene:
-    """A scene by chance: "train" and "val" hold nothing held out, every scene of "held_out" holds something."""
+    """A scene by chance: "train" and "val" hold nothing held out, each of "held_out" holds something."""
     if split == "held_out":
         while True:
             scene = arrange(rng, sample_names(rng, allowed_only=False))
@@ -130,26 +135,26 @@ def sample_scene(rng: random.Random, split: str = "train") -> Scene:
                 return scene
     while True:
         names = sample_names(rng)
-        if not holds_held_out_count([shape for shape, _ in names]):
+        if len(names) == 1 or not holds_held_out_count(names):
             return arrange(rng, names, keep_allowed=True)
 
 
 def sample_names(rng: random.Random, allowed_only: bool = True) -> list[Name]:
     """Shapes and colours of one to four objects.
 
-    A mixture, so that each kind of prompt and question fits many scenes: all of one shape (counting), all of one
-    colour, all of different shapes (position, attributes), or anything.
+    A mixture, so that each kind of prompt and question fits many scenes: all of one shape (counting), all of
+    one colour, all of different shapes (position, attributes), or anything.
     """
-    count = rng.choices((1, 2, 3, 4), (2, 3, 3, 3))[0]
+    count = rng.choices((1, 2, 3, 4), (1, 2, 2, 2))[0]
     colors = ALLOWED_COLORS if allowed_only else dict.fromkeys(SHAPES, tuple(COLORS))
     kind = rng.random()
-    if kind < 1 / 3:
+    if kind < 0.3:
         shapes = [rng.choice(SHAPES)] * count
-    elif kind < 1 / 2:
+    elif kind < 0.4:
         color = rng.choice(tuple(COLORS))
         shapes = rng.choices(ALLOWED_SHAPES[color] if allowed_only else SHAPES, k=count)
         return [(shape, color) for shape in shapes]
-    elif kind < 3 / 4:
+    elif kind < 0.8:
         shapes = rng.sample(SHAPES, count)
     else:
         shapes = rng.choices(SHAPES, k=count)
@@ -188,7 +193,7 @@ def arrange(
 def free_place(
     rng: random.Random, boxes: Sequence[tuple[float, float, float]], size: float
 ) -> tuple[float, float] | None:
-    """A centre uniform over where a box of side `size` fits beside `boxes` (x, y, size), or None if nowhere."""
+    """A centre, uniform over where a box of side `size` fits beside `boxes` (x, y, size); None if nowhere."""
     low, high = size / 2, CANVAS - size / 2
     if not boxes:
         return low + (high - low) * rng.random(), low + (high - low) * rng.random()
@@ -199,7 +204,7 @@ def free_place(
     blocked.sort()
     cuts = sorted([low, high] + [x for _, _, x0, x1 in blocked for x in (x0, x1) if low < x < high])
     free, areas, total = [], [], 0.0  # rectangles x0, x1, y0, y1 that tile the free room
-    for x0, x1 in zip(cuts, cuts[1:], strict=False):
+    for x0, x1 in pairwise(cuts):
         middle, top = (x0 + x1) / 2, low
         for y0, y1, left, right in blocked:
             if left < middle < right:
@@ -246,17 +251,17 @@ def render(scene: Scene, size: int = 32) -> UInt8[np.ndarray, "S S 3"]:
 
 
 @functools.lru_cache(maxsize=8)
-def _pixel_centres(size: int) -> Float[np.ndarray, "S"]:
+def _pixel_centres(size: int) -> Float[np.ndarray, " S"]:
     return np.arange(size, dtype=np.float32) + np.float32(0.5)
 
 
 def coverage(
-    shape: str, x: Float[np.ndarray, "W"], y: Float[np.ndarray, "H"], size: float
+    shape: str, x: Float[np.ndarray, " W"], y: Float[np.ndarray, " H"], size: float
 ) -> Float[np.ndarray, "H W"]:
-    """How much of each pixel (unit square) a shape of bounding-box side `size` at the origin covers, in 0..1.
+    """How much of each pixel (a unit square) a shape of side `size` at the origin covers, in 0..1.
 
-    `x`, `y` are pixel centres, in pixels. Exact for squares and crosses; for the others from the distance to the
-    outline, right to a few hundredths but for pixels that hold a sharp tip.
+    `x`, `y` are pixel centres, in pixels. Exact for squares and crosses; for the others from the distance to
+    the outline, right to a few hundredths but for pixels that hold a sharp tip.
     """
     half = size / 2
     if shape == "square":

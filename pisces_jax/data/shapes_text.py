@@ -1,13 +1,14 @@
 """Captions and GenEval prompts of the shapes world, in plain English.
 
-Two captions: the short one names what is there, the detailed one fixes size, colour, shape and place of every object.
-Prompts follow GenEval's wording and metadata; every prompt of a scene is true of it under GenEval's rules.
+Two captions: the short one names what is there, the detailed one fixes size, colour, shape and place of every
+object. Prompts follow GenEval's wording and metadata; every prompt of a scene is true of it under GenEval's
+rules.
 """
 
 import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pisces_jax.data.relations import RELATIONS, relations
@@ -24,6 +25,7 @@ from pisces_jax.data.shapes_scene import (
     Object,
     Scene,
     arrange,
+    holds_held_out_count,
 )
 
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -67,11 +69,7 @@ def detailed_caption(scene: Scene) -> str:
 
     In reading order of the places. No two objects share a place: a cell is smaller than the least distance.
     """
-    ordered = (
-        sorted((cell(o), o) for o in scene.objects)
-        if len(scene.objects) > 1
-        else [(cell(o), o) for o in scene.objects]
-    )
+    ordered = sorted((cell(o), o) for o in scene.objects)
     return ", ".join(
         f"a {size_word(o.size)} {o.color} {o.shape} at the {ROW_WORDS[row]} {COLUMN_WORDS[column]}"
         for (row, column), o in ordered
@@ -108,8 +106,8 @@ def join(words: Sequence[str]) -> str:
 def metadata(tag: str, *arguments: Any) -> Metadata:
     """GenEval's line for one prompt.
 
-    Arguments: single_object (shape); two_object (shape, shape); counting (shape, count); colors (shape, colour);
-    position (subject, relation, reference); color_attr (shape, colour, shape, colour).
+    Arguments: single_object (shape); two_object (shape, shape); counting (shape, count); colors (shape,
+    colour); position (subject, relation, reference); color_attr (shape, colour, shape, colour).
     """
     if tag == "single_object":
         (a,) = arguments
@@ -146,7 +144,7 @@ def _line(tag: str, include: list[dict[str, Any]], what: str) -> Metadata:
 
 @functools.cache
 def prompt_space(tag: str, held_out: bool) -> tuple[tuple, ...]:
-    """The arguments of every prompt of this kind that names a held-out combination, or of every one that does not."""
+    """The arguments of all prompts of this kind that name a held-out combination, or of all that do not."""
     pairs = [(shape, color) for shape in SHAPES for color in COLORS]
     couples = [(a, b) for a in SHAPES for b in SHAPES if a != b]
     every = {
@@ -174,8 +172,8 @@ def _names_held_out(tag: str, arguments: tuple) -> bool:
 def geneval_prompts(per_task: int, seed: int = 0, held_out: bool = False) -> list[Metadata]:
     """`per_task` lines of each of GenEval's kinds, in GenEval's order of kinds.
 
-    A prompt comes twice only once all of its kind are used up. With `held_out`, all name something held out of
-    training, and the kinds are `HELD_OUT_TAGS`; otherwise none does.
+    A prompt comes twice only once all of its kind are used up. With `held_out`, all name something held out
+    of training, and the kinds are `HELD_OUT_TAGS`; otherwise none does.
     """
     lines = []
     for tag in HELD_OUT_TAGS if held_out else TAGS:
@@ -215,21 +213,24 @@ def scene_for(rng: random.Random, tag: str, arguments: tuple, keep_allowed: bool
         names = [arguments[i : i + 2] for i in range(0, len(arguments), 2)]
     else:
         names = paint(*arguments)
-    accept: Callable[[tuple[Object, ...]], bool] = lambda objects: True  # noqa: E731
-    if tag == "position":
-        accept = lambda objects: arguments[1] in relations(objects[0].box, objects[1].box)  # noqa: E731
+
+    def accept(objects: tuple[Object, ...]) -> bool:
+        return tag != "position" or arguments[1] in relations(objects[0].box, objects[1].box)
+
+    while keep_allowed and holds_held_out_count(names):  # two alike among three diamonds
+        names = paint(*[shape for shape, _ in names])
     return arrange(rng, names, keep_allowed, accept)
 
 
-# How often a kind is drawn where a scene permits it: undoes that some fit fewer scenes, so that all come equally
-# often over `sample_scene` (measured in tests/test_shapes.py).
+# How often a kind is drawn where a scene permits it: undoes that some fit fewer scenes, so that all come
+# equally often over `sample_scene` (measured in tests/test_shapes.py).
 _TAG_WEIGHTS = {
     "single_object": 1.0,
-    "two_object": 1.0,
-    "counting": 1.0,
-    "colors": 1.0,
-    "position": 1.0,
-    "color_attr": 1.0,
+    "two_object": 4.8,
+    "counting": 2.0,
+    "colors": 1.8,
+    "position": 5.5,
+    "color_attr": 7.0,
 }
 
 
@@ -242,10 +243,10 @@ def prompt_for(scene: Scene, rng: random.Random) -> Metadata:
 
 
 def possible_prompts(scene: Scene) -> dict[str, list[tuple]]:
-    """The arguments of every prompt that is true of the scene whichever of its objects a detector finds surest.
+    """The arguments of every prompt that is true of the scene, whichever objects a detector finds surest.
 
-    GenEval looks only at the `count` surest of a class. So a colour is asked for only where all objects of the
-    shape have it, and a relation only between shapes that occur once.
+    GenEval looks only at the `count` surest of a class. So a colour is asked for only where all objects of
+    the shape have it, and a relation only between shapes that occur once.
     """
     by_shape: dict[str, list[Object]] = {}
     for o in scene.objects:

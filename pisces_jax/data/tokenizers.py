@@ -22,7 +22,7 @@ BEGIN_IMAGE, END_IMAGE, IMAGE = "[IMG]", "[/IMG]", "<image>"
 class Tokenizer(Protocol):
     """What the data layer and inference need of a tokenizer.
 
-    `image` stands for one visual vector, `begin_image` and `end_image` enclose the vectors of a drawn picture.
+    `image` stands for one visual vector; `begin_image` and `end_image` enclose those of a drawn picture.
     `fingerprint` changes whenever the ids of some text may change.
     """
 
@@ -76,7 +76,9 @@ class SentencePieceTokenizer:
 
     def _special(self, piece: str) -> int:
         i = self._processor.PieceToId(piece)
-        if not self._processor.IsControl(i):  # an unknown piece gets the id of <unk>, which is no control symbol
+        if not self._processor.IsControl(
+            i
+        ):  # an unknown piece gets the id of <unk>, which is no control symbol
             raise KeyError(piece)
         return i
 
@@ -103,8 +105,8 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Trains a tokenizer on `texts`, writes it to `path` (atomically) and returns it.
 
-    The same texts in the same order give the same file. With "bpe" a small closed language ends with every word
-    a single piece, as long as `vocab_size` allows; it is an upper limit, fewer pieces are no error. With
+    The same texts in the same order give the same file. With "bpe" a small closed language ends with every
+    word a single piece, as long as `vocab_size` allows; it is an upper limit, fewer pieces are no error. With
     `byte_fallback` (256 of the pieces) any text survives encoding and decoding, except for repeated spaces.
 
     Raises `UserError` when there are no texts or `vocab_size` is too small for the characters in them.

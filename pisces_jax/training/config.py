@@ -39,6 +39,7 @@ def run_config(**changes: Any) -> ConfigDict:
             model=ConfigDict(),
             # Part -> the run below --workdir whose weights it starts from; unnamed parts start from random numbers.
             parts=ConfigDict(),
+            decoder="",  # unified: the run whose decoder turns this run's vectors into pictures
             # Part -> dtype it is stored in; trained parts that are not named are float32, frozen ones too.
             storage=ConfigDict(),
             data=dict(

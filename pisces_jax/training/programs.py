@@ -116,12 +116,12 @@ class DecoderProgram:
         return self.reconstruction.init(key)
 
     def counts(self, batch: Batch) -> dict[str, Array]:
-        return {"reconstruction": jnp.float32(batch["image"].shape[0])}
+        return {"reconstruction": batch["valid"].sum().astype(jnp.float32)}
 
     def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
         vectors = jax.lax.stop_gradient(self.reconstruction.vectors(params, batch["image"]))
         errors = self.reconstruction.errors(params, vectors, batch, key)
-        return {"reconstruction": objectives.masked_average(errors, jnp.ones_like(errors, bool))}, {}
+        return {"reconstruction": objectives.masked_average(errors, batch["valid"])}, {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +161,7 @@ class PretrainProgram:
         return params
 
     def counts(self, batch: Batch) -> dict[str, Array]:
-        count = jnp.float32(batch["image"].shape[0])
-        return dict.fromkeys(self.weights, count)
+        return dict.fromkeys(self.weights, batch["valid"].sum().astype(jnp.float32))
 
     def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
         heads = params["contrastive"]
@@ -176,11 +175,11 @@ class PretrainProgram:
         with jax.named_scope("understanding_encoder"):
             read = self.understanding_encoder.apply({"params": params["understanding_encoder"]}, batch["image"])
         drawn = self.reconstruction.vectors(params, batch["image"])
-        every = jnp.ones(text.shape[0], bool)
+        every = batch["valid"]
         losses, reported = {}, {}
         for i, (name, vectors) in enumerate((("understanding", read), ("generation", drawn))):
             pictures = embed(name, vectors.astype(jnp.float32).mean(axis=1))
-            error = objectives.sigmoid_contrastive(pictures, text, heads["log_scale"][i], heads["bias"][i])
+            error = objectives.sigmoid_contrastive(pictures, text, heads["log_scale"][i], heads["bias"][i], every)
             losses[f"contrastive_{name}"] = objectives.masked_average(error, every)
             nearest = jnp.argmax(pictures @ text.T, axis=1) == jnp.arange(text.shape[0])
             reported[f"matched_{name}"] = objectives.masked_average(nearest.astype(jnp.float32), every)

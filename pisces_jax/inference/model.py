@@ -1,0 +1,225 @@
+"""A trained model ready to read and draw: what the commands, the evaluation and a notebook work with."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
+
+from pisces_jax.data.example import Example, Picture, Text
+from pisces_jax.data.images import fit
+from pisces_jax.data.layout import Layout, lay_out
+from pisces_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer
+from pisces_jax.errors import UserError
+from pisces_jax.flow import FlowConfig
+from pisces_jax.inference.decode import decode
+from pisces_jax.inference.rollout import Prompts, Rollout
+from pisces_jax.models.dit import DiT
+from pisces_jax.models.pisces import Pisces
+from pisces_jax.training import config as settings
+from pisces_jax.training.checkpoints import is_finished, load_part, read_config
+
+PARTS = (
+    "language_model",
+    "understanding_encoder",
+    "generation_encoder",
+    "understanding_projector",
+    "generation_projector",
+    "vector_head",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """What came of one prompt: the description that the model wrote first (empty if it drew directly), the visual
+    vectors float32 [m, C], and the picture uint8 [S, S, 3]."""
+
+    description: str
+    vectors: np.ndarray
+    image: np.ndarray
+
+
+def find_run(workdir: Path) -> str:
+    """The unified run that others do not start from; of several, the one that was finished last.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} does not exist: give the folder of a finished training")
+    runs = {}
+    for path in sorted(workdir.glob("*/config.json")):
+        config = read_config(path.parent)
+        if config.get("program") == "unified" and is_finished(path.parent):
+            runs[path.parent.name] = config
+    started_from = {source for config in runs.values() for source in config.parts.values()}
+    last = [name for name in runs if name not in started_from]
+    if not last:
+        raise UserError(f"--workdir={workdir} holds no finished unified run: train one there first")
+    return max(last, key=lambda name: (workdir / name / "checkpoints").stat().st_mtime)
+
+
+class Model:
+    """Reads and draws in batches of a fixed size, compiled once for each; results do not depend on the batching."""
+
+    def __init__(
+        self, config: ConfigDict, tokenizer: Tokenizer, params: Any, decoder: DiT | None, decoder_params: Any, flow: FlowConfig | None,
+        batch_size: int = 64,
+    ) -> None:  # fmt: skip
+        self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        self.pisces = Pisces(settings.pisces_config(config, tokenizer.vocab_size), jnp.dtype(config.compute_dtype))
+        self.params, self._decoder, self._decoder_params, self.flow = params, decoder, decoder_params, flow
+        rollout = Rollout(self.pisces)
+        c = self.pisces.config
+        self._layout = Layout(
+            c.read_vectors, c.draw_vectors, config.data.row_length, rows=1, read_slots=1, draw_slots=1,
+            read_size=c.understanding_encoder.image_size, draw_size=c.generation_encoder.image_size,
+        )  # fmt: skip
+        special = {tokenizer.pad, tokenizer.bos, tokenizer.begin_image, tokenizer.end_image, tokenizer.image}
+        plain = np.array([i not in special for i in range(tokenizer.vocab_size)])
+        allowed_draw = plain.copy()
+        allowed_draw[tokenizer.begin_image] = True
+
+        def answer(params: Any, prompts: Prompts, keys: Any, most: int, temperature: float) -> Any:
+            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + most + 1)
+            stop = (tokenizer.eos,)
+            return rollout.sample_text(
+                params, rows, keys, most=most, temperature=temperature, stop=stop, allowed=jnp.asarray(plain)
+            )[1]
+
+        def draw(params: Any, prompts: Prompts, keys: Any, most: int, temperature: float) -> Any:
+            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + most + c.draw_vectors + 2)
+            tokens = jnp.zeros((prompts.tokens.shape[0], 0), jnp.int32)
+            if most:
+                rows, tokens = rollout.sample_text(
+                    params, rows, keys, most=most, temperature=temperature, stop=(tokenizer.begin_image, tokenizer.eos),
+                    allowed=jnp.asarray(allowed_draw),
+                )  # fmt: skip
+            return tokens, rollout.draw_vectors(params, rows, tokenizer.begin_image)
+
+        self._answer = jax.jit(answer, static_argnums=(3, 4))
+        self._draw = jax.jit(draw, static_argnums=(3, 4))
+        self._features = jax.jit(lambda p, x: self.pisces.apply({"params": p}, x, method="features"))
+        if decoder is not None:
+            self._decode = jax.jit(lambda p, v, k, flow: decode(decoder, p, v, k, flow), static_argnums=3)
+
+    def answer(
+        self, questions: Sequence[Sequence[Text | Picture]], *, most: int = 32, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """The text that the model goes on with after each question (pictures to read and texts in order)."""
+        answers: list[str] = []
+        for first in range(0, len(questions), self.batch_size):
+            some = questions[first : first + self.batch_size]
+            tokens = self._answer(self.params, self._prompts(some), self._keys(seed, first), most, temperature)
+            answers += [self._text(row) for row in np.asarray(tokens)[: len(some)]]
+        return answers
+
+    def draw(
+        self,
+        prompts: Sequence[Sequence[Text | Picture]],
+        *,
+        describe: bool,
+        most: int = 96,
+        temperature: float = 1.0,
+        guidance: float | None = None,
+        seed: int = 0,
+    ) -> list[Drawing]:
+        """A picture for each prompt. With `describe` the model first writes, sampled at `temperature`, a description
+        of its own (`most` tokens at the most), and then draws from prompt and description in the same rollout."""
+        drawings: list[Drawing] = []
+        for first in range(0, len(prompts), self.batch_size):
+            some = prompts[first : first + self.batch_size]
+            keys = self._keys(seed, first)
+            tokens, vectors = self._draw(
+                self.params, self._prompts(some), keys, most if describe else 0, temperature
+            )  # fmt: skip
+            images = self.decode(vectors, seed=seed, first=first, guidance=guidance)
+            drawings += [
+                Drawing(self._text(t), v, i)
+                for t, v, i in zip(np.asarray(tokens)[: len(some)], np.asarray(vectors), images, strict=False)
+            ]
+        return drawings
+
+    def features(self, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N m C"]:
+        """The true visual vectors of pictures of the generation encoder's size."""
+        parts = []
+        for first in range(0, len(images), self.batch_size):
+            some = images[first : first + self.batch_size]
+            parts.append(np.asarray(self._features(self.params, _pad(some, self.batch_size)))[: len(some)])
+        return np.concatenate(parts)
+
+    def decode(
+        self, vectors: Any, *, seed: int = 0, first: int = 0, guidance: float | None = None
+    ) -> UInt8[np.ndarray, "N S S 3"]:
+        """Pictures from visual vectors [N, m, C]; picture i's noise comes from (seed, first + i)."""
+        if self._decoder is None or self.flow is None:
+            raise UserError("this run names no decoder (config key decoder): it can answer, and cannot draw")
+        flow = self.flow if guidance is None else dataclasses.replace(self.flow, guidance=float(guidance))
+        images = []
+        for start in range(0, len(vectors), self.batch_size):
+            some = vectors[start : start + self.batch_size]
+            keys = self._keys(seed + 1_000_003, first + start)
+            padded = _pad(np.asarray(some), self.batch_size)
+            images.append(np.asarray(self._decode(self._decoder_params, padded, keys, flow))[: len(some)])
+        return np.concatenate(images)
+
+    def _keys(self, seed: int, first: int) -> Any:
+        key = jax.random.key(seed)
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(first, first + self.batch_size))
+
+    def _text(self, tokens: np.ndarray) -> str:
+        return self.tokenizer.decode([int(t) for t in tokens if t >= 0])
+
+    def _prompts(self, some: Sequence[Sequence[Text | Picture]]) -> Prompts:
+        laid = [lay_out(Example(tuple(parts), "prompt"), self.tokenizer, self._layout) for parts in some]
+        ids = [row.tokens[:-1] for row in laid]  # without the end of sequence: the model goes on
+        longest = max(map(len, ids))
+        # Few distinct lengths, so that few programs are compiled.
+        tokens = np.full((self.batch_size, -(-longest // 32) * 32), self.tokenizer.pad, np.int32)
+        length = np.ones(self.batch_size, np.int32)
+        pictures = []
+        for b, row in enumerate(ids):
+            tokens[b, : len(row)], length[b] = row, len(row)
+            pictures += [(b, placed.start, placed.picture) for placed in laid[b].pictures]
+        size = self.pisces.config.understanding_encoder.image_size
+        slots = -(-len(pictures) // self.batch_size) * self.batch_size
+        images = np.zeros((slots, size, size, 3), np.uint8)
+        row, start, valid = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.arange(slots) < len(pictures)
+        for i, (b, at, picture) in enumerate(pictures):
+            images[i], row[i], start[i] = fit(picture.array(), size), b, at
+        return Prompts(tokens, length, images, row, start, valid)
+
+
+def _pad(x: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]) if len(x) < size else x
+
+
+def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
+    """The model of a finished unified run (by default the last one), with the decoder that its config names.
+
+    Raises:
+        UserError: nothing that could be loaded is there.
+    """
+    run = run or find_run(workdir)
+    config = read_config(workdir / run)
+    if config.program != "unified":
+        raise UserError(f"{workdir / run} is a {config.program} run: reading and drawing need a unified one")
+    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in PARTS}
+    tokenizer = SentencePieceTokenizer(workdir / config.data.tokenizer)
+    decoder, decoder_params, flow = load_decoder(workdir, config)
+    return Model(config, tokenizer, params, decoder, decoder_params, flow, batch_size)
+
+
+def load_decoder(workdir: Path, config: ConfigDict) -> tuple[DiT | None, Any, FlowConfig | None]:
+    """The decoder that a unified run's config names, its weights and how it samples."""
+    if not config.decoder:
+        return None, None, None
+    decoder_config = read_config(workdir / config.decoder)
+    decoder = DiT(settings.dit_config(decoder_config), jnp.dtype(decoder_config.compute_dtype))
+    params = jax.tree.map(jnp.asarray, load_part(workdir, config.decoder, "decoder"))
+    return decoder, params, settings.flow_config(decoder_config)

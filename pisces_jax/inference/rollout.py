@@ -1,0 +1,112 @@
+"""Text and visual vectors out of the unified model, one after the other, with the key-value cache.
+
+A rollout starts from prompts (`prefill`), may sample text (`sample_text`), and may draw (`draw_vectors`): `[IMG]`,
+then m vectors, each predicted from the state before it and fed back through its projector. All rows of a batch go
+together, each at its own length; a row's result does not depend on the rows beside it.
+
+Letters: B rows, T prompt positions, m drawn vectors, C their width.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pisces_jax.models.pisces import Pisces, place_vectors, slot_positions
+from pisces_jax.models.transformer import Cache, empty_cache
+
+
+@flax.struct.dataclass
+class Rows:
+    """Where a batch of rollouts stands: `length[b]` positions are in the cache, `hidden` is the state at the last."""
+
+    cache: Cache
+    length: Int[Array, "B"]
+    hidden: Float[Array, "B D"]
+
+
+@flax.struct.dataclass
+class Prompts:
+    """Prompts, left-aligned in `tokens [B, T]`, and the pictures they read, as a pool with pointers (`packing.py`)."""
+
+    tokens: Int[Array, "B T"]
+    length: Int[Array, "B"]
+    images: Int[Array, "P S S 3"]
+    row: Int[Array, "P"]
+    start: Int[Array, "P"]
+    valid: Bool[Array, "P"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """The functions of a rollout for one model; params are the model's, by part. All are to be called under jit."""
+
+    model: Pisces
+
+    def _apply(self, params: Any, *args: Any, method: str) -> Any:
+        return self.model.apply({"params": params}, *args, method=method)
+
+    def prefill(self, params: Any, prompts: Prompts, slots: int) -> Rows:
+        """Runs the prompts; the cache gets `slots` slots, for the prompts and all that is to come."""
+        B, T = prompts.tokens.shape
+        x = self._apply(params, prompts.tokens, method="embed")
+        if prompts.images.shape[0]:
+            read = self._apply(params, prompts.images, method="read")
+            pool = [a[None] for a in (prompts.row, prompts.start, prompts.valid)]
+            index = slot_positions(*pool, vectors=read.shape[1], length=T, rows=B)
+            x = place_vectors(x.reshape(1, B * T, -1), index, read[None]).reshape(x.shape)
+        cache = empty_cache(self.model.config.language_model, B, slots, self.model.dtype)
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+        hidden, cache = self._apply(params, x, positions, None, cache, method="run")
+        last = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
+        return Rows(cache, prompts.length, last)
+
+    def advance(self, params: Any, rows: Rows, x: Float[Array, "B D"], move: Bool[Array, "B"]) -> Rows:
+        """One position further with input x, for the rows of `move`; the others' next slot is written and not kept."""
+        hidden, cache = self._apply(params, x[:, None], rows.length[:, None], None, rows.cache, method="run")
+        return Rows(cache, rows.length + move, jnp.where(move[:, None], hidden[:, 0], rows.hidden))
+
+    def sample_text(
+        self, params: Any, rows: Rows, keys: Array, *, most: int, temperature: float, stop: tuple[int, ...], allowed: Array
+    ) -> tuple[Rows, Int[Array, "B most"]]:
+        """Up to `most` tokens a row, until one of `stop`, which is not put into the row; -1 stands behind the end.
+
+        Args:
+            keys: one random key a row.
+            temperature: 0 is greedy.
+            allowed: bool [V]: the tokens that may come, `stop` among them.
+        """
+        stops = jnp.asarray(stop)
+
+        def step(carry: Any, i: Array) -> tuple[Any, Array]:
+            rows, going = carry
+            logits = self._apply(params, rows.hidden[:, None], method="logits")[:, 0]
+            logits = jnp.where(allowed, logits, -jnp.inf)
+            if temperature:
+                draw = jax.vmap(lambda k, z: jax.random.categorical(jax.random.fold_in(k, i), z))
+                token = draw(keys, logits / temperature)
+            else:
+                token = jnp.argmax(logits, axis=-1)
+            going = going & ~jnp.isin(token, stops)
+            x = self._apply(params, token[:, None], method="embed")[:, 0]
+            return (self.advance(params, rows, x, going), going), jnp.where(going, token, -1)
+
+        (rows, _), tokens = jax.lax.scan(step, (rows, jnp.ones(rows.length.shape, bool)), jnp.arange(most))
+        return rows, tokens.T
+
+    def draw_vectors(self, params: Any, rows: Rows, begin_image: int) -> Float[Array, "B m C"]:
+        """`[IMG]`, then the m vectors of a picture."""
+        move = jnp.ones(rows.length.shape, bool)
+        begin = self._apply(params, jnp.full((rows.length.shape[0], 1), begin_image), method="embed")[:, 0]
+        rows = self.advance(params, rows, begin, move)
+
+        def step(rows: Rows, _: None) -> tuple[Rows, Array]:
+            vector = self._apply(params, rows.hidden, method="predict")
+            x = self._apply(params, vector, method="feed")
+            return self.advance(params, rows, x, move), vector
+
+        _, vectors = jax.lax.scan(step, rows, None, length=self.model.config.draw_vectors)
+        return vectors.swapaxes(0, 1)

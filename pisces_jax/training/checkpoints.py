@@ -1,0 +1,185 @@
+"""A run's folder: its config, its checkpoints (Orbax), and weights taken from other runs.
+
+    WORKDIR/tokenizer.model
+    WORKDIR/NAME/config.json            what is run; a folder without it is not ours
+    WORKDIR/NAME/metrics.jsonl
+    WORKDIR/NAME/checkpoints/STEP/      state (what the run changes) and iterator (one number)
+
+A checkpoint holds what its run trains. Frozen parts are read again from where they came, as `config.parts` says.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from pisces_jax.errors import UserError
+from pisces_jax.training import optimizer
+from pisces_jax.training.step import State
+
+# What may differ between a run and its continuation: nothing that changes its numbers.
+_FREE_KEYS = ("log", "mesh", "data.threads", "data.workers")
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """The whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def open_run(workdir: Path, config: ConfigDict) -> Path:
+    """The folder of this run, new or to be continued.
+
+    Raises:
+        UserError: no folder can be made there, or it holds something else or a run of another config.
+    """
+    run = workdir / config.name
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+    new = json.loads(config.to_json())
+    path = run / "config.json"
+    if not path.exists():
+        if any(run.iterdir()):
+            raise UserError(f"{run} holds files that are no run of ours: choose another --workdir")
+        write_atomic(path, json.dumps(new, indent=1))
+        return run
+    old = read_config(run).to_dict()
+    changed = sorted(_differences(json.loads(json.dumps(old)), new))
+    changed = [key for key in changed if not any(key == f or key.startswith(f + ".") for f in _FREE_KEYS)]
+    if changed:
+        raise UserError(
+            f"{run} holds a run with another config ({', '.join(changed[:5])}): continue it with its own, "
+            "or choose another --workdir"
+        )
+    return run
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return [
+            name
+            for key in {*a, *b}
+            for name in _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if a == b else [prefix]
+
+
+def read_config(run: Path) -> ConfigDict:
+    """The config that a run was started with.
+
+    Raises:
+        UserError: no run there.
+    """
+    try:
+        return ConfigDict(json.loads((run / "config.json").read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"{run} holds no run: give the --workdir of a finished training") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / 'config.json'} cannot be read: {error}") from error
+
+
+def finished_step(run: Path) -> int:
+    """The step of the latest whole checkpoint; 0 where there is none."""
+    folder = run / "checkpoints"
+    return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0) if folder.exists() else 0
+
+
+def is_finished(run: Path) -> bool:
+    return (run / "config.json").exists() and finished_step(run) >= read_config(run).steps
+
+
+class Checkpoints:
+    """Saves and restores the state of one run, with the number that its input stands at."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._folder = (run / "checkpoints").absolute()
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        )
+
+    def save(self, step: int, state: State, iterator: Mapping[str, Any]) -> None:
+        """Written in the background; `close` waits for it.
+
+        Raises:
+            UserError: the disk has no room for it.
+        """
+        changed = _changed(state)
+        size = sum(x.nbytes for x in jax.tree.leaves(changed))
+        free = shutil.disk_usage(self._folder).free
+        if free < 1.1 * size:
+            raise UserError(
+                f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint takes {size / 2**30:.2f}: free some space "
+                "and run the same command again"
+            )
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(changed), iterator=ocp.args.JsonSave(dict(iterator)))
+        self._manager.save(step, args=args)
+
+    def restore(self, state: State) -> tuple[State, dict[str, Any]] | None:
+        """The latest checkpoint in the place of `state` (arrays or abstract ones with shardings), if there is any."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        target = _changed(state)
+        args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=args, iterator=ocp.args.JsonRestore())
+        )
+        return state.replace(**restored["state"]), restored["iterator"]
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _changed(state: State) -> dict[str, Any]:
+    return {
+        "step": state.step, "trained": state.trained, "average": state.average, "optimizer": state.optimizer
+    }  # fmt: skip
+
+
+def load_part(workdir: Path, name: str, part: str) -> Any:
+    """The weights of `part` as run `name` left them: trained there (averaged, where the run averages), or where it
+    itself took them from. Host arrays.
+
+    Raises:
+        UserError: the run is missing or unfinished, or has no such part.
+    """
+    run = workdir / name
+    config = read_config(run)
+    if not is_finished(run):
+        raise UserError(f"{run} is not finished ({finished_step(run)} of {config.steps} steps): train it first")
+    path = run.absolute() / "checkpoints" / str(finished_step(run)) / "state"
+    checkpointer = ocp.PyTreeCheckpointer()
+    tree = checkpointer.metadata(path).item_metadata.tree
+    kept = tree["average"] if tree.get("average") else tree["trained"]
+    flat: dict[str, Any] = {}
+    if part in kept:
+        which = "average" if tree.get("average") else "trained"
+        wanted = {which: {part: kept[part]}}
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=None), wanted)
+        got = checkpointer.restore(
+            path, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+        )
+        flat = optimizer.flatten(got[which][part])
+    if part in config.parts and config.parts[part]:
+        # A part may be trained in part: what the run froze came from elsewhere.
+        flat = {**optimizer.flatten(load_part(workdir, config.parts[part], part)), **flat}
+    if not flat:
+        raise UserError(f"{run} has no part {part!r}: it trained {', '.join(kept)}")
+    return optimizer.unflatten(flat)

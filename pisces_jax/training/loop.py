@@ -1,0 +1,181 @@
+"""One run from start to end, to be read from top to bottom: mesh, input, program, state, loop."""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from pisces_jax.errors import UserError
+from pisces_jax.sharding import make_mesh
+from pisces_jax.training import flops, input, optimizer
+from pisces_jax.training.checkpoints import Checkpoints, finished_step, is_finished, load_part, open_run
+from pisces_jax.training.metrics import Writer, check_finite, merge
+from pisces_jax.training.programs import make_program
+from pisces_jax.training.samples import make_sampler
+from pisces_jax.training.step import State, Trainer, make_trainer
+
+log = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Trains one run into WORKDIR/NAME, from where it stands; returns at once if it is finished.
+
+    Raises:
+        UserError: whatever the user can mend; what is in the folder stays as it was.
+    """
+    if is_finished(workdir / config.name):
+        open_run(workdir, config)
+        print(f"{config.name}: finished already ({config.steps} steps)")
+        return
+    mesh = make_mesh(**config.mesh)
+    tokenizer = input.load_tokenizer(config, workdir)
+    program = make_program(config, tokenizer.vocab_size)
+    trainer = make_trainer(program, config, mesh)
+    trained = set(trainer.shardings.trained)
+    parts = starting_parts(config, workdir, trainer)
+    run = open_run(workdir, config)
+    for fallback in trainer.fallbacks:
+        log.warning(
+            "%s: dimension %d of size %d lies on mesh axes %s, not %s",
+            fallback.name, fallback.dimension, fallback.size, fallback.used or "none", fallback.wanted,
+        )  # fmt: skip
+
+    train_iterator = input.train_iterator(config, tokenizer, program, workdir)
+    state = trainer.init(jax.random.key(config.seed), parts)
+    checkpoints = Checkpoints(run, config.log.keep)
+    if restored := checkpoints.restore(state):
+        state, position = restored
+        train_iterator.set_state(position)
+    else:
+        overview = parameter_overview.get_parameter_overview(optimizer.join(state.trained, state.frozen), include_stats=False)
+        (run / "parameters.txt").write_text(overview + "\n")
+    start = int(state.step)
+    writer = Writer(run, start, tensorboard=config.log.tensorboard)
+    evaluate = _evaluation(config, tokenizer, program, trainer, workdir)
+    sampler = make_sampler(config, workdir, tokenizer, program, trainer) if config.log.samples_every else None
+    step = trainer.train_step()
+    peak, _ = flops.peak_flops()
+
+    pending: list[Any] = []
+    last_step, last_time, work = start, time.perf_counter(), 0.0
+    # Progress is for a person who watches; a log file gets a line now and then.
+    bar = tqdm(total=config.steps, initial=start, desc=config.name, unit="step", mininterval=1.0, dynamic_ncols=True)
+    with _signals() as stop, bar:
+        for number in range(start + 1, config.steps + 1):
+            batch = next(train_iterator)
+            if not work:
+                shapes = {k: (v.shape[0] * jax.process_count(), *v.shape[1:]) for k, v in batch.items()}
+                work = flops.step_flops(program, shapes, trained)
+            state, metrics = step(state, trainer.put(batch))
+            pending.append(metrics)
+            bar.update()
+            last = number == config.steps
+            stopping = stop()
+            if _due(number, config.log.every) or last or stopping:
+                values = merge(pending)
+                check_finite(values, last_step, number)
+                seconds = (time.perf_counter() - last_time) / (number - last_step)
+                values |= {
+                    "seconds_per_step": seconds,
+                    "examples_per_second": input.examples(batch) * jax.process_count() / seconds,
+                    "mfu": work / seconds / peak,
+                }
+                writer.scalars(number, {f"train/{k}": v for k, v in values.items()})
+                bar.set_postfix({k: f"{values[k]:.3g}" for k in program.weights if k in values}, refresh=False)
+                pending = []
+            if evaluate and (_due(number, config.log.evaluate_every) or last):
+                held_out = evaluate(state)
+                check_finite(held_out, number, number)
+                writer.scalars(number, {f"val/{k}": v for k, v in held_out.items()})
+            if sampler and (_due(number, config.log.samples_every) or last):
+                writer.picture(number, "samples", sampler(state, run / "samples" / f"{number:07d}.png"))
+            if _due(number, config.log.checkpoint_every) or last or stopping:
+                checkpoints.save(number, state, train_iterator.get_state())
+            if not pending:
+                last_step, last_time = number, time.perf_counter()
+            if stopping and not last:
+                break
+    checkpoints.close()
+    train_iterator.close()
+    writer.close()
+    if train_iterator.broken:
+        log.warning("%s: %d examples could not be read and were masked", config.name, len(train_iterator.broken))
+    if finished_step(run) < config.steps:
+        raise KeyboardInterrupt
+
+
+def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer) -> dict[str, Any]:
+    """The parts that start from other runs' weights.
+
+    Raises:
+        UserError: such a run is missing, unfinished or of other shapes, or a frozen part has no start at all.
+    """
+    shapes = optimizer.join(trainer.abstract.trained, trainer.abstract.frozen)
+    parts = {}
+    for part, source in config.parts.items():
+        if part not in shapes:
+            raise UserError(f"config key parts.{part}: the model's parts are {', '.join(shapes)}")
+        tree = load_part(workdir, source, part)
+        wanted, got = optimizer.flatten(shapes[part]), optimizer.flatten(tree)
+        wrong = [
+            f"{part}/{k} {getattr(got.get(k), 'shape', 'missing')} for {getattr(wanted.get(k), 'shape', 'nothing')}"
+            for k in sorted({*wanted, *got})
+            if getattr(got.get(k), "shape", None) != getattr(wanted.get(k), "shape", None)
+        ]
+        if wrong:
+            raise UserError(f"{workdir / source} does not fit model.{part}: {'; '.join(wrong)}")
+        parts[part] = tree
+    for part in trainer.abstract.frozen:
+        if part not in config.parts and part not in trainer.abstract.trained:
+            raise UserError(f"part {part} is frozen and starts from random numbers: name a run in parts.{part}")
+    return parts
+
+
+def _evaluation(
+    config: ConfigDict, tokenizer: Any, program: Any, trainer: Trainer, workdir: Path
+) -> Callable[[State], dict[str, float]] | None:
+    """Losses on held-out data: the same batches every time."""
+    if not config.data.evaluate:
+        return None
+    step = trainer.evaluate_step()
+    iterator = input.evaluate_iterator(config, tokenizer, program, workdir)
+
+    def evaluate(state: State) -> dict[str, float]:
+        iterator.set_state({"next_batch": 0})
+        values = merge([step(state, trainer.put(batch)) for batch in iterator])
+        iterator.close()
+        return values
+
+    return evaluate
+
+
+def _due(number: int, every: int) -> bool:
+    return bool(every) and number % every == 0
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether this process was asked to end: then the run saves and stops after the step in hand."""
+    asked = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)

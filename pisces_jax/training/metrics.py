@@ -1,0 +1,77 @@
+"""What a run measures: averages gathered on the device, written as JSON lines and, if asked for, for TensorBoard."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu.metrics import Average
+
+from pisces_jax.errors import UserError
+
+
+def merge(parts: Sequence[Mapping[str, Average]]) -> dict[str, float]:
+    """The averages of several steps as one number each; those of nothing are left out."""
+    parts = jax.device_get(list(parts))
+    totals: dict[str, list[float]] = {}
+    for part in parts:
+        for name, average in part.items():
+            entry = totals.setdefault(name, [0.0, 0.0])
+            entry[0] += float(average.total)
+            entry[1] += float(average.count)
+    return {name: total / count for name, (total, count) in totals.items() if count > 0}
+
+
+def check_finite(values: Mapping[str, float], first: int, last: int) -> None:
+    """Raises `UserError` naming what is no finite number, and the steps between which it came about."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"{', '.join(bad)} became infinite or NaN between steps {first} and {last}: lower optimizer.learning_rate "
+            "or optimizer.clip; the last checkpoint is untouched"
+        )
+
+
+class Writer:
+    """Appends to metrics.jsonl; lines past `step` (of a run that went on from an earlier checkpoint) are dropped."""
+
+    def __init__(self, run: Path, step: int, *, tensorboard: bool) -> None:
+        self._path = run / "metrics.jsonl"
+        if self._path.exists():
+            lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in lines))
+            os.replace(temporary, self._path)
+        self._summary: Any = None
+        if tensorboard:
+            try:
+                from clu import metric_writers  # imports TensorFlow
+            except ImportError as error:
+                raise UserError(
+                    "log.tensorboard needs TensorFlow: install pisces-jax[tensorboard], or leave it out: "
+                    "metrics.jsonl holds the same numbers"
+                ) from error
+            self._summary = metric_writers.SummaryWriter(str(run))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
+        if self._summary is not None:
+            self._summary.write_scalars(step, dict(values))
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        if self._summary is not None:
+            self._summary.write_images(step, {name: image[None]})
+
+    def close(self) -> None:
+        if self._summary is not None:
+            self._summary.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,100 @@
+"""Sample pictures during training: what the run at hand makes of the first held-out examples, beside the truth."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+
+from pisces_jax.data.example import Picture
+from pisces_jax.data.images import fit
+from pisces_jax.errors import UserError
+from pisces_jax.inference.decode import decode
+from pisces_jax.inference.model import Model, load_decoder
+from pisces_jax.models.vit import pooled_features
+from pisces_jax.training import input
+from pisces_jax.training.optimizer import join
+from pisces_jax.training.programs import Program, Reconstruction, UnifiedProgram
+from pisces_jax.training.step import State, Trainer
+
+Sampler = Callable[[State, Path], UInt8[np.ndarray, "H W 3"]]
+
+
+def picture_grid(rows: Sequence[Sequence[UInt8[np.ndarray, "S S 3"]]], scale: int = 3, gap: int = 4) -> np.ndarray:
+    """Rows of pictures of one size on white, each pixel `scale` wide."""
+    size = rows[0][0].shape[0] * scale
+    cell = size + gap
+    sheet = np.full((len(rows) * cell + gap, max(map(len, rows)) * cell + gap, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            big = image.repeat(scale, axis=0).repeat(scale, axis=1)
+            sheet[gap + r * cell : gap + r * cell + size, gap + c * cell : gap + c * cell + size] = big
+    return sheet
+
+
+def make_sampler(config: ConfigDict, workdir: Path, tokenizer: Any, program: Program, trainer: Trainer) -> Sampler:
+    """Draws `log.samples` held-out pictures (first row the truth) into a PNG, with the averaged weights if any.
+
+    Raises:
+        UserError: there is nothing to sample from, or no decoder to draw with.
+    """
+    sources = input.evaluation_sources(config)
+    if isinstance(program, UnifiedProgram):
+        return _drawer(config, workdir, tokenizer, sources)
+    assert hasattr(program, "reconstruction")
+    return _reconstructor(config, program.reconstruction, sources)
+
+
+def _save(grid: np.ndarray, path: Path) -> np.ndarray:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(grid).save(path)
+    return grid
+
+
+def _weights(state: State) -> Any:
+    return join(state.average or state.trained, state.frozen)
+
+
+def _reconstructor(config: ConfigDict, model: Reconstruction, sources: Sequence[Any]) -> Sampler:
+    examples = [sources[0][i] for i in range(min(config.log.samples, len(sources[0])))]
+    pictures = [next(p for p in e.parts if isinstance(p, Picture)).array() for e in examples]
+    truth = np.stack([fit(p, model.decoder.config.size) for p in pictures])
+    keys = jax.random.split(jax.random.key(0), len(truth))
+
+    @jax.jit
+    def reconstruct(params: Any, images: Any) -> Any:
+        vectors = pooled_features(model.vectors(params, images), model.pool)
+        return decode(model.decoder, params["decoder"], vectors, keys, model.flow)
+
+    def sample(state: State, path: Path) -> np.ndarray:
+        return _save(picture_grid([truth, np.asarray(reconstruct(_weights(state), truth))]), path)
+
+    return sample
+
+
+def _drawer(config: ConfigDict, workdir: Path, tokenizer: Any, sources: Sequence[Any]) -> Sampler:
+    if not config.decoder:
+        raise UserError("log.samples_every needs a decoder to draw with: name its run in config key decoder")
+    drawn = [s for s in sources if any(isinstance(p, Picture) and p.role == "draw" for p in s[0].parts)]
+    if not drawn:
+        raise UserError("log.samples_every: no source of data.evaluate has pictures to draw")
+    examples = [drawn[i % len(drawn)][i // len(drawn)] for i in range(config.log.samples)]
+    prompts, truth = [], []
+    for example in examples:
+        at = next(i for i, p in enumerate(example.parts) if isinstance(p, Picture) and p.role == "draw")
+        prompts.append(example.parts[:at])
+        truth.append(example.parts[at].array())  # type: ignore[union-attr]
+    decoder, decoder_params, flow = load_decoder(workdir, config)
+    model = Model(config, tokenizer, None, decoder, decoder_params, flow, batch_size=len(prompts))
+    truth = [fit(image, decoder.config.size) for image in truth]  # type: ignore[union-attr]
+
+    def sample(state: State, path: Path) -> np.ndarray:
+        model.params = _weights(state)
+        drawings = model.draw(prompts, describe=False)
+        return _save(picture_grid([truth, [d.image for d in drawings]]), path)
+
+    return sample

@@ -1,0 +1,59 @@
+"""Metadata and dependencies of pisces_jax. The lower bounds are tested (`.ci/lowest.py`)."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "pisces_jax/__init__.py").read_text(), re.M)
+README = HERE / "README.md"
+
+REQUIRED = [
+    "jax>=0.10.0",
+    "flax>=0.12.6",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.11.36",
+    "grain>=0.2.16",
+    "array_record>=0.8.3; sys_platform != 'win32'",
+    "tensorflow-datasets>=4.9.9",
+    "clu>=0.0.12",
+    "ml-collections>=1.1.0",
+    "sentencepiece>=0.2.1",
+    "tokenizers>=0.22.2",
+    "safetensors>=0.7.0",
+    "huggingface_hub>=1.0.0",
+    "numpy>=2.2.0",
+    "pillow>=12.0.0",
+    "matplotlib>=3.10.0",
+    "jaxtyping>=0.3.3",
+    "tqdm>=4.67.0",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    # CLU's metric writer for TensorBoard is the one thing here that needs TensorFlow.
+    "tensorboard": ["tensorflow>=2.20.0", "tensorboard>=2.20.0"],
+    "notebooks": ["ipykernel>=7.0.0", "nbclient>=0.10.2", "nbformat>=5.10.0"],
+    "test": [
+        "pytest>=9.0.0",
+        "pytest-xdist>=3.8.0",
+        "pytest-timeout>=2.4.0",
+        "ruff>=0.14.0",
+        "mypy>=1.19.0",
+    ],
+}
+
+setup(
+    name="pisces-jax",
+    version=VERSION.group(1),
+    description="Unified models that read and draw pictures (Pisces, BLIP3-o), in JAX",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["pisces_jax", "pisces_jax.*"]),
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)

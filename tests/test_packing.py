@@ -1,0 +1,348 @@
+"""Packing, against an obvious reference that reads the rows back."""
+
+import collections
+import pickle
+
+import numpy as np
+import pytest
+
+from pisces_jax.data.binning import pack
+from pisces_jax.data.example import Example, Picture, Text, identity
+from pisces_jax.data.images import UnreadablePicture
+from pisces_jax.data.layout import Layout, lay_out, scan_lengths
+from pisces_jax.data.mixture import Mixture, shuffled
+from pisces_jax.data.packing import Entry, PackedGroups
+from pisces_jax.errors import UserError
+
+LAYOUT = Layout(
+    read_vectors=5, draw_vectors=3, length=40, rows=3, read_slots=5, draw_slots=4, read_size=8, draw_size=6
+)
+
+
+class Letters:
+    """A tokenizer of one id a character."""
+
+    pad, bos, eos, begin_image, end_image, image = range(6)
+    vocab_size = 200
+    fingerprint = "letters"
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids if i >= 6)
+
+
+def plain(value, size):
+    """A picture whose every pixel says which one it is."""
+    return lambda: np.full((size, size, 3), value % 256, np.uint8)
+
+
+def unreadable():
+    raise UnreadablePicture("picture x cannot be read: replace it")
+
+
+class Words:
+    """Examples of all forms, with texts of uneven lengths; those in `broken` have a picture that fails."""
+
+    def __init__(self, name, n, forms=("read", "draw", "text", "edit", "described"), broken=()):
+        self.name, self.n, self.forms, self.broken = name, n, forms, broken
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        words = f"{self.name}{i}" + "abcdefghij"[: i * 7 % 10]
+        form = self.forms[i % len(self.forms)]
+        make = unreadable if i in self.broken else None
+        parts = {
+            "read": (Picture(make or plain(i, 8), "read"), Text("q:"), Text(words, learn=True)),
+            "draw": (Text(words), Picture(make or plain(i, 6), "draw")),
+            "text": (Text("t:"), Text(words, learn=True)),
+            "edit": (Picture(plain(i, 8), "read"), Text(words), Picture(make or plain(i + 1, 6), "draw")),
+            "described": (Text("d:"), Text(words, learn=True), Picture(make or plain(i, 6), "draw")),
+        }[form]
+        return Example(parts, f"{self.name}/{i}")
+
+
+def two_sources(**options):
+    entries = [Entry("a", 3.0, Words("a", 60)), Entry("b", 1.0, Words("b", 37, ("draw", "read")))]
+    return PackedGroups(entries, Letters(), LAYOUT, seed=5, **options)
+
+
+def segments(group):
+    """Every segment of a group, read back from the arrays alone: (source, tokens, learn, row, start)."""
+    for row in range(group["tokens"].shape[0]):
+        ids = group["segment_ids"][row]
+        for segment in range(1, ids.max() + 1):
+            places = np.flatnonzero(ids == segment)
+            assert (np.diff(places) == 1).all()  # in one piece
+            assert group["positions"][row, places].tolist() == list(range(len(places)))
+            (source,) = set(group["source"][row, places].tolist())
+            yield source, group["tokens"][row, places], group["learn"][row, places], row, places[0]
+        padding = ids == 0
+        assert (group["tokens"][row, padding] == Letters.pad).all() and not group["learn"][row, padding].any()
+        assert (group["source"][row, padding] == -1).all() and not group["positions"][row, padding].any()
+
+
+def test_lay_out_by_hand():
+    t = Letters()
+    b, e, i, o, c = t.bos, t.eos, t.image, t.begin_image, t.end_image
+    picture = plain(0, 8)
+
+    def check(parts, tokens, learn, places):
+        got = lay_out(Example(tuple(parts), "k"), t, LAYOUT)
+        assert got.tokens.tolist() == tokens and got.tokens.dtype == np.int32
+        assert got.learn.astype(int).tolist() == learn and got.learn.dtype == bool
+        assert [(p.role, p.start, p.ordinal) for p in got.pictures] == places
+
+    q, a = ord("Q"), ord("A")
+    check([Text("QQ"), Text("A", learn=True)], [b, q, q, a, e], [0, 0, 0, 1, 1], [])
+    check(
+        [Picture(picture, "read"), Text("Q"), Text("AA", learn=True)],
+        [b, i, i, i, i, i, q, a, a, e],
+        [0, 0, 0, 0, 0, 0, 0, 1, 1, 1],
+        [("read", 1, 0)],
+    )
+    # Drawing was asked for: neither the mark nor the end is learned.
+    check([Text("Q"), Picture(picture, "draw")], [b, q, o, i, i, i, c, e], [0] * 8, [("draw", 3, 1)])
+    # The model wrote a description and then chose to draw.
+    check(
+        [Text("Q"), Text("A", learn=True), Picture(picture, "draw")],
+        [b, q, a, o, i, i, i, c, e],
+        [0, 0, 1, 1, 0, 0, 0, 0, 0],
+        [("draw", 4, 2)],
+    )
+    # A picture between an answer and the end: the end is not learned.
+    check(
+        [Text("A", learn=True), Picture(picture, "read")],
+        [b, a, i, i, i, i, i, e],
+        [0, 1, 0, 0, 0, 0, 0, 0],
+        [("read", 2, 1)],
+    )
+
+
+def test_an_epoch_holds_every_example_once_and_nothing_else():
+    source = Words("a", 137)
+    groups = PackedGroups([Entry("a", 1.0, source)], Letters(), LAYOUT, seed=1)
+    for epoch in (0, 1):
+        first = 0 if epoch == 0 else len(groups.epoch(0))
+        seen, ids = collections.Counter(), collections.Counter()
+        for i in range(first, first + len(groups.epoch(epoch))):
+            group = groups[i]
+            for _, tokens, learn, _, _ in segments(group):
+                seen[tokens.tobytes(), learn.tobytes()] += 1
+            for role in ("read", "draw"):
+                ids.update(map(tuple, group[f"{role}_id"][group[f"{role}_valid"]].tolist()))
+        expected, expected_ids = collections.Counter(), collections.Counter()
+        for i in range(len(source)):
+            laid_out = lay_out(source[i], Letters(), LAYOUT)
+            expected[laid_out.tokens.tobytes(), laid_out.learn.tobytes()] += 1
+            for placed in laid_out.pictures:
+                expected_ids[tuple(identity(1, epoch, source[i].key, placed.ordinal).tolist())] += 1
+        assert seen == expected
+        assert ids == expected_ids and max(ids.values()) == 1
+
+
+def test_pictures_are_where_their_pointers_say():
+    groups = two_sources()
+    for i in range(12):
+        group = groups[i]
+        vectors = np.zeros(group["tokens"].shape, int)
+        for role, n, size in (("read", LAYOUT.read_vectors, 8), ("draw", LAYOUT.draw_vectors, 6)):
+            slots = len(group[f"{role}_valid"])
+            assert group[f"{role}_images"].shape == (slots, size, size, 3)
+            for slot in range(slots):
+                row, start = int(group[f"{role}_row"][slot]), int(group[f"{role}_start"][slot])
+                if not group[f"{role}_valid"][slot]:
+                    assert group[f"{role}_source"][slot] == -1 and not group[f"{role}_images"][slot].any()
+                    continue
+                vectors[row, start : start + n] += 1
+                assert group[f"{role}_source"][slot] == group["source"][row, start]
+                if role == "draw":
+                    assert group["tokens"][row, start - 1] == Letters.begin_image
+                    assert group["tokens"][row, start + n] == Letters.end_image
+                # The picture is that of the example whose text surrounds it (its number is in the text).
+                segment = group["segment_ids"][row] == group["segment_ids"][row, start]
+                text = Letters().decode(group["tokens"][row, segment])
+                number = int("".join(letter for letter in text if letter.isdigit()))
+                edits = role == "draw" and (group["tokens"][row, segment][1] == Letters.image)
+                assert (group[f"{role}_images"][slot] == (number + int(edits)) % 256).all()
+        assert (vectors == (group["tokens"] == Letters.image)).all()
+
+
+def test_shapes_and_types_are_fixed():
+    groups = two_sources()
+    expected = {name: (value.shape, value.dtype) for name, value in groups.empty().items()}
+    g, t, r, d = LAYOUT.rows, LAYOUT.length, LAYOUT.read_slots, LAYOUT.draw_slots
+    assert expected["tokens"] == ((g, t), np.int32) and expected["learn"] == ((g, t), bool)
+    assert expected["read_images"] == ((r, 8, 8, 3), np.uint8) and expected["draw_id"] == ((d, 2), np.uint32)
+    assert len(expected) == 5 + 2 * 6
+    for i in range(5):
+        assert {name: (value.shape, value.dtype) for name, value in groups[i].items()} == expected
+
+
+@pytest.mark.parametrize("rows, reads, draws", [(1, 2, 2), (4, 6, 3), (8, 30, 30)])
+def test_budgets_hold_for_any_lengths(rows, reads, draws):
+    rng = np.random.default_rng(rows)
+    layout = Layout(1, 1, 64, rows, reads, draws, 1, 1)
+    tokens, r, d = rng.integers(1, 65, 3000), rng.integers(0, 3, 3000), rng.integers(0, 3, 3000)
+    bins = pack(tokens, r, d, layout)
+    used = np.zeros((bins.num_groups, rows, 64), int)
+    for i in range(len(tokens)):
+        assert bins.offset[i] + tokens[i] <= 64
+        used[bins.group[i], bins.row[i], bins.offset[i] : bins.offset[i] + tokens[i]] += 1
+    assert used.max() == 1  # no two on one place
+    assert used.any(axis=(1, 2)).all()  # no group is empty
+    assert np.bincount(bins.group, r).max() <= reads and np.bincount(bins.group, d).max() <= draws
+    # Best fit over many open groups is about as good as if all stayed open.
+    best = pack(tokens, r, d, layout, open_rows=10**9)
+    assert bins.num_groups <= 1.1 * best.num_groups
+
+
+def test_packing_is_full_when_pictures_do_not_limit():
+    rng = np.random.default_rng(0)
+    tokens, none = rng.integers(20, 80, 20_000), np.zeros(20_000, int)
+    bins = pack(tokens, none, none, Layout(1, 1, 256, 4, 0, 0, 1, 1))
+    assert tokens.sum() / (bins.num_groups * 4 * 256) > 0.95  # the least share the project asks for
+
+
+def test_shuffled_is_a_permutation():
+    for n in (1, 2, 3, 255, 256, 257, 70_000):
+        whole = shuffled(np.arange(n), n, "key", 3)
+        assert sorted(whole.tolist()) == list(range(n))
+        assert shuffled(np.arange(n)[n // 2 :], n, "key", 3).tolist() == whole[n // 2 :].tolist()
+    # Looks random: few fixed points, no correlation of neighbours; another key gives another order.
+    assert (whole == np.arange(n)).sum() < 10
+    assert abs(np.corrcoef(whole[:-1], whole[1:])[0, 1]) < 0.02
+    assert (whole == shuffled(np.arange(n), n, "key", 4)).sum() < 10
+
+
+def test_mixture_shares_and_passes():
+    usable = [np.arange(0, 100), np.arange(500, 530), np.array([7])]
+    mixture = Mixture(["a", "b", "c"], [5.0, 4.0, 1.0], usable, seed=0, examples_per_epoch=40)
+    assert mixture.counts == [20, 16, 4]
+    taken = [[], [], []]
+    for epoch in range(15):
+        source, index = mixture.epoch(epoch)
+        assert np.bincount(source).tolist() == [20, 16, 4]
+        again = mixture.epoch(epoch)
+        assert (again[0] == source).all() and (again[1] == index).all()
+        for s in range(3):
+            taken[s] += index[source == s].tolist()
+    # 15 epochs are three whole passes over a, eight over b, sixty over c.
+    for s, passes in enumerate((3, 8, 60)):
+        assert collections.Counter(taken[s]) == dict.fromkeys(usable[s].tolist(), passes)
+    # Within every pass over a (five epochs) each example comes once, and the passes differ in order.
+    for start in (0, 100, 200):
+        assert len(set(taken[0][start : start + 100])) == 100
+    assert taken[0][:100] != taken[0][100:200]
+    with pytest.raises(UserError, match="same name"):
+        Mixture(["a", "a"], [1, 1], usable[:2], 0)
+    with pytest.raises(UserError, match="weights"):
+        Mixture(["a", "b"], [0, 0], usable[:2], 0)
+    with pytest.raises(UserError, match="examples_per_epoch"):
+        Mixture(["a", "b", "c"], [1, 1, 1], usable, 0, examples_per_epoch=1)
+
+
+def test_unshuffled_mixture_is_in_order_and_even():
+    mixture = Mixture(["a", "b"], [3.0, 1.0], [np.arange(60), np.arange(20)], 0, shuffle=False)
+    source, index = mixture.epoch(0)
+    assert index[source == 0].tolist() == list(range(60)) and index[source == 1].tolist() == list(range(20))
+    assert np.bincount(source[:8]).tolist() == [6, 2]
+
+
+def test_groups_are_a_pure_function_of_seed_and_number():
+    one, two = two_sources(), two_sources()
+    total = sum(len(one.epoch(epoch)) for epoch in range(3))
+    numbers = list(range(total))
+    in_order = [one[i] for i in numbers]
+    np.random.default_rng(0).shuffle(numbers)
+    for i in numbers:  # another object, in any order
+        for name, value in two[i].items():
+            np.testing.assert_array_equal(value, in_order[i][name], err_msg=f"group {i}, {name}")
+    other = PackedGroups(one.entries, Letters(), LAYOUT, seed=6)
+    assert any((other[i]["tokens"] != in_order[i]["tokens"]).any() for i in range(3))
+    copied = pickle.loads(pickle.dumps(one))
+    np.testing.assert_array_equal(copied[total]["tokens"], two[total]["tokens"])
+
+
+def test_left_out_examples_are_counted_by_reason(caplog):
+    class Odd(Words):
+        def __getitem__(self, i):
+            if i == 3:
+                return Example((Text("x" * 60),), "long")
+            if i == 4:
+                return Example(tuple(Picture(plain(0, 6), "draw") for _ in range(5)), "many")
+            if i == 5:
+                raise UserError("broken record")
+            return super().__getitem__(i)
+
+    groups = PackedGroups([Entry("odd", 1, Odd("odd", 20))], Letters(), LAYOUT, seed=0)
+    assert groups.left_out == {"odd": (1, 1, 1)}
+    assert "of 20 examples 1 are longer" in caplog.text
+    assert groups.epoch(0).index.tolist() != [] and not {3, 4, 5} & set(groups.epoch(0).index.tolist())
+    assert len(groups.epoch(0).index) == 17
+
+
+def test_a_layout_that_fits_nothing_is_a_users_mistake():
+    short = Layout(5, 3, 6, 1, 4, 4, 8, 6)
+    with pytest.raises(UserError, match="row length to at least"):
+        PackedGroups([Entry("a", 1, Words("a", 10))], Letters(), short, seed=0)
+    no_slots = Layout(5, 3, 40, 1, 4, 0, 8, 6)
+    with pytest.raises(UserError, match="draw_slots to 1"):
+        PackedGroups([Entry("a", 1, Words("a", 10, ("draw",)))], Letters(), no_slots, seed=0)
+
+
+def test_an_unreadable_picture_is_masked_and_counted(caplog):
+    whole = PackedGroups([Entry("a", 1, Words("a", 40))], Letters(), LAYOUT, seed=0)
+    holed = PackedGroups([Entry("a", 1, Words("a", 40, broken=(3, 6)))], Letters(), LAYOUT, seed=0)
+    learned = valid = 0
+    for i in range(len(whole.epoch(0))):
+        a, b = whole[i], holed[i]
+        for name in ("tokens", "segment_ids", "positions", "source"):  # nothing moves
+            np.testing.assert_array_equal(a[name], b[name])
+        assert not (b["learn"] & ~a["learn"]).any()
+        learned += int((a["learn"] & ~b["learn"]).sum())
+        valid += sum(int(a[f"{role}_valid"].sum() - b[f"{role}_valid"].sum()) for role in ("read", "draw"))
+    # Example 3 is an edit: its readable picture to read goes too. Example 6 draws. Neither learns any text.
+    assert valid == 3 and learned == 0
+    assert holed.broken == {"a/3": 1, "a/6": 1}
+    assert sum("a/3" in record.message for record in caplog.records) == 1
+    holed[0], [holed[i] for i in range(len(holed.epoch(0)))]
+    assert holed.broken["a/3"] >= 2 and sum("a/3" in record.message for record in caplog.records) == 1
+
+
+def test_lengths_are_cached_by_what_they_depend_on(tmp_path):
+    class Counting(Words):
+        reads = 0
+
+        def __getitem__(self, i):
+            self.reads += 1
+            return super().__getitem__(i)
+
+    cache = tmp_path / "lengths" / "a.npz"
+    source = Counting("a", 500)
+    first = scan_lengths(source, Letters(), LAYOUT, cache)
+    for i in range(0, 500, 7):
+        laid_out = lay_out(source[i], Letters(), LAYOUT)
+        roles = [placed.role for placed in laid_out.pictures]
+        expected = len(laid_out.tokens), roles.count("read"), roles.count("draw")
+        assert (first.tokens[i], first.reads[i], first.draws[i]) == expected
+    source.reads = 0
+    again = scan_lengths(source, Letters(), LAYOUT, cache)
+    assert source.reads < 50 and all((a == b).all() for a, b in zip(first, again, strict=True))
+    longer = scan_lengths(Counting("abc", 500), Letters(), LAYOUT, cache)
+    assert (longer.tokens == first.tokens + 2).all()
+    cache.write_bytes(b"PK damaged")
+    assert (scan_lengths(source, Letters(), LAYOUT, cache).tokens == first.tokens).all()
+    assert [path.name for path in cache.parent.iterdir()] == ["a.npz"]
+
+
+def test_fill_counts_what_the_rows_hold():
+    groups = two_sources()
+    whole = [groups[i] for i in range(len(groups.epoch(0)))]
+    fill = groups.fill(0)
+    assert fill.tokens == pytest.approx(np.mean([group["segment_ids"] > 0 for group in whole]))
+    assert fill.read_slots == pytest.approx(np.mean([group["read_valid"] for group in whole]))
+    assert fill.draw_slots == pytest.approx(np.mean([group["draw_valid"] for group in whole]))

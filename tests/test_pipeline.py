@@ -1,0 +1,154 @@
+"""Iterators: the saved number is all there is; threads, workers and hosts change nothing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pisces_jax.data.layout import Layout
+from pisces_jax.data.packing import PackedGroups
+from pisces_jax.data.pairs import Pairs
+from pisces_jax.data.pipeline import make_source, packed_iterator, pairs_iterator
+from pisces_jax.data.shapes import corpus
+from pisces_jax.data.tokenizers import train_sentencepiece
+from pisces_jax.errors import UserError
+
+LAYOUT = Layout(
+    read_vectors=4, draw_vectors=4, length=96, rows=2, read_slots=4, draw_slots=4, read_size=16, draw_size=16
+)
+TASKS = {"caption": 1.0, "draw_caption": 2.0, "question": 1.0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_sentencepiece(corpus(500), tmp_path_factory.mktemp("tokenizer") / "t.model", 700)
+
+
+@pytest.fixture(scope="module")
+def entries():
+    return [
+        make_source(dict(kind="shapes", name=task, weight=weight, task=task, num_examples=40, size=16))
+        for task, weight in TASKS.items()
+    ]
+
+
+@pytest.fixture(params=["packed", "pairs"])
+def open_iterator(request, entries, tokenizer):
+    """Opens an iterator over batches of 4 whose tenth batch is well into the second epoch."""
+    if request.param == "packed":
+        items, iterator = PackedGroups(entries, tokenizer, LAYOUT, seed=0), packed_iterator
+        per_epoch = len(items.epoch(0))
+    else:
+        items, iterator = Pairs(entries, tokenizer, 48, 16, seed=0, examples_per_epoch=30), pairs_iterator
+        per_epoch = items.per_epoch
+    assert per_epoch < 40
+    return lambda **options: iterator(items, 4, **options)
+
+
+def take(iterator, n):
+    return [next(iterator) for _ in range(n)]
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for a, b in zip(batches, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_resumes_identically_for_any_number_of_threads(open_iterator):
+    whole = take(open_iterator(threads=0), 14)
+    for position in (0, 1, 7, 10):
+        for before, after in ((0, 0), (2, 2), (0, 2), (2, 0)):
+            first = open_iterator(threads=before)
+            assert_same(take(first, position), whole[:position])
+            state = json.loads(json.dumps(first.get_state()))
+            assert state == {"next_batch": position}
+            first.close()
+            second = open_iterator(threads=after)
+            take(second, 3)  # a state may also be set on an iterator in use
+            second.set_state(state)
+            assert_same(take(second, 14 - position), whole[position:])
+            second.close()
+
+
+def test_worker_processes_give_the_same_batches(entries, tokenizer):
+    groups = PackedGroups(entries, tokenizer, LAYOUT, seed=0)
+    whole = take(packed_iterator(groups, 4, threads=0), 9)
+    iterator = packed_iterator(groups, 4, workers=2)
+    iterator.set_state({"next_batch": 4})
+    assert_same(take(iterator, 5), whole[4:])
+    assert iterator.get_state() == {"next_batch": 9}
+    iterator.close()
+
+
+def test_hosts_share_every_batch(open_iterator):
+    whole = take(open_iterator(threads=0), 10)
+    hosts = [take(open_iterator(process_index=host, process_count=2), 10) for host in range(2)]
+    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*hosts, strict=True)]
+    assert_same(joined, whole)
+    with pytest.raises(UserError, match="not a multiple"):
+        open_iterator(process_count=3)
+
+
+def test_batches_are_stacked_groups(entries, tokenizer):
+    groups = PackedGroups(entries, tokenizer, LAYOUT, seed=0)
+    for b, batch in enumerate(take(packed_iterator(groups, 4), 3)):
+        for g in range(4):
+            for name, value in groups[4 * b + g].items():
+                np.testing.assert_array_equal(batch[name][g], value)
+
+
+def test_one_pass_for_evaluation(entries, tokenizer):
+    groups = PackedGroups(entries, tokenizer, LAYOUT, seed=0, shuffle=False)
+    iterator = packed_iterator(groups, 4, one_pass=True)
+    batches = list(iterator)
+    assert len(batches) == len(iterator) == -(-len(groups.epoch(0)) // 4)
+    starts = sum(int(((b["positions"] == 0) & (b["segment_ids"] > 0)).sum()) for b in batches)
+    assert starts == sum(groups.mixture.counts) == 120
+    beyond = 4 * len(batches) - len(groups.epoch(0))
+    assert not batches[-1]["segment_ids"][4 - beyond :].any()
+    assert len(list(packed_iterator(groups, 4, one_pass=True, num_batches=2))) == 2
+
+    pairs = Pairs(entries, tokenizer, 48, 16, seed=0, examples_per_epoch=30, shuffle=False)
+    batches = list(pairs_iterator(pairs, 4, one_pass=True))
+    assert sum(int(batch["valid"].sum()) for batch in batches) == pairs.per_epoch
+
+
+def test_pairs_hold_their_examples(entries, tokenizer):
+    pairs = Pairs(entries, tokenizer, 48, 16, seed=0)
+    source, index = pairs.mixture.epoch(1)
+    for i in range(20):
+        example = entries[source[i]].source[int(index[i])]
+        pair = pairs[pairs.per_epoch + i]
+        words = " ".join(part.text for part in example.parts if hasattr(part, "text"))
+        (image,) = [part.array() for part in example.parts if hasattr(part, "role")]
+        np.testing.assert_array_equal(pair["image"], image)
+        ids = pair["tokens"][pair["text_mask"]]
+        assert ids[0] == tokenizer.bos and ids[-1] == tokenizer.eos and len(ids) <= 48
+        assert tokenizer.decode(ids) == words and (pair["tokens"][len(ids) :] == tokenizer.pad).all()
+        assert not {tokenizer.image, tokenizer.begin_image, tokenizer.end_image} & set(ids.tolist())
+        assert pair["valid"] and pair["id"].dtype == np.uint32
+
+
+def test_long_texts_are_left_out_of_pairs(entries, tokenizer):
+    pairs = Pairs(entries[:2], tokenizer, 12, 16, seed=0)
+    assert sum(pairs.left_out.values()) > 0
+    assert all(pairs[i]["text_mask"].sum() <= 12 for i in range(20))
+    with pytest.raises(UserError, match="greater length"):
+        Pairs(entries, tokenizer, 3, 16, seed=0)
+
+
+def test_unreadable_pictures_are_counted_wherever_they_are_read(tmp_path, tokenizer):
+    lines = "".join(f'{{"file_name": "{i}.png", "text": "number {i}"}}\n' for i in range(8))
+    (tmp_path / "metadata.jsonl").write_text(lines)  # and no picture at all
+    spec = dict(kind="image_folder", path=str(tmp_path), split="all", recipe="caption")
+    groups = PackedGroups([make_source(spec)], tokenizer, LAYOUT, seed=0)
+    iterator = packed_iterator(groups, 1, one_pass=True)
+    for batch in iterator:
+        assert not batch["learn"].any() and not batch["read_valid"].any() and batch["segment_ids"].any()
+    assert len(iterator.broken) == 8 and set(iterator.broken.values()) == {1}
+    iterator = pairs_iterator(Pairs([make_source(spec)], tokenizer, 48, 16, seed=0), 8, num_batches=1)
+    (batch,) = iterator
+    assert not batch["valid"].any() and not batch["text_mask"].any() and len(iterator.broken) == 8

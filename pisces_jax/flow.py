@@ -24,7 +24,8 @@ class FlowConfig:
         zero_share: share of the samples at t = 0 exactly, where a few-step sampler starts.
         prediction: what the network gives, "velocity" or "data"; the loss is on the velocity in both cases.
         floor: least 1 − t, where data is turned into velocity and in the loss's weight.
-        weight: "none", or "inverse": the squared velocity error is divided by max(1 − t, floor).
+        weight: of the squared velocity error: "none"; "inverse", 1 / max(1 − t, floor); or "data", max(1 − t, floor)²,
+            which makes it the squared error of the data.
         drop: share of the samples whose condition is dropped, for guidance.
         steps: Euler steps of sampling.
         guidance: v = v_null + guidance·(v_cond − v_null) (Ho & Salimans 2022); 1 is none.
@@ -43,7 +44,7 @@ class FlowConfig:
         for name, known in (
             ("times", ("uniform", "logit_normal")),
             ("prediction", ("velocity", "data")),
-            ("weight", ("none", "inverse")),
+            ("weight", ("none", "inverse", "data")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"flow.{name} {getattr(self, name)!r} is none of {', '.join(known)}")
@@ -62,7 +63,8 @@ def sample_time(key: jax.Array, config: FlowConfig) -> Float[Array, ""]:
 
 
 def loss_weight(t: Float[Array, "B"], config: FlowConfig) -> Float[Array, "B"]:
-    return 1 / jnp.maximum(1 - t, config.floor) if config.weight == "inverse" else jnp.ones_like(t)
+    left = jnp.maximum(1 - t, config.floor)
+    return {"none": jnp.ones_like(t), "inverse": 1 / left, "data": left**2}[config.weight]
 
 
 def velocity(output: Array, x: Array, t: Float[Array, "B"], config: FlowConfig) -> Array:

@@ -59,9 +59,7 @@ class Fallback:
     used: tuple[str, ...]
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices (or of `devices`); one size may be -1: what the others leave.
 
     Raises:
@@ -118,7 +116,8 @@ def partition_spec(
         for mesh_axis in wanted:
             if mesh_axis in taken:
                 raise ValueError(
-                    f"{name or 'array'}: logical axes {taken[mesh_axis]!r} and {axis!r} both want mesh axis {mesh_axis!r}"
+                    f"{name or 'array'}: logical axes {taken[mesh_axis]!r} and {axis!r} both want "
+                    f"mesh axis {mesh_axis!r}"
                 )
             taken[mesh_axis] = str(axis)
         used: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 
 from pisces_jax.data.example import Example, Part, Picture, Text
+from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
 from pisces_jax.data.shapes_questions import (
     HELD_OUT_QUESTION_KINDS,
     QUESTION_KINDS,
@@ -42,9 +43,7 @@ from pisces_jax.data.shapes_text import (
 from pisces_jax.errors import UserError
 
 __all__ = [
-    "CAPTION_INSTRUCTION",
     "COLORS",
-    "DESCRIBE_INSTRUCTION",
     "HELD_OUT_COUNTS",
     "HELD_OUT_PAIRS",
     "HELD_OUT_QUESTION_KINDS",
@@ -60,7 +59,6 @@ __all__ = [
     "ShapesSource",
     "corpus",
     "detailed_caption",
-    "draw_instruction",
     "geneval_prompts",
     "prompt_for",
     "question_for",
@@ -73,8 +71,6 @@ __all__ = [
     "violates",
 ]
 
-CAPTION_INSTRUCTION = "caption:"
-DESCRIBE_INSTRUCTION = "describe:"
 TASKS = (
     "caption",
     "describe",
@@ -87,11 +83,6 @@ TASKS = (
 )
 
 
-def draw_instruction(prompt: str) -> str:
-    """What the model is told in order to draw `prompt`."""
-    return f"draw: {prompt}"
-
-
 class ShapesSource:
     """Examples of one task, by index; the same for the same (task, split, seed, index), on any machine.
 
@@ -102,9 +93,7 @@ class ShapesSource:
     Raises `UserError` for an unknown task or split.
     """
 
-    def __init__(
-        self, task: str, split: str = "train", num_examples: int = 1_000_000, seed: int = 0, size: int = 32
-    ):
+    def __init__(self, task: str, split: str = "train", num_examples: int = 1_000_000, seed: int = 0, size: int = 32):
         if task not in TASKS:
             raise UserError(f"the shapes world has no task {task!r}: choose one of {', '.join(TASKS)}")
         if split not in SPLITS:
@@ -149,9 +138,7 @@ class ShapesSource:
         if self.task == "draw_details":
             return Text(draw_instruction(detailed_caption(scene))), self._picture(scene, "draw")
         detailed = rng.random() < 0.5  # "pair"
-        return self._picture(scene, "read"), Text(
-            detailed_caption(scene) if detailed else short_caption(scene, rng)
-        )
+        return self._picture(scene, "read"), Text(detailed_caption(scene) if detailed else short_caption(scene, rng))
 
     def _picture(self, scene: Scene, role: str) -> Picture:
         return Picture(functools.partial(render, scene, self.size), role)

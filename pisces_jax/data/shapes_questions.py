@@ -216,10 +216,7 @@ def _existence_question(name: Name, truth: bool) -> Answered:
 def _ask_comparison(scene: Scene, rng: random.Random) -> Answered | None:
     names = _names(scene)
     pairs = [
-        (i, j)
-        for i in names
-        for j in names
-        if i != j and scene.objects[i].size >= LARGER_BY * scene.objects[j].size
+        (i, j) for i in names for j in names if i != j and scene.objects[i].size >= LARGER_BY * scene.objects[j].size
     ]
     if not pairs:
         return None

@@ -99,8 +99,7 @@ class Scene:
 def violates(scene: Scene) -> bool:
     """Whether the scene holds a combination that is held out of training."""
     return any((o.shape, o.color) in HELD_OUT_PAIRS for o in scene.objects) or (
-        holds_held_out_count([(o.shape, o.color) for o in scene.objects])
-        or holds_held_out_relation(scene.objects)
+        holds_held_out_count([(o.shape, o.color) for o in scene.objects]) or holds_held_out_relation(scene.objects)
     )
 
 
@@ -256,26 +255,30 @@ def _pixel_centres(size: int) -> Float[np.ndarray, " S"]:
 
 
 def coverage(
-    shape: str, x: Float[np.ndarray, " W"], y: Float[np.ndarray, " H"], size: float
-) -> Float[np.ndarray, "H W"]:
+    shape: str,
+    x: Float[np.ndarray, "*B W"],
+    y: Float[np.ndarray, "*B H"],
+    size: float | Float[np.ndarray, "*B 1 1"],
+) -> Float[np.ndarray, "*B H W"]:
     """How much of each pixel (a unit square) a shape of side `size` at the origin covers, in 0..1.
 
-    `x`, `y` are pixel centres, in pixels. Exact for squares and crosses; for the others from the distance to
-    the outline, right to a few hundredths but for pixels that hold a sharp tip.
+    `x`, `y` are pixel centres, in pixels. Exact for squares and crosses; for the others from the distance to the
+    outline, right to a few hundredths but for pixels that hold a sharp tip.
     """
     half = size / 2
+    x, y = x[..., None, :], y[..., :, None]
     if shape == "square":
-        return _bar(y, half)[:, None] * _bar(x, half)
+        return _bar(y, half) * _bar(x, half)
     if shape == "cross":
         thin = half * CROSS_BAR
-        long_x, long_y, thin_x, thin_y = _bar(x, half), _bar(y, half), _bar(x, thin), _bar(y, thin)
-        return long_y[:, None] * thin_x + thin_y[:, None] * (long_x - thin_x)
+        thin_x, thin_y = _bar(x, thin), _bar(y, thin)
+        return _bar(y, half) * thin_x + thin_y * (_bar(x, half) - thin_x)
     if shape == "diamond":
-        return _inside((np.abs(y)[:, None] + (np.abs(x) - half)) * math.sqrt(0.5))
+        return _inside((np.abs(y) + (np.abs(x) - half)) * math.sqrt(0.5))
     if shape == "triangle":  # apex at the top, base and height both `size`
-        sides = _inside((np.abs(x) * 2 - (y + half)[:, None]) / math.sqrt(5))
-        return np.minimum(sides, _inside(y - half)[:, None])
-    radius = np.sqrt((y * y)[:, None] + x * x)
+        sides = (np.abs(x) * 2 - (y + half)) * (1 / math.sqrt(5))
+        return np.minimum(_inside(sides), _inside(y - half))
+    radius = np.sqrt(y * y + x * x)
     if shape == "circle":
         return _inside(radius - half)
     if shape == "ring":

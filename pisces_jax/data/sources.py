@@ -17,7 +17,7 @@ import numpy as np
 
 from pisces_jax.data.example import Example, Part, Picture, Text
 from pisces_jax.data.images import load_image
-from pisces_jax.data.shapes import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
+from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
 from pisces_jax.errors import UserError
 
 Image = Callable[[], np.ndarray]

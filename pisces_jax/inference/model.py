@@ -1,7 +1,7 @@
 """A trained model ready to read and draw: what the commands, the evaluation and a notebook work with."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from pisces_jax.data.example import Example, Picture, Text
 from pisces_jax.data.images import fit
@@ -108,12 +109,22 @@ class Model:
         if decoder is not None:
             self._decode = jax.jit(lambda p, v, k, flow: decode(decoder, p, v, k, flow), static_argnums=3)
 
+    @property
+    def read_size(self) -> int:
+        """Side of the pictures that it reads."""
+        return self.pisces.config.understanding_encoder.image_size
+
+    @property
+    def drawn_size(self) -> int:
+        """Side of the pictures that it encodes for drawing."""
+        return self.pisces.config.generation_encoder.image_size
+
     def answer(
         self, questions: Sequence[Sequence[Text | Picture]], *, most: int = 32, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """The text that the model goes on with after each question (pictures to read and texts in order)."""
         answers: list[str] = []
-        for first in range(0, len(questions), self.batch_size):
+        for first in self._batches(len(questions), "reading"):
             some = questions[first : first + self.batch_size]
             tokens = self._answer(self.params, self._prompts(some), self._keys(seed, first), most, temperature)
             answers += [self._text(row) for row in np.asarray(tokens)[: len(some)]]
@@ -132,7 +143,7 @@ class Model:
         """A picture for each prompt. With `describe` the model first writes, sampled at `temperature`, a description
         of its own (`most` tokens at the most), and then draws from prompt and description in the same rollout."""
         drawings: list[Drawing] = []
-        for first in range(0, len(prompts), self.batch_size):
+        for first in self._batches(len(prompts), "drawing"):
             some = prompts[first : first + self.batch_size]
             keys = self._keys(seed, first)
             tokens, vectors = self._draw(
@@ -168,6 +179,11 @@ class Model:
             images.append(np.asarray(self._decode(self._decoder_params, padded, keys, flow))[: len(some)])
         return np.concatenate(images)
 
+    def _batches(self, number: int, doing: str) -> Iterable[int]:
+        """Where each batch starts; progress is shown where there are several."""
+        starts = range(0, number, self.batch_size)
+        return tqdm(starts, desc=doing, unit="batch", leave=False, disable=len(starts) < 3, dynamic_ncols=True)
+
     def _keys(self, seed: int, first: int) -> Any:
         key = jax.random.key(seed)
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(first, first + self.batch_size))
@@ -178,9 +194,9 @@ class Model:
     def _prompts(self, some: Sequence[Sequence[Text | Picture]]) -> Prompts:
         laid = [lay_out(Example(tuple(parts), "prompt"), self.tokenizer, self._layout) for parts in some]
         ids = [row.tokens[:-1] for row in laid]  # without the end of sequence: the model goes on
-        longest = max(map(len, ids))
-        # Few distinct lengths, so that few programs are compiled.
-        tokens = np.full((self.batch_size, -(-longest // 32) * 32), self.tokenizer.pad, np.int32)
+        # Powers of two are few distinct lengths, so that few programs are compiled.
+        longest = max(32, *map(len, ids))
+        tokens = np.full((self.batch_size, 1 << (longest - 1).bit_length()), self.tokenizer.pad, np.int32)
         length = np.ones(self.batch_size, np.int32)
         pictures = []
         for b, row in enumerate(ids):

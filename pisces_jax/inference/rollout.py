@@ -70,7 +70,15 @@ class Rollout:
         return Rows(cache, rows.length + move, jnp.where(move[:, None], hidden[:, 0], rows.hidden))
 
     def sample_text(
-        self, params: Any, rows: Rows, keys: Array, *, most: int, temperature: float, stop: tuple[int, ...], allowed: Array
+        self,
+        params: Any,
+        rows: Rows,
+        keys: Array,
+        *,
+        most: int,
+        temperature: float,
+        stop: tuple[int, ...],
+        allowed: Array,
     ) -> tuple[Rows, Int[Array, "B most"]]:
         """Up to `most` tokens a row, until one of `stop`, which is not put into the row; -1 stands behind the end.
 

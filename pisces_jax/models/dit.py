@@ -119,7 +119,9 @@ class DiTBlock(nn.Module):
             return RMSNorm(c.eps, dtype=self.dtype, name=name)
 
         x = constrain(x, "batch", "length", "width")
-        modulation = Linear((4, c.width), ("embed",), (None, "modulation"), scale=0.0, dtype=self.dtype, name="modulation")
+        modulation = Linear(
+            (4, c.width), ("embed",), (None, "modulation"), scale=0.0, dtype=self.dtype, name="modulation"
+        )
         scale1, gate1, scale2, gate2 = jnp.moveaxis(modulation(jax.nn.silu(t))[:, None], 2, 0)
         z = norm("attention_norm")(x) * (1 + scale1)
         z = JointAttention(c, self.dtype, name="attention")(z, norm("condition_norm")(y), angles, y_angles)

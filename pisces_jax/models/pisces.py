@@ -88,7 +88,7 @@ class Pisces(nn.Module):
         return self.understanding_projector(self.understanding_encoder(images))
 
     def features(self, images: Int[Array, "B S S 3"]) -> Float[Array, "B m C"]:
-        """The pooled features that drawn pictures are trained towards and that the decoder decodes; float32, detached."""
+        """What drawn vectors are trained towards and the decoder decodes: pooled features, float32, detached."""
         return jax.lax.stop_gradient(pooled_features(self.generation_encoder(images), self.config.pool))
 
     def feed(self, features: Float[Array, "*B C"]) -> Float[Array, "*B D"]:

@@ -87,9 +87,7 @@ class Attention(nn.Module):
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
-            y = Linear(
-                (heads, c.head_dim), ("embed",), (axis, "head_dim"), bias=False, dtype=self.dtype, name=name
-            )(x)
+            y = Linear((heads, c.head_dim), ("embed",), (axis, "head_dim"), bias=False, dtype=self.dtype, name=name)(x)
             return constrain(y, "batch", "length", axis, None)
 
         q = rotate(project("query", c.heads, "heads"), angles)
@@ -136,7 +134,9 @@ class Transformer(nn.Module):
         self.layers = scanned(Block, c.layers, inputs, remat=c.remat, unroll=c.unroll)(c, self.dtype)
         self.final_norm = RMSNorm(c.eps, dtype=self.dtype)
         if not c.tied_embedding:
-            self.head = self.param("head", logical(nn.initializers.normal(0.02), "vocab", "embed"), (c.vocab_size, c.width))
+            self.head = self.param(
+                "head", logical(nn.initializers.normal(0.02), "vocab", "embed"), (c.vocab_size, c.width)
+            )
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.embedding.astype(self.dtype)[tokens]

@@ -18,7 +18,8 @@ class ViTConfig:
 
     `biases` names those of the query, key and value projections that have one. `output_dim` adds a projection of
     every patch vector to that width, then a LayerNorm without parameters: small encoders trained here end so.
-    `mean` and `std` are those of the pixels, scaled to 0..1.
+    `mean` and `std` are those of the pixels, scaled to 0..1. Pixels right of and below the last whole patch are left
+    out (SigLIP-so400m-patch14-384 sees 378 of its 384).
     """
 
     image_size: int
@@ -42,8 +43,8 @@ class ViTConfig:
     def __post_init__(self) -> None:
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
 
     @property
     def vectors(self) -> int:
@@ -69,9 +70,7 @@ class EncoderAttention(nn.Module):
 
         def project(name: str) -> Array:
             bias = name[0] in self.biases
-            return Linear(
-                (self.heads, H), ("embed",), ("heads", "head_dim"), bias=bias, dtype=self.dtype, name=name
-            )(x)
+            return Linear((self.heads, H), ("embed",), ("heads", "head_dim"), bias=bias, dtype=self.dtype, name=name)(x)
 
         y = attention(project("query"), project("key"), project("value"), mask=mask)
         return Linear((D,), ("heads", "head_dim"), ("embed",), dtype=self.dtype, name="out")(y)
@@ -112,7 +111,8 @@ class ViT(nn.Module):
     def __call__(self, images: Int[Array, "B S S 3"]) -> Float[Array, "B N D"]:
         """uint8 pictures of `image_size` to vectors of `output_width`."""
         c = self.config
-        x = patchify(normalize_picture(images, c.mean, c.std, self.dtype), c.patch_size)
+        seen = c.image_size // c.patch_size * c.patch_size
+        x = patchify(normalize_picture(images[:, :seen, :seen], c.mean, c.std, self.dtype), c.patch_size)
         x = Linear((c.width,), ("patch",), ("embed",), dtype=self.dtype, name="patch_embedding")(x)
         if c.class_token:
             token = self.param("class_token", logical(nn.initializers.normal(0.02), "embed"), (c.width,))

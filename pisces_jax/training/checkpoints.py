@@ -25,7 +25,7 @@ from pisces_jax.training import optimizer
 from pisces_jax.training.step import State
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
-_FREE_KEYS = ("log", "mesh", "data.threads", "data.workers")
+_FREE_KEYS = ("log", "mesh", "sampling", "data.threads", "data.workers")
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -124,8 +124,8 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free
         if free < 1.1 * size:
             raise UserError(
-                f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint takes {size / 2**30:.2f}: free some space "
-                "and run the same command again"
+                f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint takes {size / 2**30:.2f}: "
+                "free some space and run the same command again"
             )
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(changed), iterator=ocp.args.JsonSave(dict(iterator)))
         self._manager.save(step, args=args)
@@ -137,9 +137,7 @@ class Checkpoints:
             return None
         target = _changed(state)
         args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=args, iterator=ocp.args.JsonRestore())
-        )
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=args, iterator=ocp.args.JsonRestore()))
         return state.replace(**restored["state"]), restored["iterator"]
 
     def close(self) -> None:

@@ -84,6 +84,9 @@ def run_config(**changes: Any) -> ConfigDict:
                 # matches holds; a multiple of 0 freezes.
                 table=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),
             ),
+            # How a finished run draws unless a command says otherwise: with a description of its own written first
+            # (at most `tokens`, sampled at `temperature`), or at once.
+            sampling=dict(describe=False, tokens=96, temperature=1.0),
             mesh=dict(data=1, fsdp=-1, tensor=1),
             log=dict(
                 every=50,
@@ -102,13 +105,13 @@ def run_config(**changes: Any) -> ConfigDict:
 
 
 # Keys whose subkeys are the user's own: any name may stand there.
-_OPEN = ("model", "parts", "storage", "train", "evaluate", "stages")
+OPEN_KEYS = ("model", "parts", "storage", "train", "evaluate", "stages")
 
 
 def merge(config: ConfigDict, changes: Mapping[str, Any], prefix: str = "") -> None:
     """Sets `changes` in `config`, dicts key by key; an unknown key is an error that names its nearest neighbour."""
     for key, value in changes.items():
-        if prefix.split(".")[-1] in _OPEN:
+        if prefix.split(".")[-1] in OPEN_KEYS:
             config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
         elif key not in config:
             near = difflib.get_close_matches(key, list(config), 1, 0.0)
@@ -182,3 +185,19 @@ def text_tower_config(config: ConfigDict, vocab_size: int) -> TextTowerConfig:
 
 def flow_config(config: ConfigDict) -> FlowConfig:
     return build(FlowConfig, config.flow, "flow")
+
+
+def in_order(stages: Mapping[str, ConfigDict]) -> dict[str, ConfigDict]:
+    """Stages (a `ConfigDict` keeps no order) so that each comes after those whose weights it takes.
+
+    Raises:
+        UserError: stages that wait for one another.
+    """
+    waiting, ordered = dict(stages), dict[str, ConfigDict]()
+    while waiting:
+        names = {config.name for config in waiting.values()}
+        ready = [s for s, c in waiting.items() if not names & {*c.parts.values(), c.decoder} - {c.name}]
+        if not ready:
+            raise UserError(f"stages {', '.join(waiting)} wait for one another: mend their keys parts and decoder")
+        ordered[ready[0]] = waiting.pop(ready[0])
+    return ordered

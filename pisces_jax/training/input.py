@@ -45,7 +45,9 @@ def _entry(name: str, spec: ConfigDict) -> pipeline.Entry:
     return pipeline.make_source({"name": name, **spec})
 
 
-def _items(config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, sources: ConfigDict, **kwargs: Any) -> Any:
+def _items(
+    config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, sources: ConfigDict, **kwargs: Any
+) -> Any:
     if not sources:
         raise UserError("config key data.train names no source: give at least one")
     entries = [_entry(name, spec) for name, spec in sources.items()]

@@ -1,6 +1,5 @@
 """One run from start to end, to be read from top to bottom: mesh, input, program, state, loop."""
 
-import json
 import logging
 import signal
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -21,14 +20,18 @@ from pisces_jax.training import flops, input, optimizer
 from pisces_jax.training.checkpoints import Checkpoints, finished_step, is_finished, load_part, open_run
 from pisces_jax.training.metrics import Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
-from pisces_jax.training.samples import make_sampler
 from pisces_jax.training.step import State, Trainer, make_trainer
 
 log = logging.getLogger(__name__)
+# Draws from a state into a file, and returns the picture uint8 [H, W, 3].
+Sampler = Callable[[State, Path], np.ndarray]
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler] | None = None) -> None:
     """Trains one run into WORKDIR/NAME, from where it stands; returns at once if it is finished.
+
+    Args:
+        make_sampler: makes what draws sample pictures (`inference/samples.py`), for `log.samples_every`.
 
     Raises:
         UserError: whatever the user can mend; what is in the folder stays as it was.
@@ -57,12 +60,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
         state, position = restored
         train_iterator.set_state(position)
     else:
-        overview = parameter_overview.get_parameter_overview(optimizer.join(state.trained, state.frozen), include_stats=False)
+        overview = parameter_overview.get_parameter_overview(
+            optimizer.join(state.trained, state.frozen), include_stats=False
+        )
         (run / "parameters.txt").write_text(overview + "\n")
     start = int(state.step)
     writer = Writer(run, start, tensorboard=config.log.tensorboard)
     evaluate = _evaluation(config, tokenizer, program, trainer, workdir)
-    sampler = make_sampler(config, workdir, tokenizer, program, trainer) if config.log.samples_every else None
+    sampler = None
+    if config.log.samples_every:
+        if make_sampler is None:
+            raise ValueError("log.samples_every is set: pass make_sampler")
+        sampler = make_sampler(config, workdir, tokenizer, program)
     step = trainer.train_step()
     peak, _ = flops.peak_flops()
 

@@ -259,8 +259,8 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
     encoder = vit("generation_encoder")
     if encoder.config.image_size != dit.size:
         raise UserError(
-            f"model.decoder.size {dit.size} and model.generation_encoder.image_size {encoder.config.image_size} differ: "
-            "a pixel decoder learns from the pictures that its encoder sees, so make them equal"
+            f"model.decoder.size {dit.size} and model.generation_encoder.image_size {encoder.config.image_size} "
+            "differ: a pixel decoder learns from the pictures that its encoder sees, so make them equal"
         )
     reconstruction = Reconstruction(
         encoder, DiT(dit, dtype), config.model.pool, settings.flow_config(config), config.loss.feature_noise

@@ -78,7 +78,9 @@ class Trainer:
     def _jit(self, function: Any, out: Any, **kwargs: Any) -> Any:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         out = jax.tree.map(lambda s: replicated if s is None else s, out, is_leaf=lambda s: s is None)
-        compiled = jax.jit(function, in_shardings=(self.shardings, batch_sharding(self.mesh)), out_shardings=out, **kwargs)
+        compiled = jax.jit(
+            function, in_shardings=(self.shardings, batch_sharding(self.mesh)), out_shardings=out, **kwargs
+        )
 
         def call(state: State, batch: Batch) -> Any:
             with jax.set_mesh(self.mesh):
@@ -126,7 +128,9 @@ class Trainer:
             decay = self.config.optimizer.average
             # In its first steps the average is shorter than 1/(1 - decay): so that it forgets the random start.
             decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, trained if state.average else {})
+            average = jax.tree.map(
+                lambda a, p: decay * a + (1 - decay) * p, state.average, trained if state.average else {}
+            )
         for name, tree in (("gradient", gradients), ("parameter", trained), ("update", updates)):
             metrics[f"norm/{name}"] = _value(optax.global_norm(tree))
         metrics["learning_rate"] = _value(self.schedule(state.step))

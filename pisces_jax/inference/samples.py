@@ -1,6 +1,6 @@
 """Sample pictures during training: what the run at hand makes of the first held-out examples, beside the truth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from pisces_jax.inference.decode import decode
 from pisces_jax.inference.model import Model, load_decoder
 from pisces_jax.models.vit import pooled_features
 from pisces_jax.training import input
+from pisces_jax.training.loop import Sampler
 from pisces_jax.training.optimizer import join
 from pisces_jax.training.programs import Program, Reconstruction, UnifiedProgram
-from pisces_jax.training.step import State, Trainer
-
-Sampler = Callable[[State, Path], UInt8[np.ndarray, "H W 3"]]
+from pisces_jax.training.step import State
 
 
 def picture_grid(rows: Sequence[Sequence[UInt8[np.ndarray, "S S 3"]]], scale: int = 3, gap: int = 4) -> np.ndarray:
@@ -36,7 +35,7 @@ def picture_grid(rows: Sequence[Sequence[UInt8[np.ndarray, "S S 3"]]], scale: in
     return sheet
 
 
-def make_sampler(config: ConfigDict, workdir: Path, tokenizer: Any, program: Program, trainer: Trainer) -> Sampler:
+def make_sampler(config: ConfigDict, workdir: Path, tokenizer: Any, program: Program) -> Sampler:
     """Draws `log.samples` held-out pictures (first row the truth) into a PNG, with the averaged weights if any.
 
     Raises:

@@ -1,0 +1,47 @@
+"""CIFAR-10 photographs, class-named prompts, from nothing on two CPU cores: encoders, decoder and unified model.
+
+The prepared TensorFlow Datasets folder is read without TensorFlow; name yours with DATA_DIR (see docs/data.md).
+
+    python -m pisces_jax.train --config=configs/cifar10.py --workdir=runs/cifar10
+    python -m pisces_jax.evaluate --workdir=runs/cifar10 --task=pictures
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from pisces_jax.training.small import picture_run, unified_run
+
+SIZE = 32
+DATA_DIR = os.environ.get("PISCES_DATA", "../shared/data") + "/tfds"
+LOG = dict(every=20, evaluate_every=100, checkpoint_every=200, samples_every=200)
+
+
+def data(*recipes: str) -> dict:
+    def sources(split: str) -> dict:
+        common = dict(
+            kind="tfds", dataset="cifar10", data_dir=DATA_DIR, split=split, caption_format="a photo of a {label}"
+        )
+        return {recipe: dict(common, recipe=recipe) for recipe in recipes}
+
+    return dict(tokenizer_vocabulary=384, train=sources("train"), evaluate=sources("test"), text_length=16)
+
+
+def get_config(stage: str = "") -> ConfigDict:
+    """One stage, or with no name all of them in order."""
+    stages = (
+        picture_run(
+            "pretrain", "pretrain", SIZE, data("pair"), steps=1200, log=LOG, loss=dict(contrastive=0.3),
+            optimizer=dict(learning_rate=1e-3, warmup_steps=50, final_rate=0.05),
+        ),
+        picture_run(
+            "decoder", "decoder", SIZE, data("pair"), steps=400, log=LOG,
+            optimizer=dict(learning_rate=1e-3, warmup_steps=20, average=0.99),
+        ),
+        unified_run(
+            "stage1", "", SIZE, data("caption", "draw_caption"), steps=400, log=LOG,
+            optimizer=dict(learning_rate=1e-3, warmup_steps=30),
+        ),
+    )  # fmt: skip
+    runs = {config.name: config for config in stages}
+    return runs[stage] if stage else ConfigDict(dict(stages=runs))

@@ -1,0 +1,47 @@
+"""OpenMoji, 1,653 named emoji of 64 pixels, from nothing on two CPU cores: encoders, decoder and unified model.
+
+An image folder with metadata.jsonl; a tenth of it, chosen by name, is held out (see docs/data.md for where it is from).
+
+    python -m pisces_jax.train --config=configs/openmoji.py --workdir=runs/openmoji
+    python -m pisces_jax.evaluate --workdir=runs/openmoji --task=pictures
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from pisces_jax.training.small import picture_run, unified_run
+
+SIZE = 64
+FOLDER = os.environ.get("PISCES_DATA", "../shared/data") + "/openmoji64"
+LOG = dict(every=20, evaluate_every=100, checkpoint_every=200, samples_every=200)
+
+
+def data(*recipes: str) -> dict:
+    def sources(split: str) -> dict:
+        common = dict(
+            kind="image_folder", path=FOLDER, split=split, caption_format="{text}", detailed_format="{text}: {tags}"
+        )
+        return {recipe: dict(common, recipe=recipe) for recipe in recipes}
+
+    return dict(tokenizer_vocabulary=1024, train=sources("train"), evaluate=sources("val"))
+
+
+def get_config(stage: str = "") -> ConfigDict:
+    """One stage, or with no name all of them in order."""
+    stages = (
+        picture_run(
+            "pretrain", "pretrain", SIZE, data("pair"), steps=800, log=LOG, loss=dict(contrastive=0.1),
+            optimizer=dict(learning_rate=1e-3, warmup_steps=50, final_rate=0.05),
+        ),
+        picture_run(
+            "decoder", "decoder", SIZE, data("pair"), steps=400, log=LOG,
+            optimizer=dict(learning_rate=1e-3, warmup_steps=20, average=0.99),
+        ),
+        unified_run(
+            "stage1", "", SIZE, data("caption", "draw_caption"), steps=400, log=LOG,
+            optimizer=dict(learning_rate=1e-3, warmup_steps=30),
+        ),
+    )  # fmt: skip
+    runs = {config.name: config for config in stages}
+    return runs[stage] if stage else ConfigDict(dict(stages=runs))

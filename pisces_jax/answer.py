@@ -1,0 +1,48 @@
+"""Answers a question about a picture.
+
+python -m pisces_jax.answer --workdir=DIR --image=F --question="what colour is the circle?"
+"""
+
+from pathlib import Path
+
+from pisces_jax import cli
+from pisces_jax.errors import UserError, run_command
+
+
+def main() -> None:
+    parser = cli.Parser(
+        "answer",
+        "Reads a picture and answers a question about it on standard output; without a question it describes it.",
+        [
+            '--workdir=runs/shapes --image=picture.png --question="how many circles are there?"',
+            "--workdir=runs/shapes --image=picture.png",
+        ],
+    )
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the model was trained")
+    parser.add_argument("--run", default="", help="the run in it (default: the unified one that was finished last)")
+    parser.add_argument(
+        "--image", required=True, type=Path, metavar="F", help="a picture: PNG, JPEG, WebP, GIF, BMP, TIFF"
+    )
+    parser.add_argument("--question", help="what to ask (default: to describe the picture)")
+    parser.add_argument("--most", type=cli.whole_number(1), default=96, help="longest answer, in tokens (default 96)")
+    parser.add_argument("--temperature", type=cli.number(0), default=0.0, help="0: the likeliest answer (default)")
+    parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="for a temperature above 0")
+    flags = parser.parse()
+    if flags.question is not None and not flags.question.strip():
+        raise UserError("--question is empty: ask something, or leave it out for a description")
+
+    from pisces_jax.data.example import Picture, Text
+    from pisces_jax.data.images import load_image
+    from pisces_jax.data.instructions import DESCRIBE_INSTRUCTION
+    from pisces_jax.inference.model import load_model
+
+    image = load_image(str(flags.image))
+    cli.start()
+    model = load_model(flags.workdir, flags.run, batch_size=1)
+    question = DESCRIBE_INSTRUCTION if flags.question is None else " ".join(flags.question.split())
+    parts = (Picture(image, "read"), Text(question))
+    cli.say(model.answer([parts], most=flags.most, temperature=flags.temperature, seed=flags.seed)[0])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,133 @@
+"""Real pictures that were not trained on: captions, and reconstructions beside what needs no model."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+
+from pisces_jax.data.example import Example, Part, Picture, Text
+from pisces_jax.data.images import fit
+from pisces_jax.evaluation.reading import Reader, plain
+from pisces_jax.evaluation.reconstruction import Reconstructor, mean_picture, pixel_error
+
+
+class Whole(Reader, Reconstructor, Protocol):
+    """What is needed of a model: `inference.model.Model` has it."""
+
+
+Source = Sequence[Example]
+Images = UInt8[np.ndarray, "N S S 3"]
+
+
+def evaluate_pictures(
+    model: Whole,
+    sources: Sequence[Source],
+    *,
+    pictures: int,
+    size: int,
+    describe: bool = False,
+    seed: int = 0,
+    **how: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores on the first `pictures` examples of each kind in `sources`, and what they were taken from.
+
+    `reading` (where a source has pictures to read with learned texts), `reconstruction` and `drawing` (where one has
+    pictures to draw). Beside them come the same scores of what ignores the picture: the commonest text, the mean
+    picture. `how` goes to `model.draw`.
+    """
+    scores: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
+    if reads := _take(sources, _is_reading, pictures):
+        scores["reading"], shown["reading"] = captions(model, reads)
+    if draws := _take(sources, _is_drawing, pictures):
+        prompts = [example.parts[: _first(example, _drawn)] for example in draws]
+        truth = np.stack([fit(_picture(example, "draw"), size) for example in draws])
+        decoded = model.decode(model.features(truth), seed=seed)
+        drawn = model.draw(prompts, describe=describe, seed=seed, **how)
+        average = mean_picture(truth)
+        scores["reconstruction"] = {
+            "true_vectors_pixel_error": pixel_error(truth, decoded),
+            "mean_picture_pixel_error": pixel_error(truth, average),
+            "pictures": len(draws),
+        }
+        shown["drawing"] = {
+            "prompts": [" ".join(p.text for p in prompt if isinstance(p, Text)) for prompt in prompts],
+            "true": truth,
+            "true_vectors": decoded,
+            "drawn": np.stack([d.image for d in drawn]),
+            "descriptions": [d.description for d in drawn],
+        }
+    return scores, shown
+
+
+def captions(model: Reader, examples: Sequence[Example], most: int = 32) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """How well the learned text of each example is found from what stands before it.
+
+    `accuracy` is the share of exact matches. `word_overlap` is the mean F1 of the words. Where texts come often enough
+    to be classes, `class_accuracy` is the mean of their accuracies. `commonest_text` is the accuracy of always giving
+    the text that is the commonest.
+    """
+    at = [_first(example, _learned) for example in examples]
+    questions = [example.parts[:i] for example, i in zip(examples, at, strict=True)]
+    truths = [plain(example.parts[i].text) for example, i in zip(examples, at, strict=True)]  # type: ignore[union-attr]
+    answers = [plain(answer) for answer in model.answer(questions, most=most)]
+    right = np.array([a == t for a, t in zip(answers, truths, strict=True)])
+    counts = Counter(truths)
+    scores: dict[str, Any] = {
+        "accuracy": float(right.mean()),
+        "word_overlap": float(np.mean([_overlap(a, t) for a, t in zip(answers, truths, strict=True)])),
+        "commonest_text": counts.most_common(1)[0][1] / len(truths),
+        "pictures": len(truths),
+    }
+    if len(counts) <= len(truths) / 5:
+        by_class = {text: float(right[[t == text for t in truths]].mean()) for text in sorted(counts)}
+        scores["class_accuracy"] = float(np.mean(list(by_class.values())))
+        scores["by_class"] = by_class
+    shown = [
+        {"image": _picture(e, "read"), "truth": t, "answer": a, "correct": a == t}
+        for e, t, a in zip(examples, truths, answers, strict=True)
+    ]
+    return scores, shown
+
+
+def _overlap(answer: str, truth: str) -> float:
+    a, t = Counter(answer.split()), Counter(truth.split())
+    common = (a & t).total()
+    return 2 * common / max(a.total() + t.total(), 1)
+
+
+def _learned(part: Part) -> bool:
+    return isinstance(part, Text) and part.learn
+
+
+def _drawn(part: Part) -> bool:
+    return isinstance(part, Picture) and part.role == "draw"
+
+
+def _first(example: Example, wanted: Any) -> int:
+    return next((i for i, part in enumerate(example.parts) if wanted(part)), -1)
+
+
+def _is_reading(example: Example) -> bool:
+    end = _first(example, _learned)
+    return end > 0 and any(isinstance(p, Picture) and p.role == "read" for p in example.parts[:end])
+
+
+def _is_drawing(example: Example) -> bool:
+    end = _first(example, _drawn)
+    # What is written first here is the model's own to write, and no part of the prompt.
+    return end > 0 and not any(_learned(p) for p in example.parts[:end])
+
+
+def _take(sources: Sequence[Source], wanted: Any, number: int) -> list[Example]:
+    """The first examples of the first source of that kind, spread over it: files are often sorted."""
+    for source in sources:
+        if len(source) and wanted(source[0]):
+            return [source[int(i)] for i in np.unique(np.linspace(0, len(source) - 1, number).astype(int))]
+    return []
+
+
+def _picture(example: Example, role: str) -> np.ndarray:
+    return next(p.array() for p in example.parts if isinstance(p, Picture) and p.role == role)

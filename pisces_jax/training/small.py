@@ -1,0 +1,70 @@
+"""Small runs from scratch on pictures of 64 patches: sizes and tables that the configs for two CPU cores share.
+
+Two different encoders: SigLIP's form for reading, 64 vectors; EVA-CLIP's for drawing, pooled to 16 vectors of 32.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pisces_jax.training.config import merge, run_config
+
+# No weight decay on norms, biases, gates and embeddings.
+PLAIN = r".*/(scale|bias|gate|log_scale|class_token|[a-z_]*embedding)"
+TABLE = ((PLAIN, 1.0, 0.0), (".*", 1.0, 0.01))
+FROZEN_GENERATION = (("generation_encoder/.*", 0.0, 0.0), *TABLE)
+# Written-out layers compile longer and run faster on CPU.
+BLOCK = dict(width=128, layers=3, heads=2, unroll=True)
+
+
+def encoders(size: int) -> dict[str, Any]:
+    vit = dict(image_size=size, patch_size=size // 8, mlp_hidden=384, **BLOCK)
+    return dict(
+        understanding_encoder=vit,
+        generation_encoder=dict(
+            vit, norm="post", class_token=True, biases="qv", activation="gelu", output_dim=32
+        ),
+        pool=2,
+    )  # fmt: skip
+
+
+def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
+    """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them."""
+    config = run_config(name=name, program=program, batch_size=64, data=data)
+    config.model = ConfigDict(dict(
+        decoder=dict(size=size, patch_size=size // 8, channels=3, mlp_hidden=320, local_condition=True, **BLOCK),
+        **encoders(size),
+    ))  # fmt: skip
+    if program == "pretrain":
+        config.model.text_tower = ConfigDict(dict(BLOCK, layers=2, mlp_hidden=384))
+        config.optimizer.table = TABLE
+    else:
+        config.parts = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
+        config.optimizer.table = FROZEN_GENERATION
+    # The network gives the picture itself: strongly conditioned, it need not pass the noise through.
+    flow = dict(prediction="data", weight="data", zero_share=0.25, drop=0.1, steps=8)
+    merge(config, dict(flow=flow, loss=dict(feature_noise=0.1)))
+    merge(config, changes)
+    return config
+
+
+def unified_run(name: str, start: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
+    """A unified stage that goes on from run `start` ("": a new language model on the pretrained encoders)."""
+    config = run_config(name=name, program="unified", decoder="decoder", batch_size=4)
+    merge(config, dict(data=dict(row_length=128, rows=10, read_slots=8, draw_slots=10)))
+    merge(config, dict(data=data))
+    config.model = ConfigDict(dict(
+        language_model=dict(
+            width=192, layers=4, heads=3, kv_heads=1, head_dim=64, mlp_hidden=512, rotary_base=10_000.0, unroll=True
+        ),
+        hidden=dict(projector=256, vector_head=256),
+        **encoders(size),
+    ))  # fmt: skip
+    config.parts = ConfigDict(dict(generation_encoder="pretrain", understanding_encoder="pretrain"))
+    if start:
+        trained = ("language_model", "understanding_projector", "generation_projector", "vector_head")
+        config.parts.update(dict.fromkeys((*trained, "understanding_encoder"), start))
+    config.optimizer.table = FROZEN_GENERATION
+    merge(config, changes)
+    return config

@@ -1,0 +1,168 @@
+"""Attention, its masks and the rotary embedding against loops and complex numbers in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain
+import pytest
+
+from pisces_jax.models.attention import attention, cache_mask, causal_mask, segment_mask
+from pisces_jax.models.layers import grid_angles, grid_centres, rotate
+from pisces_jax.models.transformer import RotaryScaling, TransformerConfig, rotary_frequencies
+
+B, T, H = 2, 9, 6
+SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 3, 3, 3, 3, 3, 3]])
+
+
+def inputs(heads, kv_heads, keys=T):
+    rng = np.random.default_rng(heads)
+    shapes = (B, T, heads, H), (B, keys, kv_heads, H), (B, keys, kv_heads, H)
+    return [rng.standard_normal(shape) for shape in shapes]
+
+
+CASES = {
+    "full": ({}, lambda b, t, s: True),
+    "causal": ({"causal": True}, lambda b, t, s: s <= t),
+    "segments": (
+        {"segment_ids": (SEGMENTS, SEGMENTS)},
+        lambda b, t, s: SEGMENTS[b, t] == SEGMENTS[b, s],
+    ),
+    "packed": (
+        {"causal": True, "segment_ids": (SEGMENTS, SEGMENTS)},
+        lambda b, t, s: s <= t and SEGMENTS[b, t] == SEGMENTS[b, s],
+    ),
+}
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_equals_the_loops(case, heads, kv_heads):
+    arguments, sees = CASES[case]
+    q, k, v = inputs(heads, kv_heads)
+    expected = plain.attend(q, k, v, sees)
+    with jax.enable_x64(True):
+        got = attention(*map(jnp.asarray, (q, k, v)), **jax.tree.map(jnp.asarray, arguments))
+        np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-12)
+    got = attention(*map(jnp.asarray, (q, k, v)), **jax.tree.map(jnp.asarray, arguments))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_over_a_cache_with_rows_of_different_lengths():
+    """Each row's queries stand at their own slots, and see what lies there and before."""
+    q, k, v = inputs(4, 2, keys=12)
+    q = q[:, :3]
+    index = np.array([[0, 1, 2], [6, 7, 8]])
+    mask = cache_mask(jnp.asarray(index), 12)
+    expected = plain.attend(q, k, v, lambda b, t, s: s <= index[b, t])
+    np.testing.assert_allclose(attention(*map(jnp.asarray, (q, k, v)), mask=mask), expected, rtol=1e-5, atol=1e-5)
+    # What lies behind is of no consequence at all.
+    before = attention(*map(jnp.asarray, (q, k, v)), mask=mask)
+    k[0, 3:], v[0, 3:], k[1, 9:], v[1, 9:] = 1e4, -1e4, 1e4, -1e4
+    np.testing.assert_array_equal(attention(*map(jnp.asarray, (q, k, v)), mask=mask), before)
+
+
+def test_masks_hold_together():
+    q, k, v = inputs(2, 2)
+    mask = np.random.default_rng(0).random((B, T, T)) < 0.5
+    mask |= np.eye(T, dtype=bool)
+    got = attention(*map(jnp.asarray, (q, k, v)), causal=True, mask=jnp.asarray(mask))
+    expected = plain.attend(q, k, v, lambda b, t, s: s <= t and mask[b, t, s])
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masks():
+    ids = jnp.array([[1, 1, 2, 0]])
+    expected = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert segment_mask(ids, ids)[0].astype(int).tolist() == expected
+    assert causal_mask(3, 3)[0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert cache_mask(jnp.array([[1], [3]]), 4)[:, 0].astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_bfloat16_inputs_have_their_softmax_in_float32():
+    """A sum of 4096 equal weights, each 2^-12: in bfloat16 the normaliser would stop growing at 256."""
+    q = jnp.zeros((1, 1, 1, 8), jnp.bfloat16)
+    k, v = jnp.zeros((1, 4096, 1, 8), jnp.bfloat16), jnp.ones((1, 4096, 1, 8), jnp.bfloat16)
+    got = attention(q, k, v)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(np.float32), 1.0, rtol=1e-2)
+
+
+def test_rotary_is_complex_multiplication():
+    rng = np.random.default_rng(0)
+    x, positions = rng.standard_normal((2, 7, 3, 8)), rng.integers(0, 5000, (2, 7))
+    frequencies = plain.llama3_frequencies(8, 10_000.0)
+    expected = plain.turn(x, positions, frequencies)
+    with jax.enable_x64(True):
+        got = rotate(jnp.asarray(x), jnp.asarray(positions[..., None] * frequencies))
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
+        # Only distances count: products of turned queries and keys, both moved by 1000.
+        moved = rotate(jnp.asarray(x), jnp.asarray((positions[..., None] + 1000) * frequencies))
+        products, others = (np.einsum("btnh,bsnh->bnts", a, a) for a in (got, moved))
+        np.testing.assert_allclose(products, others, rtol=1e-8, atol=1e-9)
+
+
+def llama(head_dim=128, scaling=None, base=500_000.0):
+    return TransformerConfig(
+        vocab_size=8, width=8, layers=1, heads=1, kv_heads=1, head_dim=head_dim, mlp_hidden=8, rotary_base=base,
+        rotary_scaling=scaling,
+    )  # fmt: skip
+
+
+PUBLISHED = (8.0, 1.0, 4.0, 8192)  # factor, low, high, original: LLaMA 3.1's
+
+
+def test_llama3_frequencies_equal_the_published_formula():
+    expected = plain.llama3_frequencies(128, 500_000.0, PUBLISHED)
+    unscaled = plain.llama3_frequencies(128, 500_000.0)
+    # All three branches are met.
+    assert (expected == unscaled).any() and (expected == unscaled / 8).any()
+    assert ((expected < unscaled) & (expected > unscaled / 8)).sum() > 3
+    with jax.enable_x64(True):
+        got = rotary_frequencies(llama(scaling=RotaryScaling(*PUBLISHED)))
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+        np.testing.assert_allclose(rotary_frequencies(llama()), unscaled, rtol=1e-12)
+    np.testing.assert_allclose(rotary_frequencies(llama(scaling=RotaryScaling(*PUBLISHED))), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, (8.0, 4.0, 1.0, 8192), (8.0, 1.0, 4.0, 4096), (4.0, 1.0, 4.0, 8192)],
+    ids=["none", "swapped", "context", "factor"],
+)  # fmt: skip
+def test_another_scaling_would_be_seen(wrong):
+    got = np.asarray(rotary_frequencies(llama(scaling=RotaryScaling(*PUBLISHED))))
+    other = plain.llama3_frequencies(128, 500_000.0, wrong)
+    assert (np.abs(got / other - 1) > 0.2).any()
+
+
+def test_frequencies_by_hand():
+    """Four dimensions, base 100: 1 and 0.1 radians a position; wavelengths 6.28 and 62.8."""
+    np.testing.assert_allclose(rotary_frequencies(llama(4, base=100.0)), [1, 0.1], rtol=1e-6)
+    # original/high = 20, original/low = 80: the slow one lies between them, original/wavelength = 1.2732.
+    scaling = RotaryScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=80)
+    smooth = (80 / (2 * np.pi / 0.1) - 1) / 3
+    expected = [1, (1 - smooth) * 0.1 / 4 + smooth * 0.1]
+    np.testing.assert_allclose(rotary_frequencies(llama(4, scaling, 100.0)), expected, rtol=1e-6)
+
+
+def test_rotary_over_a_grid_sees_both_axes():
+    """Products of turned queries and keys depend on (dy, dx) and on nothing else."""
+    side, H = 4, 8
+    ys, xs = grid_centres(side)
+    assert ys[:5].tolist() == [0.5] * 4 + [1.5] and xs[:5].tolist() == [0.5, 1.5, 2.5, 3.5, 0.5]
+    angles = grid_angles(ys, xs, H, 100.0)
+    assert angles.shape == (1, 16, H // 2)
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, H))
+    turned = [np.asarray(rotate(jnp.tile(jnp.asarray(z, jnp.float32), (1, 16, 1, 1)), angles))[0, :, 0] for z in (q, k)]
+    products = turned[0] @ turned[1].T
+    by_offset = {}
+    for i in range(16):
+        for j in range(16):
+            offset = (i // 4 - j // 4, i % 4 - j % 4)
+            by_offset.setdefault(offset, []).append(products[i, j])
+    assert len(by_offset) == 49
+    for values in by_offset.values():
+        np.testing.assert_allclose(values, values[0], atol=1e-5)
+    assert len({round(float(v[0]), 4) for v in by_offset.values()}) == 49
+    # A coarse grid over the same square: its centres lie in the fine grid's units.
+    np.testing.assert_allclose(grid_centres(2, 2.0)[1][:2], [1, 3])

@@ -164,13 +164,13 @@ def load_stages(config: str, overrides: Mapping[str, str]) -> Stages:
         UserError: no such file, stage or key, a file that fails, or a value of the wrong type.
     """
     path, _, stage = config.partition(":")
-    whole = _run(path, "")
-    stages = whole.get("stages") if isinstance(whole, ConfigDict) else None
-    if stage and stage not in (stages or ()):
-        known = f"its stages are {', '.join(stages)}" if stages else "it has no stages"
-        raise UserError(f"--config={config}: {path} has no stage {stage!r}: {known}")
+    whole = _run(path)
+    stages = whole.get("stages")
     runs = in_order(stages) if stages else {whole.name: whole}
     if stage:
+        if not stages or stage not in runs:
+            known = f"its stages are {', '.join(runs)}" if stages else "it has no stages"
+            raise UserError(f"--config={config}: {path} has no stage {stage!r}: {known}")
         runs = {stage: runs[stage]}
     for key, value in overrides.items():
         named, _, rest = key.removeprefix("stages.").partition(".") if key.startswith("stages.") else ("", "", key)
@@ -188,13 +188,11 @@ def load_stages(config: str, overrides: Mapping[str, str]) -> Stages:
     return runs
 
 
-def _run(path: str, stage: str) -> Any:
+def _run(path: str) -> ConfigDict:
+    if not Path(path).is_file():
+        raise UserError(f"--config={path} does not exist: give the path of a config file")
     try:
         functions = runpy.run_path(path)
-    except FileNotFoundError as error:
-        if error.filename == path:
-            raise UserError(f"--config={path} does not exist: give the path of a config file") from error
-        raise _failed(path, error) from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # whatever a user's file raises is its mistake
@@ -202,7 +200,7 @@ def _run(path: str, stage: str) -> Any:
     if not callable(functions.get("get_config")):
         raise UserError(f"{path} defines no function get_config: give a config file")
     try:
-        config = functions["get_config"](*([stage] if stage else []))
+        config = functions["get_config"]()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:
@@ -298,7 +296,7 @@ def start() -> None:
     import jax
     from absl import logging as absl_logging
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # absl has been there before
     absl_logging.set_verbosity(absl_logging.ERROR)
     warnings.filterwarnings("ignore", module="orbax")
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:

@@ -41,7 +41,8 @@ def train_stages(stages: cli.Stages, workdir: Path) -> dict[str, float]:
     Raises:
         UserError: a stage that cannot be trained, before the first one starts wherever that can be told.
     """
-    from pisces_jax.training.loop import train  # JAX, after what can be told without it
+    from pisces_jax.inference.samples import make_sampler  # JAX, after what can be told without it
+    from pisces_jax.training.loop import train
 
     cli.start()
     work = check_stages(stages, workdir)
@@ -50,7 +51,7 @@ def train_stages(stages: cli.Stages, workdir: Path) -> dict[str, float]:
             taken = [seconds_of(workdir / c.name) for c in list(stages.values())[:i]]
             cli.say(f"stage {i + 1} of {len(stages)}: {name}, {config.steps} steps{_outlook(taken, work)}")
         with _Stopwatch(workdir / config.name):
-            train(config, workdir)
+            train(config, workdir, make_sampler)
     return {name: seconds_of(workdir / config.name) for name, config in stages.items()}
 
 

@@ -381,16 +381,19 @@ def plain_dit(p, config, x, t, condition, keep):
             out[:, m] = np.concatenate([turned.real, turned.imag], axis=-1)
         return out
 
-    y = linear(plain.layer_norm(condition.astype(float), p["condition_norm"]), p["condition_embedding"])
-    y = y * keep[:, None, None]
+    condition = plain.layer_norm(condition.astype(float), p["condition_norm"])
+    y = linear(condition, p["condition_embedding"]) * keep[:, None, None]
     angles = 1000 * t[:, None] * 10_000 ** (-np.arange(D // 2) / (D // 2))
     h = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
     h = linear(plain.silu(linear(h, p["time_up"])), p["time_down"]) + linear(y.mean(1), p["pooled_embedding"])
     z = linear(plain.patches(x, config.patch_size), p["patch_embedding"])
     if config.local_condition:
+        ratio = side // coarse
         for m in range(side * side):
             i, j = divmod(m, side)
-            z[:, m] += y[:, i * coarse // side * coarse + j * coarse // side]
+            covering = condition[:, i // ratio * coarse + j // ratio]
+            kernel, bias = (p["local"][n][..., i % ratio, j % ratio, :] for n in ("kernel", "bias"))
+            z[:, m] += (covering @ kernel + bias) * keep[:, None]
 
     def everything(b, t, s):
         return True

@@ -9,7 +9,7 @@ import operator
 import random
 from collections.abc import Iterator
 
-from pisces_jax.data.example import Example, Part, Picture, Text
+from pisces_jax.data.example import Example, Part, Picture, Role, Text
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
 from pisces_jax.data.shapes_questions import (
     HELD_OUT_QUESTION_KINDS,
@@ -93,7 +93,9 @@ class ShapesSource:
     Raises `UserError` for an unknown task or split.
     """
 
-    def __init__(self, task: str, split: str = "train", num_examples: int = 1_000_000, seed: int = 0, size: int = 32):
+    def __init__(
+        self, task: str, split: str = "train", num_examples: int = 1_000_000, seed: int | str = 0, size: int = 32
+    ):
         if task not in TASKS:
             raise UserError(f"the shapes world has no task {task!r}: choose one of {', '.join(TASKS)}")
         if split not in SPLITS:
@@ -140,7 +142,7 @@ class ShapesSource:
         detailed = rng.random() < 0.5  # "pair"
         return self._picture(scene, "read"), Text(detailed_caption(scene) if detailed else short_caption(scene, rng))
 
-    def _picture(self, scene: Scene, role: str) -> Picture:
+    def _picture(self, scene: Scene, role: Role) -> Picture:
         return Picture(functools.partial(render, scene, self.size), role)
 
 

@@ -274,10 +274,13 @@ def coverage(
         thin_x, thin_y = _bar(x, thin), _bar(y, thin)
         return _bar(y, half) * thin_x + thin_y * (_bar(x, half) - thin_x)
     if shape == "diamond":
-        return _inside((np.abs(y) + (np.abs(x) - half)) * math.sqrt(0.5))
+        slant = math.sqrt(0.5)  # two bands that cross at right angles
+        return _inside((np.abs(x + y) - half) * slant) * _inside((np.abs(x - y) - half) * slant)
     if shape == "triangle":  # apex at the top, base and height both `size`
-        sides = (np.abs(x) * 2 - (y + half)) * (1 / math.sqrt(5))
-        return np.minimum(_inside(sides), _inside(y - half))
+        # Outside one side or the other: near the apex a pixel may be both. The base is met at a slant.
+        slant, across = 1 / math.sqrt(5), (y + half) / math.sqrt(5)
+        sides = _inside(2 * slant * x - across) + _inside(-2 * slant * x - across) - 1
+        return np.maximum(sides, 0) * _inside(y - half)
     radius = np.sqrt(y * y + x * x)
     if shape == "circle":
         return _inside(radius - half)
@@ -291,6 +294,6 @@ def _inside(distance: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(0.5 - distance, 0), 1)
 
 
-def _bar(x: np.ndarray, half: float) -> np.ndarray:
+def _bar(x: np.ndarray, half: float | np.ndarray) -> np.ndarray:
     """Overlap of the unit intervals about `x` with [-half, half]."""
     return np.maximum(np.minimum(x + 0.5, half) - np.maximum(x - 0.5, -half), 0)

@@ -147,15 +147,15 @@ def prompt_space(tag: str, held_out: bool) -> tuple[tuple, ...]:
     """The arguments of all prompts of this kind that name a held-out combination, or of all that do not."""
     pairs = [(shape, color) for shape in SHAPES for color in COLORS]
     couples = [(a, b) for a in SHAPES for b in SHAPES if a != b]
-    every = {
+    every: dict[str, list[tuple]] = {
         "single_object": [(shape,) for shape in SHAPES],
         "two_object": couples,
         "counting": [(shape, count) for shape in SHAPES for count in range(2, MAX_OBJECTS + 1)],
         "colors": pairs,
         "position": [(a, relation, b) for a, b in couples for relation in RELATIONS],
         "color_attr": [(a, ca, b, cb) for a, ca in pairs for b, cb in pairs if a != b and ca != cb],
-    }[tag]
-    return tuple(arguments for arguments in every if _names_held_out(tag, arguments) == held_out)
+    }
+    return tuple(arguments for arguments in every[tag] if _names_held_out(tag, arguments) == held_out)
 
 
 def _names_held_out(tag: str, arguments: tuple) -> bool:
@@ -253,7 +253,7 @@ def possible_prompts(scene: Scene) -> dict[str, list[tuple]]:
         by_shape.setdefault(o.shape, []).append(o)
     plain = [(s, same[0].color) for s, same in by_shape.items() if len({o.color for o in same}) == 1]
     lone = [same[0] for same in by_shape.values() if len(same) == 1]
-    found = {
+    found: dict[str, list[tuple]] = {
         "single_object": [(shape,) for shape in by_shape],
         "two_object": [(a, b) for a in by_shape for b in by_shape if a != b],
         "counting": [(shape, len(same)) for shape, same in by_shape.items() if len(same) > 1],

@@ -228,7 +228,7 @@ class _Fitter:
         pixels = seen.reshape(-1, 3)
         energy = float((pixels * pixels).sum()) + 1e-6
         columns, rows = _centres(window)
-        step = np.float32(_STEP * self.scale)
+        step = _STEP * self.scale
         nudges = np.eye(4, 3, -1, dtype=np.float32)  # none, x, y, size
         shapes = np.arange(len(SHAPES))
         at = np.tile(np.array([start.x, start.y, start.size], np.float32), (len(shapes), 1))
@@ -257,10 +257,11 @@ class _Fitter:
             # Where the last step was too long, go back and try half of it.
             change = np.where(better, np.clip(newton, -self.scale, self.scale), change / 2)
             at = best_at + change
-            at[:, 2] = np.clip(at[:, 2], *self.sizes)
+            at[:, 2] = at[:, 2].clip(self.sizes[0], self.sizes[1])
             if i == _ROUNDS_FOR_ALL:
                 order = np.argsort(-best_gain)[:3]
-                shapes, at, best_at, best_gain, change = (v[order] for v in (shapes, at, best_at, best_gain, change))
+                shapes, at, change = shapes[order], at[order], change[order]
+                best_at, best_gain = best_at[order], best_gain[order]
         noise = self.noise * len(pixels)
 
         def finish(k: int, soft: float) -> _Fit:

@@ -38,8 +38,9 @@ from pisces_jax.sharding import constrain
 class DiTConfig:
     """`size` is the side of what is generated, in pixels or latent cells, `channels` its depth.
 
-    `local_condition` adds to every patch the projected condition vector that covers its place, and turns the
-    condition's keys by their places (2-D rotary): for conditions that are a grid over the same picture.
+    `local_condition` adds to every patch a projection, one for each place in the cell, of the condition vector that
+    covers it, and turns the condition's keys by their places (2-D rotary): for conditions that are a grid over the
+    same picture.
     """
 
     size: int
@@ -149,8 +150,8 @@ class DiT(nn.Module):
             keep: bool [B]; where False the condition is dropped, i.e. zeros after its projection (guidance).
         """
         c = self.config
-        y = LayerNorm(name="condition_norm", dtype=self.dtype)(condition)
-        y = Linear((c.width,), ("features",), ("embed",), dtype=self.dtype, name="condition_embedding")(y)
+        condition = LayerNorm(name="condition_norm", dtype=self.dtype)(condition)
+        y = Linear((c.width,), ("features",), ("embed",), dtype=self.dtype, name="condition_embedding")(condition)
         y = jnp.where(keep[:, None, None], y, 0)
 
         h = Linear((c.width,), ("embed",), ("embed_out",), dtype=self.dtype, name="time_up")(
@@ -168,8 +169,11 @@ class DiT(nn.Module):
         y_angles = None
         if c.local_condition:
             ratio = c.side // c.condition_side
-            grid = y.reshape(-1, c.condition_side, c.condition_side, c.width)
-            z = z + grid.repeat(ratio, axis=1).repeat(ratio, axis=2).reshape(z.shape)
+            # Each vector gives every patch of its cell an embedding of its own, so that patches know their place in it.
+            cells = Linear((ratio, ratio, c.width), ("features",), (None, None, "embed"), dtype=self.dtype, name="local")
+            local = jnp.where(keep[:, None, None, None, None], cells(condition), 0)
+            local = local.reshape(-1, c.condition_side, c.condition_side, ratio, ratio, c.width)
+            z = z + local.transpose(0, 1, 3, 2, 4, 5).reshape(z.shape)
             y_angles = grid_angles(*grid_centres(c.condition_side, ratio), head_width, c.rotary_base)
 
         inputs = (nn.broadcast,) * 4

@@ -101,10 +101,14 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x − mean) / std · scale + bias over the last axis, in at least float32; `affine=False`: neither."""
+    """(x − mean) / std · scale + bias over the last axis, in at least float32; `affine=False`: neither.
+
+    The scale starts at `start`.
+    """
 
     eps: float = 1e-6
     affine: bool = True
+    start: float = 1.0
     dtype: DType = jnp.float32
 
     @nn.compact
@@ -113,7 +117,8 @@ class LayerNorm(nn.Module):
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         if self.affine:
-            wide = wide * self.param("scale", logical(nn.initializers.ones, "norm"), (x.shape[-1],))
+            init = nn.initializers.constant(self.start)
+            wide = wide * self.param("scale", logical(init, "norm"), (x.shape[-1],))
             wide = wide + self.param("bias", logical(nn.initializers.zeros, "norm"), (x.shape[-1],))
         return wide.astype(self.dtype)
 

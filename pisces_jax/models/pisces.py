@@ -135,10 +135,13 @@ class Pisces(nn.Module):
                 index = slot_positions(row, start, batch["read_valid"], self.config.read_vectors, T, G)
                 x = place_vectors(x, index, read)
         images, row, start = pool("draw")
-        with jax.named_scope("draw"):
-            target = self.features(images).reshape(*row.shape, self.config.draw_vectors, -1)
-            index = slot_positions(row, start, batch["draw_valid"], self.config.draw_vectors, T, G)
-            x = place_vectors(x, index, self.feed(target))
+        index = slot_positions(row, start, batch["draw_valid"], self.config.draw_vectors, T, G)
+        if images.shape[0]:
+            with jax.named_scope("draw"):
+                target = self.features(images).reshape(*row.shape, self.config.draw_vectors, -1)
+                x = place_vectors(x, index, self.feed(target))
+        else:
+            target = jnp.zeros((*index.shape, self.config.generation_encoder.output_width))
 
         flat = (B * G, T)
         hidden, _ = self.language_model(

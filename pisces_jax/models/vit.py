@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pisces_jax.models.attention import attention
-from pisces_jax.models.layers import MLP, LayerNorm, Linear, logical, normalize_picture, patchify, pool_2d, scanned
+from pisces_jax.models.layers import MLP, LayerNorm, Linear, lecun, logical, normalize_picture, patchify, pool_2d, scanned
 from pisces_jax.sharding import constrain
 
 
@@ -17,8 +17,10 @@ class ViTConfig:
     """`norm="pre"` is SigLIP's block, `x + f(norm(x))`; `"post"` is EVA-CLIP-E's, `x + norm(f(x))`.
 
     `biases` names those of the query, key and value projections that have one. `output_dim` adds a projection of
-    every patch vector to that width, then a LayerNorm without parameters: small encoders trained here end so.
-    `mean` and `std` are those of the pixels, scaled to 0..1. Pixels right of and below the last whole patch are left
+    every patch vector to that width, one for each place of the grid so that pooling does not mix up the places, then a
+    tanh: small encoders trained here end so.
+    `post_scale` is what the scales of post-norms start at: small ones let an encoder from scratch learn sooner, since
+    its blocks start near the identity. `mean` and `std` are those of the pixels, scaled to 0..1. Pixels right of and below the last whole patch are left
     out (SigLIP-so400m-patch14-384 sees 378 of its 384).
     """
 
@@ -35,6 +37,7 @@ class ViTConfig:
     activation: str = "gelu_tanh"
     eps: float = 1e-6
     output_dim: int = 0
+    post_scale: float = 1.0
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     remat: str = "everything"
@@ -86,13 +89,15 @@ class EncoderBlock(nn.Module):
     activation: str
     eps: float
     dtype: Any
+    post_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], mask: Any) -> tuple[Float[Array, "B T D"], None]:
         attend = EncoderAttention(self.heads, self.biases, self.dtype, name="attention")
         mlp = MLP(self.mlp_hidden, self.activation, dtype=self.dtype, name="mlp")
-        norm1 = LayerNorm(self.eps, dtype=self.dtype, name="norm1")
-        norm2 = LayerNorm(self.eps, dtype=self.dtype, name="norm2")
+        start = 1.0 if self.norm == "pre" else self.post_scale
+        norm1 = LayerNorm(self.eps, start=start, dtype=self.dtype, name="norm1")
+        norm2 = LayerNorm(self.eps, start=start, dtype=self.dtype, name="norm2")
         x = constrain(x, "batch", "length", "width")
         if self.norm == "pre":
             x = x + attend(norm1(x), mask)
@@ -120,7 +125,7 @@ class ViT(nn.Module):
         init = logical(nn.initializers.normal(0.02), "position", "embed")
         x = x + self.param("position_embedding", init, (x.shape[1], c.width)).astype(x.dtype)
         blocks = scanned(EncoderBlock, c.layers, (nn.broadcast,), remat=c.remat, unroll=c.unroll)(
-            c.heads, c.mlp_hidden, c.norm, c.biases, c.activation, c.eps, self.dtype, name="layers"
+            c.heads, c.mlp_hidden, c.norm, c.biases, c.activation, c.eps, self.dtype, c.post_scale, name="layers"
         )
         x, _ = blocks(x, None)
         if c.final_norm:
@@ -128,8 +133,10 @@ class ViT(nn.Module):
         if c.class_token:
             x = x[:, 1:]
         if c.output_dim:
-            x = Linear((c.output_dim,), ("embed",), ("features",), dtype=self.dtype, name="output")(x)
-            x = LayerNorm(c.eps, affine=False, dtype=self.dtype)(x)
+            init = logical(lecun(c.width), "position", "embed", "features")
+            kernel = self.param("output", init, (c.vectors, c.width, c.output_dim))
+            x = jnp.einsum("BND,NDC->BNC", x, kernel.astype(self.dtype))
+            x = jnp.tanh(x)
         return x
 
 

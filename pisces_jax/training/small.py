@@ -23,7 +23,8 @@ def encoders(size: int) -> dict[str, Any]:
     return dict(
         understanding_encoder=vit,
         generation_encoder=dict(
-            vit, norm="post", class_token=True, biases="qv", activation="gelu", output_dim=32
+            vit, norm="post", final_norm=False, post_scale=0.1, class_token=True, biases="qv", activation="gelu",
+            output_dim=32,
         ),
         pool=2,
     )  # fmt: skip
@@ -31,7 +32,7 @@ def encoders(size: int) -> dict[str, Any]:
 
 def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
     """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them."""
-    config = run_config(name=name, program=program, batch_size=64, data=data)
+    config = run_config(name=name, program=program, batch_size=16, data=data)
     config.model = ConfigDict(dict(
         decoder=dict(size=size, patch_size=size // 8, channels=3, mlp_hidden=320, local_condition=True, **BLOCK),
         **encoders(size),
@@ -44,15 +45,15 @@ def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **c
         config.optimizer.table = FROZEN_GENERATION
     # The network gives the picture itself: strongly conditioned, it need not pass the noise through.
     flow = dict(prediction="data", weight="data", zero_share=0.25, drop=0.1, steps=8)
-    merge(config, dict(flow=flow, loss=dict(feature_noise=0.1)))
+    merge(config, dict(flow=flow, loss=dict(feature_noise=0.05, contrastive=0.1, reconstruction=10.0)))
     merge(config, changes)
     return config
 
 
 def unified_run(name: str, start: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
     """A unified stage that goes on from run `start` ("": a new language model on the pretrained encoders)."""
-    config = run_config(name=name, program="unified", decoder="decoder", batch_size=4)
-    merge(config, dict(data=dict(row_length=128, rows=10, read_slots=8, draw_slots=10)))
+    config = run_config(name=name, program="unified", decoder="decoder", batch_size=2)
+    merge(config, dict(data=dict(row_length=160, rows=8, read_slots=8, draw_slots=9)))
     merge(config, dict(data=data))
     config.model = ConfigDict(dict(
         language_model=dict(

@@ -1,0 +1,264 @@
+"""The commands as a user meets them: on a tiny trained work directory, with right input and with all kinds of wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pisces_jax import cli
+from pisces_jax.errors import UserError, run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tests/tiny_config.py")
+COMMANDS = ("train", "generate", "answer", "evaluate", "demo")
+FEW = ["--per_task=1", "--images=2", "--per_kind=2", "--held_out=1", "--pictures=3"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A work directory that the demo itself has made, with everything at its smallest."""
+    folder = tmp_path_factory.mktemp("tiny")
+    command = [sys.executable, "-m", "pisces_jax.demo", f"--config={TINY}", f"--workdir={folder / 'run'}", *FEW]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as on a laptop
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "run/printed.txt").write_text(done.stdout)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / "picture.png")
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command in this process: (exit status, standard output, standard error)."""
+
+    def run(command: str, *flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [command, *flags])
+        status = 0
+        capsys.readouterr()
+        try:
+            run_command(import_module(f"pisces_jax.{command}").main)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
+
+
+# What they do
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(call, command):
+    status, out, _ = call(command, "--help")
+    assert status == 0 and f"python -m pisces_jax.{command} --" in out.split("examples:")[1]
+
+
+def test_demo_leaves_scores_samples_and_a_report(trained):
+    scores = json.loads((trained / "run/scores.json").read_text())
+    assert {
+        "overall",
+        "single_object",
+        "two_object",
+        "counting",
+        "colors",
+        "position",
+        "color_attr",
+        "held_out",
+    } <= set(scores["geneval"])
+    assert {"described", "direct"} <= set(scores["geneval"]) and scores["geneval"]["drawn"] == "described"
+    assert {"overall", "held_out", "colour", "count", "relation", "existence", "comparison"} <= set(scores["reading"])
+    assert {"true_vectors", "predicted_vectors"} <= set(scores["reconstruction"])
+    seconds = scores["seconds"]
+    assert list(seconds) == ["pretrain", "decoder", "unified", "evaluation", "total"]
+    assert (
+        seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"], abs=0.2)
+        and min(seconds.values()) > 0
+    )
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy"} == set(scores["versions"])
+    assert Image.open(trained / "run/samples.png").width > 500
+    page = (trained / "run/report.html").read_text()
+    assert "<polyline" in page and "step 2:" in page and "expected" in page
+    printed = (trained / "run/printed.txt").read_text()
+    assert "stage 2 of 3: decoder, 2 steps" in printed and "min of training to come" in printed
+    assert f"{scores['reading']['overall']:.3f}" in printed
+
+
+def test_training_again_does_nothing(trained, call):
+    before = contents(trained / "run")
+    status, out, _ = call("train", f"--config={TINY}:pretrain", f"--workdir={trained / 'run'}")
+    assert status == 0 and "finished already" in out and contents(trained / "run") == before
+
+
+def test_generate_writes_pictures_grid_and_prompts(trained, call, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n two  blue squares \n")
+    flags = [f"--workdir={trained / 'run'}", f"--prompts_file={prompts}", "--num_images=2", "--seed=7"]
+    status, out, error = call("generate", *flags, f"--out={tmp_path / 'a'}")
+    assert (status, error) == (0, "") and "4 pictures of 2 prompts" in out
+    names = {"0000_00.png", "0000_01.png", "0001_00.png", "0001_01.png"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == names | {"grid.png", "prompts.jsonl"}
+    assert Image.open(tmp_path / "a/0001_01.png").size == (16, 16)
+    lines = [json.loads(line) for line in (tmp_path / "a/prompts.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["a red circle"] * 2 + ["two blue squares"] * 2
+    assert {line["file"] for line in lines} == names and all(isinstance(line["description"], str) for line in lines)
+
+    call("generate", *flags, f"--out={tmp_path / 'again'}")
+    for name in names | {"prompts.jsonl"}:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    call("generate", *flags, "--nodescribe", f"--out={tmp_path / 'direct'}")
+    assert '"description": null' in (tmp_path / "direct/prompts.jsonl").read_text()
+
+
+def test_answer_prints_the_answer_alone(trained, call):
+    flags = [f"--workdir={trained / 'run'}", f"--image={trained / 'picture.png'}", "--most=4"]
+    status, out, error = call("answer", *flags, "--question=what colour is the circle?")
+    assert (status, error) == (0, "") and out.endswith("\n")
+    assert call("answer", *flags)[0] == 0
+
+
+def test_evaluate_writes_what_it_prints(trained, call, tmp_path):
+    flags = [f"--workdir={trained / 'run'}", "--task=reading", "--per_kind=2", "--held_out=1", "--batch_size=8"]
+    status, out, _ = call("evaluate", *flags, f"--out={tmp_path / 'new/scores.json'}")
+    assert status == 0
+    scores = json.loads((tmp_path / "new/scores.json").read_text())
+    assert scores["amount"]["per_kind"] == 2 and scores["run"] == "unified"
+    kinds = [line.split() for line in out.splitlines() if line.startswith("  ")]
+    shown = {words[0]: float(words[1]) for words in kinds if len(words) == 2}
+    assert shown["overall"] == pytest.approx(scores["reading"]["overall"], abs=5e-4)
+
+
+# What they refuse
+
+
+BAD = [
+    ("train --workdir=NEW", "--config is missing"),
+    ("train --config=TINY", "--workdir is missing"),
+    ("train --config=TINY --workdir=NEW --wrokdir=x", "did you mean --workdir?"),
+    ("train --config=missing.py --workdir=NEW", "missing.py does not exist"),
+    ("train --config=TINY:stage9 --workdir=NEW", "its stages are pretrain, decoder, unified"),
+    ("train --config=TINY --workdir=NEW --config.stepz=3", "did you mean steps?"),
+    ("train --config=TINY --workdir=NEW --config.optimizer.learning_rat=1", "did you mean optimizer.learning_rate?"),
+    ("train --config=TINY --workdir=NEW --config.learning_rate=1", "did you mean optimizer.learning_rate?"),
+    ("train --config=TINY --workdir=NEW --config.stages.unified.data.row=1", "did you mean stages.unified.data.rows?"),
+    ("train --config=TINY --workdir=NEW --config.model.decoder.widht=1", "did you mean model.decoder.width?"),
+    ("train --config=TINY --workdir=NEW --config.steps=many", "must be a whole number, like 2"),
+    ("train --config=TINY --workdir=NEW --config.optimizer.learning_rate=fast", "must be a number"),
+    ("train --config=TINY --workdir=NEW --config.optimizer=3", "set --config.optimizer.NAME="),
+    ("train --config=TINY --workdir=NEW --config.steps", "--config.steps has no value"),
+    ("train --config=TINY --workdir=NEW --config.steps=0", "at least 1"),
+    ("train --config=TINY --workdir=NEW --config.compute_dtype=float23", "is no dtype"),
+    ("train --config=TINY --workdir=NEW --config.mesh.fsdp=7", "devices"),
+    ("train --config=TINY:unified --workdir=NEW", "train it first"),
+    ("train --config=BROKEN --workdir=NEW", "fails in line 2 with ZeroDivisionError"),
+    ("train --config=SYNTAX --workdir=NEW", "fails in line 1 with SyntaxError"),
+    ("train --config=EMPTY --workdir=NEW", "defines no function get_config"),
+    ("train --config=TINY --workdir=FILE", "is a file"),
+    ("generate --workdir=RUN --out=NEW", "there is nothing to draw"),
+    ("generate --workdir=RUN --out=NEW --prompt=", "--prompt is empty"),
+    ("generate --workdir=RUN --out=NEW --prompts_file=missing.txt", "cannot be read"),
+    ("generate --workdir=RUN --out=NEW --prompts_file=PICTURE", "no text in UTF-8"),
+    ("generate --workdir=RUN --out=NEW --prompts_file=EMPTY", "holds no prompt"),
+    ("generate --workdir=RUN --out=FILE --prompt=x", "is a file"),
+    ("generate --workdir=RUN --out=FILE/below --prompt=x", "cannot be written"),
+    ("generate --workdir=RUN --out=NEW --prompt=x --num_images=0", "at least 1"),
+    ("generate --workdir=NEW --out=NEW --prompt=x", "does not exist"),
+    ("generate --workdir=FOREIGN --out=NEW --prompt=x", "holds no finished unified run"),
+    ("generate --workdir=RUN --run=nothing --out=NEW --prompt=x", "holds no run"),
+    ("generate --workdir=RUN --run=pretrain --out=NEW --prompt=x", "is a pretrain run"),
+    ("answer --workdir=RUN --image=missing.png", "cannot be read"),
+    ("answer --workdir=RUN --image=SYNTAX", "cannot be read"),
+    ("answer --workdir=RUN --image=PICTURE --question=", "--question is empty"),
+    ("answer --workdir=FOREIGN --image=PICTURE", "holds no finished unified run"),
+    ("evaluate --workdir=RUN --task=painting", "none of geneval, reading, reconstruction, pictures, all"),
+    ("evaluate --workdir=RUN --task=pictures", "does not fit this run"),
+    ("evaluate --workdir=RUN --task=all --per_kind=-1", "at least 1"),
+    ("evaluate --workdir=RUN --task=all --out=FOREIGN", "is a folder"),
+    ("evaluate --workdir=NEW --task=all", "does not exist"),
+    ("demo --workdir=NEW --config=TINY --images=none", "at least 1"),
+    ("demo --workdir=FILE --config=TINY", "is a file"),
+]
+
+
+@pytest.mark.parametrize("line, words", BAD, ids=[line for line, _ in BAD])
+def test_a_mistake_is_one_sentence_and_leaves_no_trace(trained, call, tmp_path, line, words):
+    places = {"TINY": TINY, "RUN": trained / "run", "PICTURE": trained / "picture.png", "NEW": tmp_path / "new"}
+    for name, text in (("BROKEN", "def get_config(s=''):\n    return 1 / 0\n"), ("SYNTAX", "def (\n"), ("EMPTY", "")):
+        places[name] = tmp_path / f"{name.lower()}.py"
+        places[name].write_text(text)
+    places["FILE"] = tmp_path / "file"
+    places["FILE"].write_text("a file")
+    places["FOREIGN"] = tmp_path / "foreign"
+    (places["FOREIGN"] / "photos").mkdir(parents=True)
+    for name, place in places.items():
+        line = line.replace(f"={name}", f"={place}")
+    before = contents(tmp_path), contents(trained)
+    status, out, error = call(*line.split())
+    assert status == 1 and words in error, error
+    assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1 and out == ""
+    assert (contents(tmp_path), contents(trained)) == before
+
+
+def test_errors_are_plain_in_a_real_process():
+    command = [sys.executable, "-m", "pisces_jax.evaluate", "--workdir=nowhere", "--task=all"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: --workdir=nowhere does not exist: give the folder of a finished training\n"
+
+
+# Configs
+
+
+def test_a_key_without_a_stage_holds_for_all_that_have_it():
+    stages = cli.load_stages(TINY, {"seed": "3", "model.decoder.width": "8", "stages.unified.steps": "9"})
+    assert list(stages) == ["pretrain", "decoder", "unified"]  # what others need comes first
+    assert [run.seed for run in stages.values()] == [3, 3, 3]
+    assert [run.steps for run in stages.values()] == [2, 2, 9]
+    assert [run.model.decoder.width for name, run in stages.items() if name != "unified"] == [8, 8]
+    assert "decoder" not in stages["unified"].model
+
+
+def test_values_keep_their_types_and_names_of_ones_own_may_be_new():
+    run = cli.load_stages(f"{TINY}:decoder", {
+        "optimizer.table": "((r'.*', 0.5, 0.1),)", "log.tensorboard": "true", "optimizer.clip": "3",
+        "storage.generation_encoder": "bfloat16",
+    })["decoder"]  # fmt: skip
+    assert run.optimizer.table == ((".*", 0.5, 0.1),) and run.log.tensorboard is True
+    assert run.optimizer.clip == 3.0 and run.storage.generation_encoder == "bfloat16"
+
+
+def test_stages_in_a_circle_are_refused(tmp_path):
+    path = tmp_path / "circle.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\nfrom pisces_jax.training.config import run_config\n"
+        "def get_config(stage=''):\n    a = run_config(name='a', parts=dict(x='b'))\n"
+        "    b = run_config(name='b', parts=dict(x='a'))\n    return ConfigDict(dict(stages=dict(a=a, b=b)))\n"
+    )
+    with pytest.raises(UserError, match="wait for one another"):
+        cli.load_stages(str(path), {})
+
+
+def test_output_is_whole_or_not_there(tmp_path, monkeypatch):
+    (tmp_path / "old.png").write_bytes(b"old")
+    real = Path.write_bytes
+
+    def full(self: Path, content: bytes) -> int:
+        if content == b"second":
+            raise OSError(28, "No space left on device")
+        return real(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(UserError, match="No space left"):
+            cli.write_files(folder, {"old.png": b"first", "other.png": b"second"}, "--out")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"old.png": b"old"}

@@ -1,0 +1,227 @@
+"""Scores: perfect fake models get 1, wrong ones 0, and what lies between is counted by hand."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pisces_jax.data.example import Example, Picture, Text
+from pisces_jax.data.instructions import draw_instruction
+from pisces_jax.data.shapes import (
+    HELD_OUT_QUESTION_KINDS,
+    HELD_OUT_TAGS,
+    QUESTION_KINDS,
+    TAGS,
+    Scene,
+    detailed_caption,
+    geneval_prompts,
+    questions,
+    render,
+)
+from pisces_jax.evaluation import charts, drawing, grids, pictures, reading, reconstruction, report, suite
+from pisces_jax.evaluation.detection import Detection
+
+SIZE = 32
+
+
+@dataclasses.dataclass
+class Drawing:
+    image: np.ndarray
+    description: str = "as it should be"
+
+
+class Oracle:
+    """Draws what is asked for, answers rightly, and loses nothing between vectors and pictures.
+
+    `wrong(i)` says whether picture or answer i comes out wrong.
+    """
+
+    read_size = drawn_size = SIZE
+
+    def __init__(self, wrong=lambda i: False):
+        self.wrong = wrong
+        self.blank = np.full((SIZE, SIZE, 3), 128, np.uint8)
+        self.calls = []
+
+    def draw(self, prompts, *, describe, seed=0, **how):
+        self.calls.append({"number": len(prompts), "describe": describe, **how})
+        return [
+            Drawing(self.blank if self.wrong(i) else self._picture(prompt[0].text, seed))
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _picture(self, instruction, seed):
+        for line in geneval_prompts(40, seed) + geneval_prompts(40, seed, held_out=True):
+            if draw_instruction(line["prompt"]) == instruction:
+                return drawing.true_picture(line, SIZE)
+        for scene in reconstruction.scenes(40, seed):
+            if draw_instruction(detailed_caption(scene)) == instruction:
+                return render(scene, SIZE)
+        raise AssertionError(instruction)
+
+    def answer(self, asked, *, most=32):
+        known = {}
+        for held_out in (False, True):
+            for scene, _, question, answer in questions(40, 0, held_out):
+                known[question, render(scene, SIZE).tobytes()] = answer
+        answers = [known[parts[1].text, parts[0].array().tobytes()] for parts in asked]
+        return ["nothing" if self.wrong(i) else f" {a.upper()}. " for i, a in enumerate(answers)]
+
+    def features(self, images):
+        return images.reshape(len(images), 1, -1)
+
+    def decode(self, vectors, *, seed=0):
+        images = vectors.reshape(-1, SIZE, SIZE, 3)
+        return np.stack([self.blank if self.wrong(i) else image for i, image in enumerate(images)])
+
+
+AMOUNT = suite.Amount(per_task=3, images=2, per_kind=3, held_out=2, pictures=6)
+HOW = dict(describe=True, most=8, temperature=1.0, guidance=None)
+
+
+def test_a_perfect_model_scores_one_in_everything():
+    results = suite.evaluate(Oracle(), suite.SHAPES_TASKS, AMOUNT, HOW, both=True)
+    geneval, read = results.scores["geneval"], results.scores["reading"]
+    assert {tag: geneval[tag] for tag in TAGS} == dict.fromkeys(TAGS, 1.0)
+    assert geneval["overall"] == geneval["held_out"] == geneval["direct"]["overall"] == 1
+    assert geneval["pictures"] == 6 * 3 * 2 and geneval["held_out_pictures"] == 4 * 2 * 2
+    assert {kind: read[kind] for kind in QUESTION_KINDS} == dict.fromkeys(QUESTION_KINDS, 1.0)
+    assert read["overall"] == read["held_out"] == 1 and set(read["held_out_by_kind"]) == set(HELD_OUT_QUESTION_KINDS)
+    rebuilt = results.scores["reconstruction"]
+    assert rebuilt["true_vectors"] == rebuilt["predicted_vectors"] == 1 and rebuilt["true_vectors_pixel_error"] == 0
+
+
+def test_a_model_that_is_always_wrong_scores_nothing():
+    scores = suite.evaluate(Oracle(lambda i: True), suite.SHAPES_TASKS, AMOUNT, HOW).scores
+    assert scores["geneval"]["overall"] == scores["geneval"]["held_out"] == 0
+    assert scores["reading"]["overall"] == scores["reading"]["held_out"] == 0
+    assert scores["reconstruction"]["true_vectors"] == scores["reconstruction"]["predicted_vectors"] == 0
+
+
+def test_scores_are_means_over_kinds_of_shares_within_them():
+    # Wrong: the first 3 of the 6 pictures of the first task, nothing else.
+    judged = drawing.draw(Oracle(lambda i: i < 3), per_task=3, images=2, describe=False)
+    scores = drawing.score(judged)
+    assert scores["single_object"] == 0.5 and scores["overall"] == pytest.approx((0.5 + 5) / 6)
+    assert [j.correct for j in judged[:6]] == [False] * 3 + [True] * 3 and "found 0" in judged[0].reason
+    # Wrong: both questions of the first kind.
+    asked = reading.ask(Oracle(lambda i: i < 2), per_kind=2, size=SIZE)
+    assert reading.score(asked)["overall"] == pytest.approx(0.8) and reading.score(asked)["colour"] == 0
+
+
+def test_held_out_scores_stand_beside_those_of_the_same_tasks():
+    judged = drawing.draw(Oracle(lambda i: i < 2), per_task=1, images=2, describe=False)
+    held_out = drawing.draw(Oracle(lambda i: i == 0), per_task=1, images=2, describe=False, held_out=True)
+    scores = drawing.score(judged, held_out)
+    assert set(scores["held_out_by_task"]) == set(HELD_OUT_TAGS)
+    assert scores["held_out"] == pytest.approx(3.5 / 4) and scores["same_tasks"] == 1 > scores["overall"]
+
+
+def test_how_to_draw_reaches_the_model():
+    model = Oracle()
+    suite.evaluate(model, ("geneval",), dataclasses.replace(AMOUNT, held_out=0), HOW, both=True)
+    assert [call["describe"] for call in model.calls] == [True, False] and model.calls[0]["most"] == 8
+
+
+def test_a_reconstruction_must_hold_just_the_same_objects():
+    scene = reconstruction.scenes(1)[0]
+    found = [Detection(o.shape, o.box, 0.99, o.color) for o in scene.objects]
+    detector = SimpleNamespace(detect=lambda image: found)
+    image = render(scene, SIZE)
+    assert reconstruction.holds(image, scene, detector)
+    assert not reconstruction.holds(image, Scene(scene.objects * 2, scene.background), detector)
+    found.append(dataclasses.replace(found[0], color="pink" if found[0].color != "pink" else "red"))
+    assert not reconstruction.holds(image, scene, detector)
+    found[-1] = dataclasses.replace(found[-1], score=0.2)  # not sure enough to count
+    assert reconstruction.holds(image, scene, detector)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_true_pictures_satisfy_their_prompts(held_out):
+    lines = geneval_prompts(12, seed=3, held_out=held_out)
+    oracle = {line["prompt"]: drawing.true_picture(line, SIZE) for line in lines}
+    model = SimpleNamespace(
+        draw=lambda prompts, **_: [Drawing(oracle[p[0].text.removeprefix(draw_instruction(""))]) for p in prompts]
+    )
+    judged = drawing.draw(model, per_task=12, images=1, describe=False, seed=3, held_out=held_out)
+    assert all(j.correct for j in judged)
+
+
+class Captioner(Oracle):
+    def answer(self, asked, *, most=32):
+        self.asked = asked
+        return ["a photo of a cat"] * len(asked)
+
+    def _picture(self, instruction, seed):
+        return self.blank
+
+
+def test_captions_of_real_pictures_by_hand():
+    def example(label, i):
+        image = np.full((8, 8, 3), 10 * i, np.uint8)
+        return Example((Picture(image, "read"), Text("caption:"), Text(f"a photo of a {label}", learn=True)), str(i))
+
+    labels = ["cat"] * 6 + ["dog"] * 4
+    scores, shown = pictures.captions(Captioner(), [example(label, i) for i, label in enumerate(labels)])
+    assert scores["accuracy"] == scores["commonest_text"] == pytest.approx(0.6)
+    assert scores["class_accuracy"] == pytest.approx(0.5)
+    assert scores["word_overlap"] == pytest.approx(0.6 + 0.4 * 4 / 5)  # "a photo of a" of five words
+    assert len(shown) == 10
+
+
+def test_real_pictures_are_read_and_drawn_from_the_sources_that_have_them():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, SIZE, SIZE, 3), np.uint8)
+    read = [Example((Picture(i, "read"), Text("caption:"), Text("a photo of a cat", learn=True)), "r") for i in images]
+    draw = [Example((Text("draw: a cat"), Picture(i, "draw")), "d") for i in images]
+    model = Captioner()
+    scores, shown = pictures.evaluate_pictures(model, [read, draw], pictures=10, size=SIZE)
+    assert all(len(parts) == 2 for parts in model.asked)  # the answer is not shown
+    assert scores["reading"]["accuracy"] == 1 and scores["reading"]["pictures"] == 10
+    rebuilt = scores["reconstruction"]
+    assert rebuilt["true_vectors_pixel_error"] == 0
+    # Uniform bytes have variance (256² − 1)/12; the mean of ten pictures leaves 9/10 of it.
+    assert rebuilt["mean_picture_pixel_error"] == pytest.approx(0.9 * (256**2 - 1) / 12 / 255**2, rel=0.02)
+    assert shown["drawing"]["true"].shape == shown["drawing"]["drawn"].shape == (10, SIZE, SIZE, 3)
+
+
+# What is made of them
+
+
+def test_report_and_sheet_show_prompts_reasons_and_curves(tmp_path):
+    results = suite.evaluate(Oracle(lambda i: i % 2 == 1), suite.SHAPES_TASKS, AMOUNT, HOW, both=True)
+    results.drawn["described"][0] = dataclasses.replace(results.drawn["described"][0], description="<b>\0 & so on")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/0000010.png").write_bytes(grids.png(np.zeros((4, 4, 3), np.uint8)))
+    lines = [{"step": s, "train/text": 3.0 / s, "val/text": 4.0 / s, "val/text/question": 2.0 / s} for s in (1, 5, 10)]
+    page = report.write_html("A <title>", results.scores, results, {"stage": tmp_path}, {"stage": lines})
+    assert "A &lt;title&gt;" in page and "&lt;b&gt;\N{REPLACEMENT CHARACTER} &amp; so on" in page
+    assert page.count("<polyline") == 3 and "expected" in page and "src=" in page and "http" not in page
+    sheet = report.samples_sheet(results)
+    assert sheet.width > 1000 and sheet.height > 500
+    pixels = np.asarray(sheet).reshape(-1, 3)
+    assert (pixels == grids.GREEN).all(1).any() and (pixels == grids.RED).all(1).any()
+    assert f"{results.scores['geneval']['described']['overall']:.3f}" in report.summary(results.scores)
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-0.003, 0.002), (17, 4000), (0.5, 0.5001)])
+def test_ticks_are_round_and_within(low, high):
+    ticks = charts._ticks(low, high)
+    assert 2 <= len(ticks) <= 6 and all(low <= t <= high for t in ticks)
+
+
+def test_charts_take_constant_and_single_values():
+    assert "<circle" in charts.line_chart("x", {"a": [(3, 0.0)]})
+    assert charts.line_chart("x", {"a": []}) == ""
+    assert "<polyline" in charts.line_chart("x", {"a": [(1, 2.0), (2, 2.0)]})
+
+
+def test_every_printed_number_is_in_the_scores():
+    scores = {"geneval": {"overall": 0.25, "direct": {"overall": 0.125}}, "pictures": 7}
+    printed = suite.table(scores)
+    assert "0.250" in printed and "0.125" in printed and printed.splitlines()[-1].split() == ["pictures", "7"]
+
+
+def test_another_seed_means_other_scenes():
+    assert reconstruction.scenes(3, 1) == reconstruction.scenes(3, 1) != reconstruction.scenes(3, 2)

@@ -1,0 +1,418 @@
+"""The shapes world: its texts are true, its pictures right, and what is held out never gets into training."""
+
+import collections
+import itertools
+import os
+import random
+import re
+import time
+
+import numpy as np
+import pytest
+
+from pisces_jax.data import shapes
+from pisces_jax.data.example import Picture, Text
+from pisces_jax.data.relations import relations
+from pisces_jax.data.shapes_questions import ask
+from pisces_jax.data.shapes_scene import CANVAS, GAP, SIZES, coverage
+from pisces_jax.data.shapes_text import possible_prompts
+from pisces_jax.errors import UserError
+from pisces_jax.evaluation.detection import Detection
+from pisces_jax.evaluation.geneval import judge
+
+SIZE_WORDS = ["small", "medium", "large"]
+ROWS = ["top", "high", "upper", "middle", "lower", "low", "bottom"]
+COLUMNS = ["far left", "left", "centre left", "centre", "centre right", "right", "far right"]
+NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
+EXAMPLES = 1_000_000 if os.environ.get("PISCES_LONG_TESTS") else 20_000
+
+
+def scenes(n, split="train", name="test"):
+    return [shapes.sample_scene(random.Random(f"{name}/{i}"), split) for i in range(n)]
+
+
+def detections(scene):
+    return [Detection(o.shape, o.box, 0.91 + 0.01 * i, o.color) for i, o in enumerate(scene.objects)]
+
+
+def texts(example):
+    return [part.text for part in example.parts if isinstance(part, Text)]
+
+
+# Scenes
+
+
+def test_boxes_stay_apart_and_inside():
+    for scene in scenes(2000) + scenes(500, "held_out"):
+        for o in scene.objects:
+            assert SIZES[0] <= o.size <= SIZES[1]
+            assert min(o.box) >= -1e-9 and max(o.box) <= CANVAS + 1e-9
+        for a, b in itertools.combinations([o.box for o in scene.objects], 2):
+            assert max(b[0] - a[2], a[0] - b[2], b[1] - a[3], a[1] - b[3]) >= GAP - 1e-9
+
+
+def test_lone_objects_are_uniform():
+    lone = [s.objects[0] for s in scenes(8000) if len(s.objects) == 1]
+    for at in ("x", "y"):
+        places = np.sort([(getattr(o, at) - o.size / 2) / (CANVAS - o.size) for o in lone])
+        deviation = np.abs(places - np.linspace(0, 1, len(places))).max()
+        assert deviation < 1.95 / len(places) ** 0.5  # Kolmogorov-Smirnov, 0.1 %
+
+
+def test_all_numbers_shapes_and_allowed_colours_come():
+    sampled = scenes(4000)
+    assert {len(s.objects) for s in sampled} == {1, 2, 3, 4}
+    pairs = {(o.shape, o.color) for s in sampled for o in s.objects}
+    every = set(itertools.product(shapes.SHAPES, shapes.COLORS))
+    assert pairs == every - shapes.HELD_OUT_PAIRS
+
+
+def test_colours_are_never_confused():
+    anchors = np.array(list(shapes.COLORS.values()), float)
+    for scene in scenes(1000):
+        for o in scene.objects:
+            nearest = np.abs(anchors - o.rgb).sum(1).argmin()
+            assert list(shapes.COLORS)[nearest] == o.color
+            assert np.linalg.norm(np.array(o.rgb) - scene.background) > 75
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("size", [32, 48, 64])
+def test_picture_is_near_a_supersampled_one(size):
+    """Against 16 x 16 point samples a pixel, of the shapes' definitions."""
+    scale, fine = size / 32, 16
+    inside = {
+        "circle": lambda x, y: x * x + y * y < 1,
+        "square": lambda x, y: np.maximum(abs(x), abs(y)) < 1,
+        "triangle": lambda x, y: (abs(x) < (y + 1) / 2) & (y < 1),
+        "diamond": lambda x, y: abs(x) + abs(y) < 1,
+        "cross": lambda x, y: (np.maximum(abs(x), abs(y)) < 1) & (np.minimum(abs(x), abs(y)) < 0.36),
+        "ring": lambda x, y: (x * x + y * y < 1) & (x * x + y * y > 0.25),
+    }
+    at = (np.arange(size * fine) + 0.5) / fine / scale
+    for scene in scenes(30, name=f"render {size}"):
+        expected = np.tile(np.array(scene.background), (size, size, 1))
+        for o in scene.objects:
+            mask = inside[o.shape]((at[None] - o.x) * 2 / o.size, (at[:, None] - o.y) * 2 / o.size)
+            covered = mask.reshape(size, fine, size, fine).mean((1, 3))[..., None]
+            expected += covered * (np.array(o.rgb) - scene.background)
+        picture = shapes.render(scene, size)
+        assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
+        contrast = 226  # the most between an object and the ground
+        assert np.abs(picture - expected).max() <= 0.14 * contrast + 1
+        assert np.abs(picture - expected).mean() < 1
+
+
+@pytest.mark.parametrize("shape, area", [("square", 1), ("circle", np.pi / 4), ("triangle", 0.5), ("diamond", 0.5),
+                                         ("cross", 2 * 0.36 - 0.36**2), ("ring", np.pi * 3 / 16)])  # fmt: skip
+def test_coverage_adds_up_to_the_area(shape, area):
+    for i in range(20):
+        rng = random.Random(i)
+        at = np.arange(16) - 8 + rng.random()
+        size = rng.uniform(6.5, 11.5)
+        assert coverage(shape, at, at + 0.3, size).sum() == pytest.approx(area * size**2, rel=0.02)
+
+
+# Captions
+
+
+def read_details(caption):
+    """(size word, colour, shape, row, column) of each object, by a grammar of its own."""
+    pattern = rf"an? ({'|'.join(SIZE_WORDS)}) (\w+) (\w+) at the ({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})"
+    found = [re.fullmatch(pattern, piece) for piece in caption.split(", ")]
+    assert all(found), caption
+    return [match.groups() for match in found]
+
+
+def test_detailed_caption_is_true_and_in_reading_order():
+    for scene in scenes(2000):
+        told = read_details(shapes.detailed_caption(scene))
+        places = [(ROWS.index(row), COLUMNS.index(column)) for *_, row, column in told]
+        assert places == sorted(set(places)) and len(told) == len(scene.objects)
+        step = (CANVAS - SIZES[0]) / 7
+        for size, color, shape, row, column in told:
+            (o,) = [
+                o
+                for o in scene.objects
+                if abs(o.y - SIZES[0] / 2 - (ROWS.index(row) + 0.5) * step) <= step / 2 + 1e-6
+                and abs(o.x - SIZES[0] / 2 - (COLUMNS.index(column) + 0.5) * step) <= step / 2 + 1e-6
+            ]
+            assert (o.shape, o.color) == (shape, color)
+            assert SIZE_WORDS.index(size) == min(int((o.size - 6.5) / (5 / 3)), 2)
+
+
+def read_groups(text):
+    """Count of each (colour, shape) in a short caption."""
+    counts = collections.Counter()
+    for piece in re.split(r", | and ", text):
+        number, color, noun = piece.split()
+        count = 1 if number in ("a", "an") else NUMBERS[number]
+        assert number != ("a" if color == "orange" else "an")
+        shape = noun if count == 1 else {"crosses": "cross"}.get(noun, noun[:-1])
+        counts[color, shape] += count
+    return counts
+
+
+def test_short_caption_is_true():
+    orders = set()
+    for i, scene in enumerate(scenes(2000)):
+        caption = shapes.short_caption(scene, random.Random(i))
+        assert read_groups(caption) == collections.Counter((o.color, o.shape) for o in scene.objects)
+        orders.add(caption.split()[1] < caption.split()[-2])
+    assert orders == {True, False}
+
+
+# Prompts
+
+
+def test_prompts_are_true_of_their_scenes():
+    kinds = collections.Counter()
+    sampled = scenes(6000)
+    for i, scene in enumerate(sampled):
+        line = shapes.prompt_for(scene, random.Random(i))
+        kinds[line["tag"]] += 1
+        if line["tag"] == "position":
+            continue  # may hold by less than rounding; see below
+        assert judge(detections(scene), line).correct, line
+    for tag in shapes.TAGS:  # as near to balance as the scenes permit
+        assert 0.13 < kinds[tag] / len(sampled) < 0.2, kinds
+    for scene in sampled[:1000]:
+        for subject, relation, reference in possible_prompts(scene).get("position", ()):
+            (a,), (b,) = ([o for o in scene.objects if o.shape == shape] for shape in (subject, reference))
+            ahead = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
+            assert ahead[relation] > 0
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("tag", shapes.TAGS)
+def test_scene_for_a_prompt_holds_just_what_it_names(tag, split):
+    if split == "held_out" and tag not in shapes.HELD_OUT_TAGS:
+        return
+    for i in range(300):
+        line, scene = shapes.sample_for_prompt(random.Random(i), split, tag)
+        assert judge(detections(scene), line).correct, (line, scene)
+        assert len(scene.objects) == sum(clause["count"] for clause in line["include"])
+        assert shapes.violates(scene) == (split == "held_out")
+
+
+def test_evaluation_prompts_do_not_repeat_where_they_need_not():
+    lines = shapes.geneval_prompts(15)
+    counts = collections.Counter(line["tag"] for line in lines)
+    assert counts == dict.fromkeys(shapes.TAGS, 15)
+    for tag, least in {"single_object": 6, "two_object": 15, "counting": 15, "colors": 15}.items():
+        assert len({line["prompt"] for line in lines if line["tag"] == tag}) == least
+    assert lines == shapes.geneval_prompts(15) != shapes.geneval_prompts(15, seed=1)
+    held_out = {line["prompt"] for line in shapes.geneval_prompts(60, held_out=True)}
+    allowed = {line["prompt"] for line in shapes.geneval_prompts(3000)}
+    assert not held_out & allowed
+
+
+def test_wording_is_genevals():
+    lines = {line["prompt"]: line for line in shapes.geneval_prompts(3000)}
+    assert lines["a photo of a cross"]["include"] == [{"class": "cross", "count": 1}]
+    assert lines["a photo of two crosses"] == {
+        "tag": "counting",
+        "include": [{"class": "cross", "count": 2}],
+        "exclude": [{"class": "cross", "count": 3}],
+        "prompt": "a photo of two crosses",
+    }
+    assert lines["a photo of a ring above a square"]["include"] == [
+        {"class": "square", "count": 1},
+        {"class": "ring", "count": 1, "position": ["above", 0]},
+    ]
+    assert lines["a photo of an orange ring and a black square"]["tag"] == "color_attr"
+
+
+# Questions
+
+
+def answer(scene, question):
+    """The answer by a reader of its own."""
+
+    def named(name):
+        words = name.split()
+        return [o for o in scene.objects if o.shape == words[-1] and (len(words) == 1 or o.color == words[0])]
+
+    def only(name):
+        (o,) = named(name)
+        return o
+
+    yes = {True: "yes", False: "no"}
+    number = {v: k for k, v in NUMBERS.items()}
+    if match := re.fullmatch(r"what colour is the (\w+)\?", question):
+        return only(match[1]).color
+    if match := re.fullmatch(r"how many (\w+) objects are there\?", question):
+        return number[sum(o.color == match[1] for o in scene.objects)]
+    if match := re.fullmatch(r"how many (\w+) are there\?", question):
+        return number[len(named({"crosses": "cross"}.get(match[1], match[1][:-1])))]
+    if match := re.fullmatch(r"is there an? (\w+ \w+)\?", question):
+        return yes[bool(named(match[1]))]
+    if match := re.fullmatch(r"is the (.+?) (left of|right of|above|below) the (.+)\?", question):
+        return yes[match[2] in relations(only(match[1]).box, only(match[3]).box)]
+    if match := re.fullmatch(r"what is (left of|right of|above|below) the (.+)\?", question):
+        target = only(match[2])
+        (o,) = [o for o in scene.objects if o is not target and match[1] in relations(o.box, target.box)]
+        return f"{o.color} {o.shape}"
+    if match := re.fullmatch(r"which is larger, the (.+) or the (.+)\?", question):
+        a, b = only(match[1]).size, only(match[2]).size
+        assert max(a, b) >= 1.25 * min(a, b)
+        return match[1] if a > b else match[2]
+    raise AssertionError(question)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_questions_are_answered_truly_and_balanced(held_out):
+    per_kind = 400
+    asked = shapes.questions(per_kind, seed=3, held_out=held_out)
+    kinds = shapes.HELD_OUT_QUESTION_KINDS if held_out else shapes.QUESTION_KINDS
+    assert collections.Counter(kind for _, kind, *_ in asked) == dict.fromkeys(kinds, per_kind)
+    for scene, kind, question, told in asked:
+        assert answer(scene, question) == told, (kind, question, scene)
+    for kind in ("existence", "relation"):
+        answers = collections.Counter(told for _, k, _, told in asked if k == kind and told in ("yes", "no"))
+        assert answers.total() == per_kind if kind == "existence" else answers.total() > per_kind / 3
+        assert abs(answers["yes"] / answers.total() - 0.5) < 0.13  # 5 sigma of 400, 3.5 of 200
+
+
+def test_a_no_is_hard():
+    for scene in scenes(500):
+        if answered := ask("existence", scene, random.Random(1)):
+            question, told = answered
+            color, shape = re.search(r"(\w+) (\w+)\?", question).groups()
+            if told == "no":
+                assert color in {o.color for o in scene.objects} or shape in {o.shape for o in scene.objects}
+
+
+# What is held out
+
+
+def holds_held_out(text):
+    """Whether a text names a held-out combination, found by its words alone."""
+    nouns = {s: s for s in shapes.SHAPES} | {s + "s": s for s in shapes.SHAPES} | {"crosses": "cross"}
+    words = re.findall(r"\w+", text)
+    for i, word in enumerate(words):
+        shape = nouns.get(word)
+        before = words[max(i - 2, 0) : i]
+        if (shape, before[-1] if before else "") in shapes.HELD_OUT_PAIRS:
+            return True
+        if shape and any((NUMBERS.get(b), shape) in shapes.HELD_OUT_COUNTS for b in before):
+            return True
+    if not re.search("left of|right of|above|below", text):
+        return False
+    for match in re.finditer(r"(\w+) (left of|right of|above|below) (?:an?|the) (?:\w+ )??(\w+)\b(?! \w)", text):
+        if (match[2], match[1], match[3]) in shapes.HELD_OUT_RELATIONS:
+            return True
+    return False
+
+
+def test_the_word_search_finds_what_is_held_out():
+    assert holds_held_out("draw: a photo of a purple circle")
+    assert holds_held_out("two red crosses and three black circles")
+    assert holds_held_out("a photo of four triangles")
+    assert holds_held_out("a photo of a circle left of a square")
+    assert holds_held_out("is the square right of the red circle?")
+    assert not holds_held_out("a purple square, two circles and a circle")
+    found = {line["prompt"]: holds_held_out(line["prompt"]) for line in shapes.geneval_prompts(40, held_out=True)}
+    assert all(found.values()), [prompt for prompt, held in found.items() if not held]
+
+
+def test_nothing_held_out_is_trained_on():
+    """Each example's scene, by `violates`' definition written again, and each text by its words."""
+    each = EXAMPLES // len(shapes.TASKS)
+    for task, split in itertools.product(shapes.TASKS, ("train", "val")):
+        source = shapes.ShapesSource(task, split, each)
+        for i in range(each // 2):
+            example = source[i]
+            (scene,) = [part.image.args[0] for part in example.parts if isinstance(part, Picture)]
+            assert not held_out_by_hand(scene) and not shapes.violates(scene), example
+            assert not any(holds_held_out(text) for text in texts(example)), example
+
+
+def held_out_by_hand(scene):
+    if any((o.shape, o.color) in shapes.HELD_OUT_PAIRS for o in scene.objects):
+        return True
+    for count, shape in shapes.HELD_OUT_COUNTS:
+        if sum(o.shape == shape for o in scene.objects) == count:
+            return True
+    return any(
+        (relation, a.shape, b.shape) in shapes.HELD_OUT_RELATIONS
+        for a, b in itertools.combinations(scene.objects, 2)
+        if a.shape != b.shape
+        for relation in relations(a.box, b.box)
+    )
+
+
+def test_held_out_is_spread_and_closed_under_converses():
+    assert len(shapes.HELD_OUT_PAIRS) == 6
+    assert len({s for s, _ in shapes.HELD_OUT_PAIRS}) == len({c for _, c in shapes.HELD_OUT_PAIRS}) == 6
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    assert {(opposite[r], b, a) for r, a, b in shapes.HELD_OUT_RELATIONS} == shapes.HELD_OUT_RELATIONS
+    assert all(shapes.violates(scene) for scene in scenes(300, "held_out"))
+
+
+# The source
+
+
+@pytest.mark.parametrize("task", shapes.TASKS)
+def test_examples_are_the_same_anywhere(task):
+    source, again = (shapes.ShapesSource(task, "train", 50, seed=2, size=16) for _ in range(2))
+    assert len(source) == 50 and len({str(texts(source[i])) for i in range(50)}) > 20
+    for i in (7, 3):
+        example, twin = source[i], again[np.int64(i)]
+        assert example.key == twin.key == f"shapes/train/2/{task}/{i}"
+        assert texts(example) == texts(twin)
+        (picture,), (other,) = ([p for p in e.parts if isinstance(p, Picture)] for e in (example, twin))
+        assert picture.array().shape == (16, 16, 3) and (picture.array() == other.array()).all()
+        assert picture.role == ("draw" if task.startswith("draw") else "read")
+    for other in (shapes.ShapesSource(task, "val", 50, 2), shapes.ShapesSource(task, "train", 50, 3)):
+        assert [texts(other[i]) for i in range(9)] != [texts(source[i]) for i in range(9)]
+    with pytest.raises(IndexError):
+        source[50]
+
+
+def test_parts_of_each_task():
+    def parts(task):
+        example = shapes.ShapesSource(task)[0]
+        return [p.role if isinstance(p, Picture) else "learn" if p.learn else "text" for p in example.parts]
+
+    assert parts("caption") == parts("describe") == parts("question") == ["read", "text", "learn"]
+    assert parts("draw_caption") == parts("draw_details") == parts("draw_prompt") == ["text", "draw"]
+    assert parts("draw_described") == ["text", "learn", "draw"]
+    assert parts("pair") == ["read", "text"]
+    assert texts(shapes.ShapesSource("describe")[0])[0] == "describe:"
+    assert texts(shapes.ShapesSource("draw_details")[0])[0].startswith("draw: a")
+
+
+def test_unknown_names_are_the_users_mistake():
+    with pytest.raises(UserError, match="no task 'draw'"):
+        shapes.ShapesSource("draw")
+    with pytest.raises(UserError, match="no split 'test'"):
+        shapes.ShapesSource("caption", "test")
+
+
+def test_corpus_has_every_word():
+    def vocabulary(lines):
+        return {word for line in lines for word in re.findall(r"\w+|[^\w\s]", line)}
+
+    corpus = list(shapes.corpus(4000))
+    assert len(corpus) == 4000
+    used = vocabulary(line["prompt"] for held_out in (0, 1) for line in shapes.geneval_prompts(50, 1, held_out))
+    for held_out in (False, True):
+        used |= vocabulary(t for _, _, *qa in shapes.questions(200, 1, held_out) for t in qa)
+    for task in shapes.TASKS:
+        used |= vocabulary(t for i in range(200) for t in texts(shapes.ShapesSource(task, "held_out")[i]))
+    assert used <= vocabulary(corpus)
+
+
+def test_examples_are_made_fast_enough():
+    """Loosely, since test machines are slow and shared: docs give real times."""
+    source = shapes.ShapesSource("draw_details")
+    start = time.process_time()
+    examples = [source[i] for i in range(300)]
+    assert (time.process_time() - start) / 300 < 1e-3
+    start = time.process_time()
+    for example in examples:
+        example.parts[1].array()
+    assert (time.process_time() - start) / 300 < 2e-3

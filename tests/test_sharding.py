@@ -1,0 +1,268 @@
+"""The mesh and its rules; and that a batch has the same losses and gradients on one device and on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec as P
+
+from pisces_jax.errors import UserError
+from pisces_jax.sharding import (
+    BATCH_AXES,
+    batch_sharding,
+    batch_shards,
+    constrain,
+    make_mesh,
+    partition_spec,
+)
+from pisces_jax.training.programs import make_program
+from pisces_jax.training.step import make_trainer
+
+MESHES = {
+    "fsdp": dict(fsdp=8),
+    "tensor": dict(fsdp=1, tensor=8),
+    "fsdp and tensor": dict(fsdp=4, tensor=2),
+    "all": dict(data=2, fsdp=2, tensor=2),
+}
+
+
+# --- rules
+
+
+@pytest.mark.parametrize(
+    "axes, shape, sizes, expected",
+    [
+        (("embed", "heads", "head_dim"), (64, 8, 16), dict(fsdp=8), P(("fsdp", "fsdp_inner"))),
+        (("embed", "mlp"), (64, 8), dict(fsdp=4, tensor=2), P(("fsdp", "fsdp_inner"), "tensor")),
+        (("heads", "head_dim", "embed"), (8, 16, 64), dict(fsdp=1, tensor=8), P("tensor")),
+        (("vocab", "embed"), (64, 64), dict(fsdp=2, tensor=4), P("tensor", "fsdp")),
+        ((None, "embed"), (3, 64), dict(fsdp=8), P(None, ("fsdp", "fsdp_inner"))),
+        (("batch", "length", "width"), (16, 5, 7), dict(data=2, fsdp=4), P(("data", "fsdp", "fsdp_inner"))),
+        ((), (), dict(fsdp=8), P()),
+    ],
+)
+def test_where_arrays_lie(axes, shape, sizes, expected):
+    fallbacks = []
+    assert partition_spec(axes, shape, make_mesh(**sizes), fallbacks=fallbacks) == expected
+    assert not fallbacks
+
+
+def test_dimensions_that_do_not_divide_fall_back_to_a_part_of_the_axes():
+    mesh = make_mesh(fsdp=8)  # fsdp 2 × fsdp_inner 4
+    assert (mesh.shape["fsdp"], mesh.shape["fsdp_inner"]) == (2, 4)
+    for size, expected, used in ((16, ("fsdp", "fsdp_inner"), None), (6, "fsdp", ("fsdp",)), (7, None, ())):
+        fallbacks = []
+        spec = partition_spec(("embed", "mlp"), (size, 3), mesh, name="a/kernel", fallbacks=fallbacks)
+        assert spec == (P(expected) if expected else P())
+        if used is None:
+            assert not fallbacks
+        else:
+            (fallback,) = fallbacks
+            assert (fallback.name, fallback.dimension, fallback.size) == ("a/kernel", 0, size)
+            assert (fallback.wanted, fallback.used) == (("fsdp", "fsdp_inner"), used)
+    # 12 divides by 4 and not by 8; only the first axes in order are used, here of size 2.
+    assert partition_spec(("embed",), (12,), mesh) == P("fsdp")
+
+
+def test_two_axes_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match="x/kernel: logical axes 'heads' and 'mlp' both want mesh axis 'tensor'"):
+        partition_spec(("heads", "mlp"), (8, 8), make_mesh(fsdp=1, tensor=8), name="x/kernel")
+    # Also where the first of them could not have it.
+    with pytest.raises(ValueError, match="both want mesh axis 'tensor'"):
+        partition_spec(("heads", "mlp"), (3, 8), make_mesh(fsdp=1, tensor=8))
+    assert partition_spec(("heads", "mlp"), (8, 8), make_mesh(fsdp=8)) == P()
+
+
+def test_unknown_axes_and_wrong_ranks_are_refused():
+    mesh = make_mesh()
+    with pytest.raises(ValueError, match="w: unknown logical axis 'embedd'; known: vocab, embed"):
+        partition_spec(("embedd",), (8,), mesh, name="w")
+    with pytest.raises(ValueError, match="do not name the dimensions"):
+        partition_spec(("embed",), (8, 8), mesh)
+
+
+# --- meshes
+
+
+def test_fsdp_is_split_in_two():
+    for devices, expected in ((1, (1, 1)), (2, (2, 1)), (3, (3, 1)), (4, (2, 2)), (6, (3, 2)), (8, (2, 4))):
+        mesh = make_mesh(fsdp=devices, devices=jax.devices()[:devices])
+        assert (mesh.shape["fsdp"], mesh.shape["fsdp_inner"]) == expected
+        assert batch_shards(mesh) == devices
+    assert make_mesh(data=2, tensor=2).shape == {"data": 2, "fsdp": 2, "fsdp_inner": 1, "tensor": 2}
+    assert batch_sharding(make_mesh()).spec == P(BATCH_AXES)
+
+
+def test_meshes_that_do_not_fit_name_one_that_does():
+    def refusal(**sizes):
+        with pytest.raises(UserError) as error:
+            make_mesh(**sizes)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    message = refusal(fsdp=64)
+    assert "data=1,fsdp=64,tensor=1 takes 64 devices and there are 8: try data=1,fsdp=8,tensor=1" in message
+    assert "takes a multiple of 3 devices and there are 8: try data=1,fsdp=8,tensor=1" in refusal(tensor=3)
+    assert "try data=1,fsdp=4,tensor=2" in refusal(data=3, tensor=2)
+    assert "takes 4 devices and there are 8" in refusal(fsdp=4)
+    for sizes in (dict(fsdp=0), dict(tensor=-2), dict(data=-1, fsdp=-1)):
+        assert "sizes are positive, and at most one of them is -1" in refusal(**sizes)
+    # What is named does fit.
+    for sizes in (dict(fsdp=64), dict(tensor=3), dict(data=3, tensor=2), dict(tensor=6)):
+        named = refusal(**sizes).split("try ")[1]
+        make_mesh(**{k: int(v) for k, v in (word.split("=") for word in named.split(","))})
+
+
+def test_constrain():
+    x = jnp.ones((8, 4, 6))
+    assert constrain(x, "batch", "length", "width") is x  # no mesh
+    mesh = make_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: constrain(x, "batch", "length", "mlp"))(x)
+    assert y.sharding.is_equivalent_to(
+        jax.sharding.NamedSharding(mesh, P(("fsdp", "fsdp_inner"), None, "tensor")), 3
+    )
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        assert constrain(x, "batch", "length", "width") is x
+
+
+# --- the same numbers everywhere
+
+
+def unified(width, accumulate=1):
+    """A config whose first train step leaves its gradient in the optimizer's first moments: 0.1 of it."""
+    model = tiny.model_settings(width)
+    return tiny.config(
+        program="unified", batch_size=8, model=model, data=dict(train={"a": {}, "b": {}}), loss=dict(chunk=8),
+        optimizer=dict(b1=0.9, clip=0.0, accumulate=accumulate, table=((".*", 1.0, 0.0),)),
+    )  # fmt: skip
+
+
+GROUPS = [
+    # Very different numbers of learned tokens and of drawn pictures, some groups with nothing of a kind at all.
+    [[tiny.CAPTION, tiny.CHAT], [tiny.CAPTION, tiny.CHAT]],
+    [[tiny.DRAW]],
+    [[tiny.TWO], [tiny.EDIT]],
+    [[tiny.DRAW, tiny.DRAW], [tiny.DRAW]],
+    [[tiny.EDIT, tiny.DRAW], [tiny.CHAT]],
+    [[tiny.CHAT]],
+    [[]],
+    [[tiny.TWO, tiny.DRAW]],
+]
+
+
+def packed_batch():
+    return tiny.batch(*(tiny.pack(rows, idle=1 + i) for i, rows in enumerate(GROUPS)))
+
+
+def pairs_batch(size):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(6, 32, (8, 12)).astype(np.int32)
+    return dict(
+        image=rng.integers(0, 256, (8, size, size, 3)).astype(np.uint8),
+        tokens=tokens,
+        text_mask=np.arange(12) < rng.integers(3, 13, 8)[:, None],
+        id=rng.integers(0, 2**32, (8, 2), np.uint64).astype(np.uint32),
+        valid=np.array([1, 1, 0, 1, 1, 1, 0, 1], bool),
+    )
+
+
+def one_step(config, mesh, batch, vocab_size=32):
+    """Losses and gradients of a first step, as a trainer with its real shardings takes it."""
+    trainer = make_trainer(make_program(config, vocab_size), config, mesh)
+    # The random start itself must not depend on the mesh: it is made in place, already sharded.
+    state = trainer.init(jax.random.key(0))
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    start = jax.device_get(state.trained)
+    state, metrics = trainer.train_step()(state, trainer.put(batch))
+    (adam,) = (s for s in state.optimizer if hasattr(s, "mu"))
+    gradient = jax.tree.map(lambda mu: np.asarray(mu, np.float64) / 0.1, jax.device_get(adam.mu))
+    return start, {k: float(v.compute()) for k, v in metrics.items() if float(v.count)}, gradient, trainer
+
+
+def differences(a, b):
+    """Of each parameter, the distance of two gradients by the norm of the second."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(a)
+    other = jax.tree.leaves(b)
+    assert len(flat) == len(other)
+    result = {}
+    for (path, x), y in zip(flat, other, strict=True):
+        norm = np.linalg.norm(y)
+        result[jax.tree_util.keystr(path)] = np.linalg.norm(x - y) / norm if norm else np.abs(x).max()
+    return result
+
+
+def single_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Losses and gradients on one device, by width."""
+    return {width: one_step(unified(width), single_device(), packed_batch()) for width in (32, 36)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [32, 36], ids=["divides", "does not divide"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_unified_model_on_eight_devices(alone, mesh, width):
+    start, losses, gradient, _ = alone[width]
+    got = one_step(unified(width), make_mesh(**MESHES[mesh]), packed_batch())
+    for a, b in zip(jax.tree.leaves(got[0]), jax.tree.leaves(start), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert got[1] == pytest.approx(losses, rel=1e-5)
+    far = {name: far for name, far in differences(got[2], gradient).items() if not far < 1e-5}
+    assert not far
+    specs = {s.spec for s in jax.tree.leaves(got[3].shardings.trained)}
+    assert any(spec != P() for spec in specs)
+    assert bool(got[3].fallbacks) == (width == 36 or mesh == "tensor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["pretrain", "decoder"])
+def test_pictures_programs_on_eight_devices(program):
+    """Contrast over the whole batch, and noise that belongs to the example and not to the device."""
+    config = tiny.config(
+        program=program, batch_size=8, model=tiny.model_settings(32), data=dict(text_length=12),
+        flow=dict(drop=0.3, zero_share=0.2), loss=dict(feature_noise=0.1),
+        optimizer=dict(b1=0.9, clip=0.0, table=((".*", 1.0, 0.0),)),
+    )  # fmt: skip
+    batch = pairs_batch(16)
+    _, losses, gradient, _ = one_step(config, single_device(), batch)
+    got = one_step(config, make_mesh(**MESHES["all"]), batch)
+    assert got[1] == pytest.approx(losses, rel=1e-5)
+    far = {name: far for name, far in differences(got[2], gradient).items() if not far < 1e-5}
+    assert not far
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate, sizes", [(2, {}), (4, {}), (2, dict(fsdp=4))])
+def test_accumulated_gradients_equal_whole_ones(alone, accumulate, sizes):
+    _, losses, gradient, _ = alone[32]
+    mesh = make_mesh(**sizes, devices=jax.devices()[: sizes.get("fsdp", 1)])
+    got = one_step(unified(32, accumulate), mesh, packed_batch())
+    assert got[1] == pytest.approx(losses, rel=1e-5)
+    far = {name: far for name, far in differences(got[2], gradient).items() if not far < 1e-5}
+    assert not far
+
+
+@pytest.mark.slow
+def test_parts_normalised_each_by_itself_would_be_seen(alone):
+    """The mean of the gradients of halves, each divided by its own counts, is something else."""
+    _, _, gradient, trainer = alone[32]
+    state = trainer.init(jax.random.key(0))
+    step, total = jax.jit(lambda s, b: trainer._gradient(s, b)[0]), None
+    for half in range(2):
+        part = step(state, {k: v[half::2] for k, v in packed_batch().items()})
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    wrong = jax.tree.map(lambda g: np.asarray(g, np.float64) / 2, jax.device_get(total))
+    assert sum(far > 1e-2 for far in differences(wrong, gradient).values()) > len(jax.tree.leaves(wrong)) / 2
+
+
+def test_batches_that_do_not_fit_the_mesh_are_refused():
+    config = unified(32, accumulate=2)
+    program = make_program(config, 32)
+    with pytest.raises(UserError, match="batch_size 8 must be a multiple of 16 .mesh shards 8 × optimizer.accumulate 2"):
+        make_trainer(program, config, make_mesh(fsdp=8))

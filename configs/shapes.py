@@ -38,7 +38,8 @@ def get_config(stage: str = "") -> ConfigDict:
         picture_run("pretrain", "pretrain", SIZE, pairs, steps=900, optimizer=optimizer(3e-3, 40), log=LOG),
         picture_run("decoder", "decoder", SIZE, pairs, steps=700, optimizer=optimizer(2e-3, 20, average=0.99), log=LOG),
         unified_run(
-            "stage1", "", SIZE, data(caption=1.0, draw_caption=1.0), steps=200, optimizer=optimizer(2e-3, 30, 1.0), log=LOG
+            "stage1", "", SIZE, data(caption=1.0, draw_caption=1.0), steps=200,
+            optimizer=optimizer(2e-3, 30, 1.0), log=LOG,
         ),
         unified_run(
             "stage2", "stage1", SIZE, data(describe=1.0, draw_details=1.0, draw_described=1.0), steps=500,

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax import cli
 from pisces_jax.errors import UserError, run_command
+from pisces_jax.files import write_atomic
 
 
 def main() -> None:
@@ -134,8 +135,6 @@ class _Stopwatch:
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        from pisces_jax.training.checkpoints import write_atomic
-
         if not self._finished and (self._run / "config.json").exists():
             seconds = seconds_of(self._run) + time.perf_counter() - self._start
             write_atomic(self._run / "seconds.json", json.dumps({"seconds": round(seconds, 1)}))

@@ -106,7 +106,9 @@ def model_settings(width=32):
             encoder, image_size=16, patch_size=4, norm="post", class_token=True, final_norm=False, biases="qv",
             activation="gelu",
         ),
-        decoder=dict(size=16, patch_size=4, channels=3, width=16, layers=1, heads=2, mlp_hidden=24, local_condition=True),
+        decoder=dict(
+            size=16, patch_size=4, channels=3, width=16, layers=1, heads=2, mlp_hidden=24, local_condition=True
+        ),
         text_tower=dict(width=16, layers=1, heads=2, mlp_hidden=24),
         pool=2,
         hidden=dict(projector=24, vector_head=24),

@@ -6,8 +6,8 @@ the `<image>` id, nothing around it. A drawn picture is `[IMG]`, `draw_vectors` 
 
 import dataclasses
 import hashlib
+import io
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int32
 from pisces_jax.data.example import Example, Picture, Role, Text
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
+from pisces_jax.files import write_atomic
 
 
 class Source(Protocol):
@@ -161,12 +162,6 @@ def _read_cache(path: Path, key: str) -> Lengths | None:
 
 
 def _write_cache(path: Path, key: str, lengths: Lengths) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, key=np.array(key), **lengths._asdict())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    file = io.BytesIO()
+    np.savez(file, key=np.array(key), **lengths._asdict())
+    write_atomic(path, file.getvalue())

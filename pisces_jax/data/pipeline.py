@@ -97,7 +97,8 @@ class BatchIterator(Iterator[Batch]):
     def __init__(self, batches: _Batches, threads: int, workers: int, prefetch: int, num_batches: int | None):
         self._batches, self._threads, self._workers, self._prefetch = batches, threads, workers, prefetch
         self._end = len(batches) if num_batches is None else min(num_batches, len(batches))
-        self._next, self._reader = 0, None
+        self._next = 0
+        self._reader: Any = None
         self.broken: collections.Counter[str] = collections.Counter()
 
     def __len__(self) -> int:

@@ -6,7 +6,6 @@ Special tokens can never come out of text: a user who writes "[IMG]" gets the pi
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -14,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import sentencepiece
 
 from pisces_jax.errors import UserError
+from pisces_jax.files import write_atomic
 
 BEGIN_IMAGE, END_IMAGE, IMAGE = "[IMG]", "[/IMG]", "<image>"
 
@@ -146,14 +146,5 @@ def train_sentencepiece(
         if not seen:
             raise UserError("no text to train a tokenizer on: give a source that holds text") from error
         raise UserError(f"vocab_size={vocab_size} does not fit these texts ({error}): change it") from error
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.getvalue())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomic(Path(path), model.getvalue())
     return SentencePieceTokenizer(path)

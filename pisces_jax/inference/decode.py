@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, UInt8
 
 from pisces_jax.flow import FlowConfig, guided, integrate
 from pisces_jax.models.dit import DiT
+from pisces_jax.models.layers import apply
 from pisces_jax.training.programs import to_pixels
 
 
@@ -19,6 +20,6 @@ def decode(
     noise = jax.vmap(lambda k: jax.random.normal(k, (c.size, c.size, c.channels), jnp.float32))(keys)
 
     def network(*args: Array) -> Array:
-        return decoder.apply({"params": params}, *args)
+        return apply(decoder, params, *args)
 
     return to_pixels(integrate(guided(network, vectors, flow), noise, flow.steps))

@@ -21,6 +21,7 @@ from pisces_jax.flow import FlowConfig
 from pisces_jax.inference.decode import decode
 from pisces_jax.inference.rollout import Prompts, Rollout
 from pisces_jax.models.dit import DiT
+from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import is_finished, load_part, read_config
@@ -69,9 +70,15 @@ class Model:
     """Reads and draws in batches of a fixed size, compiled once for each; results do not depend on the batching."""
 
     def __init__(
-        self, config: ConfigDict, tokenizer: Tokenizer, params: Any, decoder: DiT | None, decoder_params: Any, flow: FlowConfig | None,
+        self,
+        config: ConfigDict,
+        tokenizer: Tokenizer,
+        params: Any,
+        decoder: DiT | None,
+        decoder_params: Any,
+        flow: FlowConfig | None,
         batch_size: int = 64,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.pisces = Pisces(settings.pisces_config(config, tokenizer.vocab_size), jnp.dtype(config.compute_dtype))
         self.params, self._decoder, self._decoder_params, self.flow = params, decoder, decoder_params, flow
@@ -105,7 +112,7 @@ class Model:
 
         self._answer = jax.jit(answer, static_argnums=(3, 4))
         self._draw = jax.jit(draw, static_argnums=(3, 4))
-        self._features = jax.jit(lambda p, x: self.pisces.apply({"params": p}, x, method="features"))
+        self._features = jax.jit(lambda p, x: apply(self.pisces, p, x, method="features"))
         if decoder is not None:
             self._decode = jax.jit(lambda p, v, k, flow: decode(decoder, p, v, k, flow), static_argnums=3)
 
@@ -208,7 +215,7 @@ class Model:
         row, start, valid = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.arange(slots) < len(pictures)
         for i, (b, at, picture) in enumerate(pictures):
             images[i], row[i], start[i] = fit(picture.array(), size), b, at
-        return Prompts(tokens, length, images, row, start, valid)
+        return Prompts(*map(jnp.asarray, (tokens, length, images, row, start, valid)))
 
 
 def _pad(x: np.ndarray, size: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces, place_vectors, slot_positions
 from pisces_jax.models.transformer import Cache, empty_cache
 
@@ -47,7 +48,7 @@ class Rollout:
     model: Pisces
 
     def _apply(self, params: Any, *args: Any, method: str) -> Any:
-        return self.model.apply({"params": params}, *args, method=method)
+        return apply(self.model, params, *args, method=method)
 
     def prefill(self, params: Any, prompts: Prompts, slots: int) -> Rows:
         """Runs the prompts; the cache gets `slots` slots, for the prompts and all that is to come."""
@@ -55,8 +56,8 @@ class Rollout:
         x = self._apply(params, prompts.tokens, method="embed")
         if prompts.images.shape[0]:
             read = self._apply(params, prompts.images, method="read")
-            pool = [a[None] for a in (prompts.row, prompts.start, prompts.valid)]
-            index = slot_positions(*pool, vectors=read.shape[1], length=T, rows=B)
+            row, start, valid = prompts.row[None], prompts.start[None], prompts.valid[None]
+            index = slot_positions(row, start, valid, vectors=read.shape[1], length=T, rows=B)
             x = place_vectors(x.reshape(1, B * T, -1), index, read[None]).reshape(x.shape)
         cache = empty_cache(self.model.config.language_model, B, slots, self.model.dtype)
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))

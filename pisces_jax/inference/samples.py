@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -23,7 +22,7 @@ from pisces_jax.training.programs import Program, Reconstruction, UnifiedProgram
 from pisces_jax.training.step import State
 
 
-def picture_grid(rows: Sequence[Sequence[UInt8[np.ndarray, "S S 3"]]], scale: int = 3, gap: int = 4) -> np.ndarray:
+def picture_grid(rows: Sequence[Sequence[np.ndarray] | np.ndarray], scale: int = 3, gap: int = 4) -> np.ndarray:
     """Rows of pictures of one size on white, each pixel `scale` wide."""
     size = rows[0][0].shape[0] * scale
     cell = size + gap
@@ -86,10 +85,10 @@ def _drawer(config: ConfigDict, workdir: Path, tokenizer: Any, sources: Sequence
     for example in examples:
         at = next(i for i, p in enumerate(example.parts) if isinstance(p, Picture) and p.role == "draw")
         prompts.append(example.parts[:at])
-        truth.append(example.parts[at].array())  # type: ignore[union-attr]
+        truth.append(example.parts[at].array())
     decoder, decoder_params, flow = load_decoder(workdir, config)
     model = Model(config, tokenizer, None, decoder, decoder_params, flow, batch_size=len(prompts))
-    truth = [fit(image, decoder.config.size) for image in truth]  # type: ignore[union-attr]
+    truth = [fit(image, model.drawn_size) for image in truth]
 
     def sample(state: State, path: Path) -> np.ndarray:
         model.params = _weights(state)

@@ -170,7 +170,8 @@ class DiT(nn.Module):
         if c.local_condition:
             ratio = c.side // c.condition_side
             # Each vector gives every patch of its cell an embedding of its own, so that patches know their place in it.
-            cells = Linear((ratio, ratio, c.width), ("features",), (None, None, "embed"), dtype=self.dtype, name="local")
+            out_shape, out_axes = (ratio, ratio, c.width), (None, None, "embed")
+            cells = Linear(out_shape, ("features",), out_axes, dtype=self.dtype, name="local")
             local = jnp.where(keep[:, None, None, None, None], cells(condition), 0)
             local = local.reshape(-1, c.condition_side, c.condition_side, ratio, ratio, c.width)
             z = z + local.transpose(0, 1, 3, 2, 4, 5).reshape(z.shape)

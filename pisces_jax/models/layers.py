@@ -25,6 +25,11 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 
 
+def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """`module` on arrays, given its parameters; `method="name"` calls another method than `__call__`."""
+    return module.apply({"params": params}, *args, **kwargs)
+
+
 def logical(init: nn.initializers.Initializer, *axes: str | None) -> Callable[..., Any]:
     return nn.with_logical_partitioning(init, axes)
 

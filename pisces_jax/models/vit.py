@@ -8,20 +8,32 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pisces_jax.models.attention import attention
-from pisces_jax.models.layers import MLP, LayerNorm, Linear, lecun, logical, normalize_picture, patchify, pool_2d, scanned
+from pisces_jax.models.layers import (
+    MLP,
+    LayerNorm,
+    Linear,
+    lecun,
+    logical,
+    normalize_picture,
+    patchify,
+    pool_2d,
+    scanned,
+)
 from pisces_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """`norm="pre"` is SigLIP's block, `x + f(norm(x))`; `"post"` is EVA-CLIP-E's, `x + norm(f(x))`.
+    """Settings of the encoder.
 
-    `biases` names those of the query, key and value projections that have one. `output_dim` adds a projection of
-    every patch vector to that width, one for each place of the grid so that pooling does not mix up the places, then a
-    tanh: small encoders trained here end so.
-    `post_scale` is what the scales of post-norms start at: small ones let an encoder from scratch learn sooner, since
-    its blocks start near the identity. `mean` and `std` are those of the pixels, scaled to 0..1. Pixels right of and below the last whole patch are left
-    out (SigLIP-so400m-patch14-384 sees 378 of its 384).
+    Attributes:
+        norm: "pre" is SigLIP's block, `x + f(norm(x))`; "post" is EVA-CLIP-E's, `x + norm(f(x))`.
+        biases: which of the query, key and value projections have one, by first letter.
+        output_dim: if not 0, every patch vector is projected to that width, by a matrix for each place of the grid so
+            that pooling does not mix up the places, and bounded by tanh: small encoders trained here end so.
+        post_scale: what the scales of post-norms start at; small ones let an encoder from scratch learn sooner, since
+            its blocks start near the identity.
+        mean, std: of the pixels, scaled to 0..1.
     """
 
     image_size: int

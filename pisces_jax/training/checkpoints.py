@@ -8,10 +8,9 @@
 A checkpoint holds what its run trains. Frozen parts are read again from where they came, as `config.parts` says.
 """
 
+import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from pisces_jax.errors import UserError
+from pisces_jax.files import write_atomic
 from pisces_jax.training import optimizer
 from pisces_jax.training.step import State
 
@@ -28,45 +28,39 @@ from pisces_jax.training.step import State
 _FREE_KEYS = ("log", "mesh", "sampling", "data.threads", "data.workers")
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """The whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def open_run(workdir: Path, config: ConfigDict) -> Path:
-    """The folder of this run, new or to be continued.
+def check_run(workdir: Path, config: ConfigDict) -> None:
+    """Whether this run may be started or continued in its folder; nothing is written.
 
     Raises:
-        UserError: no folder can be made there, or it holds something else or a run of another config.
+        UserError: the folder cannot be used, or holds something else or a run of another config.
     """
     run = workdir / config.name
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        held = any(run.iterdir()) if run.exists() else False
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
-    new = json.loads(config.to_json())
-    path = run / "config.json"
-    if not path.exists():
-        if any(run.iterdir()):
+    if not (run / "config.json").exists():
+        if held:
             raise UserError(f"{run} holds files that are no run of ours: choose another --workdir")
-        write_atomic(path, json.dumps(new, indent=1))
-        return run
-    old = read_config(run).to_dict()
-    changed = sorted(_differences(json.loads(json.dumps(old)), new))
+        return
+    changed = sorted(_differences(read_config(run).to_dict(), json.loads(config.to_json())))
     changed = [key for key in changed if not any(key == f or key.startswith(f + ".") for f in _FREE_KEYS)]
     if changed:
         raise UserError(
             f"{run} holds a run with another config ({', '.join(changed[:5])}): continue it with its own, "
             "or choose another --workdir"
         )
+
+
+def open_run(workdir: Path, config: ConfigDict) -> Path:
+    """The folder of this run, checked as by `check_run`, with its config in it."""
+    check_run(workdir, config)
+    run = workdir / config.name
+    if not (run / "config.json").exists():
+        try:
+            write_atomic(run / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
+        except OSError as error:
+            raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     return run
 
 
@@ -138,7 +132,7 @@ class Checkpoints:
         target = _changed(state)
         args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
         restored = self._manager.restore(step, args=ocp.args.Composite(state=args, iterator=ocp.args.JsonRestore()))
-        return state.replace(**restored["state"]), restored["iterator"]
+        return dataclasses.replace(state, **restored["state"]), restored["iterator"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()

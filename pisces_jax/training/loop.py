@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pisces_jax.errors import UserError
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import flops, input, optimizer
-from pisces_jax.training.checkpoints import Checkpoints, finished_step, is_finished, load_part, open_run
+from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_step, is_finished, load_part, open_run
 from pisces_jax.training.metrics import Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import State, Trainer, make_trainer
@@ -36,8 +36,8 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     Raises:
         UserError: whatever the user can mend; what is in the folder stays as it was.
     """
+    check_run(workdir, config)
     if is_finished(workdir / config.name):
-        open_run(workdir, config)
         print(f"{config.name}: finished already ({config.steps} steps)")
         return
     mesh = make_mesh(**config.mesh)
@@ -46,7 +46,6 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     trainer = make_trainer(program, config, mesh)
     trained = set(trainer.shardings.trained)
     parts = starting_parts(config, workdir, trainer)
-    run = open_run(workdir, config)
     for fallback in trainer.fallbacks:
         log.warning(
             "%s: dimension %d of size %d lies on mesh axes %s, not %s",
@@ -54,6 +53,13 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         )  # fmt: skip
 
     train_iterator = input.train_iterator(config, tokenizer, program, workdir)
+    evaluate = _evaluation(config, tokenizer, program, trainer, workdir)
+    sampler = None
+    if config.log.samples_every:
+        if make_sampler is None:
+            raise ValueError("log.samples_every is set: pass make_sampler")
+        sampler = make_sampler(config, workdir, tokenizer, program)
+    run = open_run(workdir, config)
     state = trainer.init(jax.random.key(config.seed), parts)
     checkpoints = Checkpoints(run, config.log.keep)
     if restored := checkpoints.restore(state):
@@ -66,12 +72,6 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         (run / "parameters.txt").write_text(overview + "\n")
     start = int(state.step)
     writer = Writer(run, start, tensorboard=config.log.tensorboard)
-    evaluate = _evaluation(config, tokenizer, program, trainer, workdir)
-    sampler = None
-    if config.log.samples_every:
-        if make_sampler is None:
-            raise ValueError("log.samples_every is set: pass make_sampler")
-        sampler = make_sampler(config, workdir, tokenizer, program)
     step = trainer.train_step()
     peak, _ = flops.peak_flops()
 
@@ -175,7 +175,7 @@ def _due(number: int, every: int) -> bool:
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
     """Whether this process was asked to end: then the run saves and stops after the step in hand."""
-    asked = []
+    asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
         if asked:

@@ -20,6 +20,7 @@ from pisces_jax import objectives
 from pisces_jax.errors import UserError
 from pisces_jax.flow import FlowConfig
 from pisces_jax.models.dit import DiT, DiTConfig
+from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces, PiscesConfig
 from pisces_jax.models.vit import ContrastiveHead, TextTower, TextTowerConfig, ViT, ViTConfig, pooled_features
 from pisces_jax.training import config as settings
@@ -32,7 +33,10 @@ PURPOSES = ("flow", "feature_noise")
 class Program(Protocol):
     """What the loop needs of a program."""
 
-    weights: Mapping[str, float]
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each loss in the objective."""
+        ...
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Boxed parameters by part."""
@@ -90,7 +94,7 @@ class Reconstruction:
 
     def vectors(self, params: Params, images: Array) -> Array:
         with jax.named_scope("generation_encoder"):
-            return self.encoder.apply({"params": params["generation_encoder"]}, images)
+            return apply(self.encoder, params["generation_encoder"], images)
 
     def errors(self, params: Params, vectors: Array, batch: Batch, key: jax.Array) -> Array:
         """Flow-matching error of each picture given the encoder's vectors."""
@@ -100,7 +104,7 @@ class Reconstruction:
             features = features + self.feature_noise * noise(example_keys(key, batch["id"], "feature_noise"))
         with jax.named_scope("decoder"):
             return objectives.flow_matching(
-                lambda *a: self.decoder.apply({"params": params["decoder"]}, *a),
+                lambda *a: apply(self.decoder, params["decoder"], *a),
                 to_signal(batch["image"]), features, example_keys(key, batch["id"], "flow"), self.flow,
             )  # fmt: skip
 
@@ -167,13 +171,13 @@ class PretrainProgram:
         heads = params["contrastive"]
 
         def embed(name: str, x: Array) -> Array:
-            return self.heads[name].apply({"params": heads[name]}, x)
+            return apply(self.heads[name], heads[name], x)
 
         with jax.named_scope("text_tower"):
-            text = self.text_tower.apply({"params": params["text_tower"]}, batch["tokens"], batch["text_mask"])
+            text = apply(self.text_tower, params["text_tower"], batch["tokens"], batch["text_mask"])
             text = embed("text", text)
         with jax.named_scope("understanding_encoder"):
-            read = self.understanding_encoder.apply({"params": params["understanding_encoder"]}, batch["image"])
+            read = apply(self.understanding_encoder, params["understanding_encoder"], batch["image"])
         drawn = self.reconstruction.vectors(params, batch["image"])
         every = batch["valid"]
         losses, reported = {}, {}
@@ -217,11 +221,10 @@ class UnifiedProgram:
 
     def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
         del key  # nothing here is random
-        variables = {"params": params}
-        hidden, predicted, target = self.model.apply(variables, batch)
+        hidden, predicted, target = apply(self.model, params, batch)
         targets, learned = self._targets(batch)
         with jax.named_scope("text_loss"):
-            matrix = self.model.apply(variables, method="output_matrix")
+            matrix = apply(self.model, params, method="output_matrix")
             text = objectives.text_cross_entropy(hidden, matrix, targets, chunk=self.chunk)
         with jax.named_scope("vector_loss"):
             vectors = objectives.vector_error(predicted, target)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from clu.metrics import Average
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from pisces_jax.errors import UserError
@@ -29,7 +29,7 @@ class State:
     `average` is the moving average of `trained` (empty where the config asks for none). Trees are by part.
     """
 
-    step: Int[Array, ""]
+    step: Any  # int32 []
     trained: Any
     average: Any
     optimizer: Any
@@ -134,7 +134,7 @@ class Trainer:
         for name, tree in (("gradient", gradients), ("parameter", trained), ("update", updates)):
             metrics[f"norm/{name}"] = _value(optax.global_norm(tree))
         metrics["learning_rate"] = _value(self.schedule(state.step))
-        return state.replace(step=state.step + 1, trained=trained, average=average, optimizer=opt), metrics
+        return dataclasses.replace(state, step=state.step + 1, trained=trained, average=average, optimizer=opt), metrics
 
     def _evaluate(self, state: State, batch: Batch) -> Metrics:
         trained = state.average if state.average else state.trained

@@ -35,19 +35,19 @@ def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
     pairs = data(pair=1.0)
     stages = (
-        picture_run("pretrain", "pretrain", SIZE, pairs, steps=900, optimizer=optimizer(3e-3, 40), log=LOG),
-        picture_run("decoder", "decoder", SIZE, pairs, steps=700, optimizer=optimizer(2e-3, 20, average=0.99), log=LOG),
+        picture_run("pretrain", "pretrain", SIZE, pairs, steps=700, optimizer=optimizer(3e-3, 40), log=LOG),
+        picture_run("decoder", "decoder", SIZE, pairs, steps=300, optimizer=optimizer(2e-3, 20, average=0.99), log=LOG),
         unified_run(
-            "stage1", "", SIZE, data(caption=1.0, draw_caption=1.0), steps=200,
+            "stage1", "", SIZE, data(caption=1.0, draw_caption=1.0), steps=100,
             optimizer=optimizer(2e-3, 30, 1.0), log=LOG,
         ),
         unified_run(
-            "stage2", "stage1", SIZE, data(describe=1.0, draw_details=1.0, draw_described=1.0), steps=500,
+            "stage2", "stage1", SIZE, data(describe=1.0, draw_details=1.0, draw_described=1.0), steps=250,
             optimizer=optimizer(2e-3, 0, 0.7), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(question=2.5, caption=0.2, describe=0.5, draw_details=0.5, draw_described=2.0), steps=900,
+            data(question=2.5, caption=0.2, describe=0.5, draw_details=0.5, draw_described=2.0), steps=350,
             optimizer=optimizer(1.5e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

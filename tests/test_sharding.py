@@ -140,7 +140,9 @@ def unified(width, accumulate=1):
     model = tiny.model_settings(width)
     return tiny.config(
         program="unified", batch_size=8, model=model, data=dict(train={"a": {}, "b": {}}), loss=dict(chunk=8),
-        optimizer=dict(b1=0.9, clip=0.0, accumulate=accumulate, table=((".*", 1.0, 0.0),)),
+        optimizer=dict(
+            b1=0.9, clip=0.0, accumulate=accumulate, table=(("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
+        ),
     )  # fmt: skip
 
 

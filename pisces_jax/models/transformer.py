@@ -139,7 +139,10 @@ class Transformer(nn.Module):
             )
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding.astype(self.dtype)[tokens]
+        # The table is gathered over fsdp before the look-up: left in pieces of the width, every device would come to
+        # hold the whole batch's vectors.
+        table = constrain(self.embedding.astype(self.dtype), "vocab", "width")
+        return constrain(table[tokens], "batch", "length", "width")
 
     def __call__(
         self,

@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     last_step, last_time, work = start, time.perf_counter(), 0.0
     # Progress is for a person who watches; a log file gets a line now and then.
     bar = tqdm(total=config.steps, initial=start, desc=config.name, unit="step", mininterval=1.0, dynamic_ncols=True)
-    with _signals() as stop, bar:
+    # Whatever ends the loop, a checkpoint that is being written is finished first.
+    with _signals() as stop, bar, closing(checkpoints), closing(train_iterator), closing(writer):
         for number in range(start + 1, config.steps + 1):
             batch = next(train_iterator)
             if not work:
@@ -109,14 +110,12 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
             if sampler and (_due(number, config.log.samples_every) or last):
                 writer.picture(number, "samples", sampler(state, run / "samples" / f"{number:07d}.png"))
             if _due(number, config.log.checkpoint_every) or last or stopping:
+                check_finite(merge(pending), last_step, number)  # what is saved replaces what was good
                 checkpoints.save(number, state, train_iterator.get_state())
             if not pending:
                 last_step, last_time = number, time.perf_counter()
             if stopping and not last:
                 break
-    checkpoints.close()
-    train_iterator.close()
-    writer.close()
     if train_iterator.broken:
         log.warning("%s: %d examples could not be read and were masked", config.name, len(train_iterator.broken))
     if finished_step(run) < config.steps:

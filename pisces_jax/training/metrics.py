@@ -1,8 +1,8 @@
 """What a run measures: averages gathered on the device, written as JSON lines and, if asked for, for TensorBoard."""
 
+import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from clu.metrics import Average
 
 from pisces_jax.errors import UserError
+from pisces_jax.files import write_atomic
 
 
 def merge(parts: Sequence[Mapping[str, Average]]) -> dict[str, float]:
@@ -42,10 +43,8 @@ class Writer:
     def __init__(self, run: Path, step: int, *, tensorboard: bool) -> None:
         self._path = run / "metrics.jsonl"
         if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in lines))
-            os.replace(temporary, self._path)
+            kept = [json.dumps(entry) + "\n" for entry in read_metrics(run) if entry["step"] <= step]
+            write_atomic(self._path, "".join(kept))
         self._summary: Any = None
         if tensorboard:
             try:
@@ -73,5 +72,10 @@ class Writer:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The entries of a run's metrics.jsonl in order; a line that was cut off when the run was killed is left out."""
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries

@@ -1,6 +1,6 @@
 """Small runs from scratch on pictures of 64 patches: sizes and tables that the configs for two CPU cores share.
 
-Two different encoders: SigLIP's form for reading, 64 vectors; EVA-CLIP's for drawing, pooled to 16 vectors of 32.
+Two different encoders: SigLIP's form for reading, 64 vectors; EVA-CLIP's for drawing, pooled to 16 vectors of 96.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def encoders(size: int) -> dict[str, Any]:
         understanding_encoder=vit,
         generation_encoder=dict(
             vit, norm="post", final_norm=False, post_scale=0.1, class_token=True, biases="qv", activation="gelu",
-            output_dim=32,
+            output_dim=96,
         ),
         pool=2,
     )  # fmt: skip
@@ -32,9 +32,12 @@ def encoders(size: int) -> dict[str, Any]:
 
 def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
     """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them."""
-    config = run_config(name=name, program=program, batch_size=16, data=data)
+    config = run_config(name=name, program=program, batch_size=32, data=data)
     config.model = ConfigDict(dict(
-        decoder=dict(size=size, patch_size=size // 8, channels=3, mlp_hidden=320, local_condition=True, **BLOCK),
+        decoder=dict(
+            size=size, patch_size=size // 4, channels=3, width=192, layers=3, heads=3, mlp_hidden=512,
+            local_condition=True, unroll=True,
+        ),
         **encoders(size),
     ))  # fmt: skip
     if program == "pretrain":
@@ -44,8 +47,8 @@ def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **c
         config.parts = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
         config.optimizer.table = FROZEN_GENERATION
     # The network gives the picture itself: strongly conditioned, it need not pass the noise through.
-    flow = dict(prediction="data", weight="data", zero_share=0.25, drop=0.1, steps=8)
-    merge(config, dict(flow=flow, loss=dict(feature_noise=0.05, contrastive=0.1, reconstruction=10.0)))
+    flow = dict(prediction="data", weight="data", zero_share=0.5, drop=0.05, steps=8)
+    merge(config, dict(flow=flow, loss=dict(feature_noise=0.02, contrastive=0.1, reconstruction=10.0)))
     merge(config, changes)
     return config
 

@@ -154,7 +154,8 @@ def _fresh(params: Any, rules: Any, tx: optax.GradientTransformation, config: Co
     flat = optimizer.flatten(params)
     stored = {k: v.astype(config.storage.get(k.split("/")[0], "float32")) for k, v in flat.items()}
     trained, frozen = optimizer.split(optimizer.unflatten(stored), rules)
-    average = jax.tree.map(jnp.copy, trained) if config.optimizer.average else {}
+    # In float32 whatever the parameters are stored in: what a step adds to it is small.
+    average = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained) if config.optimizer.average else {}
     return State(jnp.zeros((), jnp.int32), trained, average, tx.init(trained), frozen)
 
 

@@ -1,0 +1,515 @@
+"""The trainer: its optimizer and step against numpy, runs that are stopped and resumed, and what it refuses."""
+
+import collections
+import dataclasses
+import json
+import math
+import shutil
+import signal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from clu.metrics import Average
+from ml_collections import ConfigDict
+
+from pisces_jax.errors import UserError
+from pisces_jax.models.vit import ViTConfig
+from pisces_jax.sharding import make_mesh
+from pisces_jax.training import checkpoints, loop, optimizer
+from pisces_jax.training.config import build, flow_config, merge, run_config
+from pisces_jax.training.metrics import Writer, check_finite, read_metrics
+from pisces_jax.training.step import make_trainer
+
+# --- the optimizer's table
+
+NAMES = ["vit/layers/norm/scale", "vit/layers/mlp/kernel", "vit/layers/mlp/bias", "llm/embedding"]
+
+
+def rules(*rows, names=tuple(NAMES)):
+    return optimizer.match(optimizer.read_table(rows), names)
+
+
+def test_first_row_that_matches_a_whole_name_holds():
+    got = rules((r".*/(scale|bias)", 1.0, 0.0), (r"vit/.*", 0.5, 0.1), (r"(llm/)?embedding", 3.0, 0.3))
+    assert {name: (rule.multiple, rule.weight_decay) for name, rule in got.items()} == {
+        "vit/layers/norm/scale": (1.0, 0.0),
+        "vit/layers/mlp/kernel": (0.5, 0.1),
+        "vit/layers/mlp/bias": (1.0, 0.0),
+        "llm/embedding": (3.0, 0.3),
+    }
+    with pytest.raises(UserError):  # a part of the name is no match
+        rules((r"llm/embed", 1.0, 0.0), (".*", 1.0, 0.0))
+
+
+def test_rows_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="no row for parameter llm/embedding"):
+        rules(("vit/.*", 1.0, 0.0))
+    with pytest.raises(UserError, match="pattern 'vti/.*' matches no parameter: correct or delete it"):
+        rules(("vti/.*", 0.0, 0.0), (".*", 1.0, 0.0))
+    for table in (((".*", 1.0),), (("(", 1.0, 0.0),), ((".*", "fast", 0.0),)):
+        with pytest.raises(UserError, match="rows are .pattern, multiple, weight decay."):
+            optimizer.read_table(table)
+
+
+def test_learning_rate_is_the_closed_form():
+    config = ConfigDict(dict(learning_rate=0.2, warmup_steps=5, final_rate=0.1))
+    schedule = optimizer.learning_rate(config, 25)
+    for step in range(25):
+        if step < 5:
+            expected = 0.2 * step / 5
+        else:
+            expected = 0.02 + (0.2 - 0.02) * 0.5 * (1 + math.cos(math.pi * (step - 5) / 20))
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    config.warmup_steps = 0
+    assert float(optimizer.learning_rate(config, 25)(0)) == pytest.approx(0.2)
+    config.warmup_steps = 25
+    with pytest.raises(UserError, match="warmup_steps 25 must be less than the 25 steps"):
+        optimizer.learning_rate(config, 25)
+
+
+# --- a step, on a program small enough to do by hand
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """Mean over the valid rows of |x w - y|² + |x v - 1|², with frozen u."""
+
+    weights = {"fit": 2.0, "idle": 0.0}
+
+    def init(self, key):
+        part = {name: jnp.arange(1.0, 4.0) * scale for name, scale in (("w", 1.0), ("v", -0.5), ("scale", 2.0))}
+        return {"a": part, "b": {"u": jnp.ones(2)}}
+
+    def counts(self, batch):
+        return {"fit": batch["valid"].sum().astype(jnp.float32), "idle": jnp.ones(())}
+
+    def losses(self, params, batch, key):
+        a, u = params["a"], params["b"]["u"]
+        error = (batch["x"] @ (a["w"] * a["scale"]) - batch["y"]) ** 2 + (batch["x"] @ a["v"] * u[0] - 1) ** 2
+        total = jnp.where(batch["valid"], error, 0).sum()
+        return {"fit": Average(total=total, count=batch["valid"].sum().astype(jnp.float32))}, {}
+
+
+OPTIMIZER = dict(
+    learning_rate=0.1, warmup_steps=2, final_rate=0.5, b1=0.8, b2=0.9, eps=1e-6, clip=3.0, average=0.7,
+    table=(("b/.*", 0.0, 0.0), (".*/scale", 0.5, 0.0), (".*", 1.0, 0.1)),
+)  # fmt: skip
+
+
+def toy(batch_size=4, **changes):
+    config = run_config(name="toy", steps=8, batch_size=batch_size, optimizer={**OPTIMIZER, **changes})
+    return config, make_trainer(Toy(), config, make_mesh(devices=jax.devices()[:1]))
+
+
+def toy_batches(n):
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        valid = np.array([True, i % 2 == 0, False, False])
+        x, y = 2 * rng.standard_normal((4, 3)), rng.standard_normal(4)
+        yield dict(x=x.astype(np.float32), y=y.astype(np.float32), valid=valid)
+
+
+def by_hand(batches, decay_of_average=0.7):
+    """AdamW with clipping, rates and decays of their own, and the moving average: all in numpy and float64."""
+    p = {name: np.arange(1.0, 4.0) * scale for name, scale in (("w", 1.0), ("v", -0.5), ("scale", 2.0))}
+    average = {k: x.copy() for k, x in p.items()}
+    mu, nu = ({k: np.zeros(3) for k in p} for _ in range(2))
+    multiple, decay = {"w": 1, "v": 1, "scale": 0.5}, {"w": 0.1, "v": 0.1, "scale": 0.0}
+    for step, batch in enumerate(batches):
+        x, y = (batch[k][batch["valid"]].astype(float) for k in ("x", "y"))
+        first, second = x @ (p["w"] * p["scale"]) - y, x @ p["v"] - 1
+        g = {
+            "w": 2 * (2 * first[:, None] * x * p["scale"]).mean(0),  # the loss's weight is 2
+            "scale": 2 * (2 * first[:, None] * x * p["w"]).mean(0),
+            "v": 2 * (2 * second[:, None] * x).mean(0),
+        }
+        norm = math.sqrt(sum((v**2).sum() for v in g.values()))
+        g = {k: v * min(1, 3.0 / norm) for k, v in g.items()}
+        rate = 0.1 * step / 2 if step < 2 else 0.05 + 0.05 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 6))
+        for k in p:
+            mu[k] = 0.8 * mu[k] + 0.2 * g[k]
+            nu[k] = 0.9 * nu[k] + 0.1 * g[k] ** 2
+            adam = mu[k] / (1 - 0.8 ** (step + 1)) / (np.sqrt(nu[k] / (1 - 0.9 ** (step + 1))) + 1e-6)
+            p[k] = p[k] - rate * multiple[k] * (adam + decay[k] * p[k])
+            d = min(decay_of_average, (1 + step) / (10 + step))
+            average[k] = d * average[k] + (1 - d) * p[k]
+        yield p, average, norm, rate
+
+
+def test_steps_equal_adamw_by_hand():
+    _, trainer = toy()
+    state, step = trainer.init(jax.random.key(0)), trainer.train_step()
+    batches = list(toy_batches(8))
+    norms = []
+    for batch, (p, average, norm, rate) in zip(batches, by_hand(batches), strict=True):
+        state, metrics = step(state, trainer.put(batch))
+        for k in p:
+            np.testing.assert_allclose(state.trained["a"][k], p[k], rtol=2e-5)
+            np.testing.assert_allclose(state.average["a"][k], average[k], rtol=2e-5)
+        values = {k: float(v.compute()) for k, v in metrics.items()}
+        assert values["norm/gradient"] == pytest.approx(norm, rel=1e-4)
+        assert values["norm/parameter"] == pytest.approx(math.sqrt(sum((x**2).sum() for x in p.values())), rel=1e-4)
+        assert values["learning_rate"] == pytest.approx(rate, rel=1e-5, abs=1e-9)
+        norms.append(norm)
+    assert min(norms) < 3 < max(norms) or min(norms) > 3  # clipping was at work
+    assert int(state.step) == 8
+
+
+def test_frozen_parameters_have_no_optimizer_state():
+    _, trainer = toy()
+    state, step = trainer.init(jax.random.key(0)), trainer.train_step()
+    assert set(state.trained) == {"a"} and set(state.frozen) == {"b"}
+    (adam,) = (s for s in state.optimizer if hasattr(s, "mu"))
+    assert set(adam.mu) == set(adam.nu) == {"a"} and set(state.average) == {"a"}
+    state, _ = step(state, trainer.put(next(toy_batches(1))))
+    np.testing.assert_array_equal(state.frozen["b"]["u"], np.ones(2))
+    with pytest.raises(UserError, match="freezes every parameter"):
+        toy(table=((".*", 0.0, 0.0),))
+
+
+def test_evaluation_takes_the_averaged_weights():
+    _, trainer = toy()
+    state, step = trainer.init(jax.random.key(0)), trainer.train_step()
+    for batch in toy_batches(4):
+        state, _ = step(state, trainer.put(batch))
+    x, y, valid = (batch[k] for k in ("x", "y", "valid"))
+
+    def loss(p):
+        a = {k: np.asarray(v, np.float64) for k, v in p["a"].items()}
+        return ((x @ (a["w"] * a["scale"]) - y) ** 2 + (x @ a["v"] - 1) ** 2)[valid].mean()
+
+    got = float(trainer.evaluate_step()(state, trainer.put(batch))["fit"].compute())
+    assert got == pytest.approx(loss(state.average), rel=1e-4)
+    assert abs(loss(state.trained) / got - 1) > 1e-2
+
+
+def test_accumulation_equals_the_whole_batch():
+    """Also where a part of the batch holds nothing at all."""
+    batch = next(toy_batches(1))
+    results = []
+    for parts in (1, 2, 4):
+        _, trainer = toy(accumulate=parts, warmup_steps=0)
+        state, metrics = trainer.train_step()(trainer.init(jax.random.key(0)), trainer.put(batch))
+        results.append((jax.device_get(state.trained), {k: float(v.compute()) for k, v in metrics.items()}))
+    for trained, metrics in results[1:]:
+        assert metrics == pytest.approx(results[0][1], rel=1e-5)
+        for k in ("w", "v", "scale"):
+            np.testing.assert_allclose(trained["a"][k], results[0][0]["a"][k], rtol=1e-5)
+
+
+def test_averages_of_bfloat16_parameters_are_float32():
+    """In bfloat16 an average would stand still: 1 + 0.001 is 1 there."""
+    config = run_config(name="toy", steps=8, batch_size=4, optimizer=OPTIMIZER, storage=dict(a="bfloat16"))
+    trainer = make_trainer(Toy(), config, make_mesh(devices=jax.devices()[:1]))
+    state, step = trainer.init(jax.random.key(0)), trainer.train_step()
+    dtypes = jax.tree.map(lambda x: x.dtype, state)
+    for batch in toy_batches(2):
+        state, _ = step(state, trainer.put(batch))
+        assert jax.tree.map(lambda x: x.dtype, state) == dtypes
+    assert state.trained["a"]["w"].dtype == jnp.bfloat16 and state.average["a"]["w"].dtype == jnp.float32
+    with pytest.raises(UserError, match="storage.c: the model's parts are a, b"):
+        make_trainer(Toy(), run_config(batch_size=4, storage=dict(c="bfloat16")), trainer.mesh)
+
+
+# --- what a run measures
+
+
+def test_numbers_that_are_not_finite_are_named_with_their_steps():
+    check_finite({"text": 1.0}, 0, 5)
+    with pytest.raises(UserError, match="vectors, norm/gradient became infinite or NaN between steps 40 and 50"):
+        check_finite({"text": 1.0, "vectors": math.nan, "norm/gradient": math.inf}, 40, 50)
+
+
+def test_metrics_of_a_killed_run_go_on_where_its_checkpoint_stands(tmp_path):
+    writer = Writer(tmp_path, 0, tensorboard=False)
+    for step in (1, 2, 3):
+        writer.scalars(step, {"train/text": 1 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/te')  # cut off
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+    Writer(tmp_path, 2, tensorboard=False).scalars(3, {"train/text": 9.0})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "train/text": 1.0}, {"step": 2, "train/text": 0.5}, {"step": 3, "train/text": 9.0}
+    ]  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# --- configs
+
+
+def test_unknown_keys_name_their_nearest_neighbour():
+    for changes, message in (
+        (dict(stesp=3), "config key stesp does not exist: did you mean steps?"),
+        (dict(optimizer=dict(learning_rat=1)), "config key optimizer.learning_rat does not exist: did you mean learn"),
+        (dict(data=dict(row_lenght=1)), "config key data.row_lenght does not exist: did you mean row_length?"),
+    ):
+        with pytest.raises(UserError) as error:
+            run_config(**changes)
+        assert str(error.value).startswith(message)
+    config = run_config()
+    merge(config, dict(model=dict(anything=1), data=dict(train=dict(mine=dict(kind="x"))), parts=dict(a="b")))
+    assert (config.model.anything, config.data.train.mine.kind, config.parts.a) == (1, "x", "b")
+
+
+def test_settings_are_checked_by_what_they_are_for():
+    good = dict(image_size=8, patch_size=4, width=8, layers=1, heads=2, mlp_hidden=8)
+    assert build(ViTConfig, good | dict(mean=[0, 0, 0]), "model.x").mean == (0, 0, 0)
+    for settings, message in (
+        (good | dict(widht=8), "config key model.x.widht does not exist: did you mean width?"),
+        ({k: v for k, v in good.items() if k != "heads"}, "config key model.x.heads is missing: set it"),
+        (good | dict(norm="both"), "config model.x: norm 'both' is neither 'pre' nor 'post'"),
+    ):
+        with pytest.raises(UserError) as error:
+            build(ViTConfig, settings, "model.x")
+        assert str(error.value) == message
+    with pytest.raises(UserError, match="config flow: flow.times 'sometimes' is none of uniform, logit_normal"):
+        flow_config(run_config(flow=dict(times="sometimes")))
+
+
+# --- whole runs
+
+
+def source(task, split="train"):
+    return dict(kind="shapes", task=task, num_examples=24, split=split, size=16)
+
+
+def data(*tasks):
+    return dict(
+        tokenizer_vocabulary=300, tokenizer_examples=24, text_length=160, row_length=160, rows=1, read_slots=1,
+        draw_slots=1, threads=1, train={t: source(t) for t in tasks}, evaluate={t: source(t, "val") for t in tasks},
+    )  # fmt: skip
+
+
+def decoder(**changes):
+    return tiny.config(**{
+        **dict(
+            name="decoder", program="decoder", steps=6, batch_size=8, model=tiny.model_settings(), data=data("pair"),
+            flow=dict(drop=0.3), loss=dict(feature_noise=0.1), optimizer=dict(average=0.9, warmup_steps=1),
+            log=dict(every=1, evaluate_every=3, evaluate_batches=1, checkpoint_every=2),
+        ),
+        **changes,
+    })  # fmt: skip
+
+
+def unified(**changes):
+    return tiny.config(**{
+        **dict(
+            name="unified", program="unified", steps=6, batch_size=8, model=tiny.model_settings(),
+            data=data("question", "draw_caption"), parts=dict(generation_encoder="decoder"),
+            optimizer=dict(warmup_steps=1, table=(("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.01))),
+            log=dict(every=1, evaluate_every=3, evaluate_batches=1, checkpoint_every=2),
+        ),
+        **changes,
+    })  # fmt: skip
+
+
+class Killed(BaseException):
+    pass
+
+
+def saved(run):
+    """All arrays of the latest checkpoint, and its step."""
+    step = checkpoints.finished_step(run)
+    tree = ocp.PyTreeCheckpointer().restore((run / "checkpoints" / str(step) / "state").absolute())
+    iterator = json.loads((run / "checkpoints" / str(step) / "iterator" / "metadata").read_text())
+    leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+    return step, leaves, iterator
+
+
+def assert_same_end(run, other):
+    (step, arrays, iterator), (other_step, other_arrays, other_iterator) = saved(run), saved(other)
+    assert step == other_step and iterator == other_iterator == {"next_batch": step}
+    assert arrays.keys() == other_arrays.keys() and len(arrays) > 20
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(value, other_arrays[name], err_msg=name)
+
+    def numbers(folder):
+        """By (step, kind); what a clock says is left out."""
+        found = {}
+        for entry in read_metrics(folder):
+            values = {k: v for k, v in entry.items() if not k.endswith(("_per_step", "_per_second", "/mfu", "step"))}
+            key = (entry["step"], *{k.split("/")[0] for k in values})
+            assert key not in found, f"{key} is there twice"
+            found[key] = values
+        return found
+
+    assert numbers(run) == numbers(other)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A work directory with a decoder run and a unified run that nothing has disturbed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    loop.train(decoder(), workdir)
+    loop.train(unified(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def begun(finished, tmp_path):
+    """A work directory with the tokenizer of the finished one, and its decoder run to take parts from."""
+    shutil.copy(finished / "tokenizer.model", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_run_that_was_killed_and_resumed_ends_the_same(finished, begun, monkeypatch):
+    """Killed when its fifth and sixth step are logged and not yet saved."""
+    save = checkpoints.Checkpoints.save
+
+    def die(self, step, *args):
+        if step == 6:
+            raise Killed
+        save(self, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", die)
+        with pytest.raises(Killed):
+            loop.train(decoder(), begun)
+    assert checkpoints.finished_step(begun / "decoder") == 4
+    assert max(entry["step"] for entry in read_metrics(begun / "decoder")) == 6
+    with pytest.raises(UserError, match=r"decoder is not finished .4 of 6 steps.: train it first"):
+        loop.train(unified(), begun)
+    assert not (begun / "unified").exists()
+    loop.train(decoder(), begun)
+    assert_same_end(begun / "decoder", finished / "decoder")
+
+
+@pytest.mark.slow
+def test_run_that_was_asked_to_stop_saves_and_goes_on(finished, begun, monkeypatch):
+    """A signal during the third step: the run ends after the next with a checkpoint there."""
+    shutil.copytree(finished / "decoder", begun / "decoder")
+    config = unified()
+    config.log.checkpoint_every = 0
+
+    def ask(values, first, last):
+        if last == 3 and "text" in values:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "check_finite", ask)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, begun)
+    assert checkpoints.finished_step(begun / "unified") == 4
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    loop.train(config, begun)
+    assert_same_end(begun / "unified", finished / "unified")
+    arrays = saved(finished / "unified")[1]
+    assert not any("generation_encoder" in name for name in arrays)  # frozen: it is in the decoder's run
+
+
+@pytest.mark.slow
+def test_finished_runs_are_left_alone(finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    loop.train(decoder(log=dict(every=3)), finished)  # how often it logs is free to change
+    assert "decoder: finished already (6 steps)" in capsys.readouterr().out
+    for config, key in ((decoder(steps=7), "steps"), (decoder(optimizer=dict(b1=0.5)), "optimizer.")):
+        with pytest.raises(UserError, match=f"holds a run with another config .*{key}"):
+            loop.train(config, finished)
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_parts_come_from_where_they_were_trained(finished):
+    arrays = saved(finished / "decoder")[1]
+    part = optimizer.flatten(checkpoints.load_part(finished, "decoder", "decoder"))
+    for name, value in part.items():
+        path = "".join(f"['{key}']" for key in ("average", "decoder", *name.split("/")))
+        np.testing.assert_array_equal(value, arrays[path])
+    # The unified run froze its generation encoder: it still is the decoder run's.
+    through, direct = (
+        optimizer.flatten(checkpoints.load_part(finished, run, "generation_encoder")) for run in ("unified", "decoder")
+    )
+    assert through.keys() == direct.keys()
+    for name in direct:
+        np.testing.assert_array_equal(through[name], direct[name])
+    with pytest.raises(UserError, match="has no part 'text_tower'"):
+        checkpoints.load_part(finished, "unified", "text_tower")
+    with pytest.raises(UserError, match="nowhere holds no run: give the --workdir of a finished training"):
+        checkpoints.load_part(finished, "nowhere", "decoder")
+
+
+def files(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+@pytest.mark.slow
+def test_refusals_leave_no_run_behind(finished, begun):
+    shutil.copytree(finished / "decoder", begun / "decoder")
+    (begun / "foreign").mkdir()
+    (begun / "foreign" / "notes.txt").write_text("mine")
+    before = files(begun)
+    other = tiny.model_settings()
+    other["generation_encoder"]["width"] = 8
+    with_encoder = dict(generation_encoder="decoder")
+    for config, message in (
+        (unified(name="foreign"), "holds files that are no run of ours: choose another --workdir"),
+        (unified(parts={}), "part generation_encoder is frozen and starts from random numbers: name a run in parts"),
+        (unified(parts=dict(generation_encoder="stage9")), "stage9 holds no run"),
+        (unified(parts=dict(**with_encoder, texttower="decoder")), "parts.texttower: the model's parts are"),
+        (unified(model=other), r"decoder does not fit model.generation_encoder: .*\(16,\) for \(8,\)"),
+        (unified(program="unify"), "'unify' is none of pretrain, decoder, unified"),
+        (unified(model={}), "model.language_model is missing: program 'unified' needs that part"),
+        (unified(mesh=dict(tensor=3)), "there are 8: try data=1,fsdp=8,tensor=1"),
+        (unified(batch_size=6), "batch_size 6 must be a multiple of 8"),
+        (unified(data=data()), "data.train names no source"),
+        (decoder(name="d2", program="pretrain", optimizer=dict(accumulate=2)), "accumulate must be 1 in program pretr"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            loop.train(config, begun)
+        assert "\n" not in str(error.value)
+        assert files(begun) == before
+
+
+@pytest.mark.slow
+def test_full_disk_is_said_and_nothing_is_half_written(finished, begun, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 1))
+        with pytest.raises(UserError, match="0.00 GiB free and a checkpoint takes .* free some space"):
+            loop.train(decoder(), begun)
+    assert files(begun / "decoder" / "checkpoints") == []
+    loop.train(decoder(), begun)
+    assert_same_end(begun / "decoder", finished / "decoder")
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_never_replaces_a_good_checkpoint(begun):
+    """The first step has a rate of zero and is saved; the second leaves float32, and is logged much later."""
+    config = decoder(
+        optimizer=dict(learning_rate=1e25, warmup_steps=2), log=dict(every=100, checkpoint_every=1, keep=1)
+    )
+    with pytest.raises(UserError, match=r"norm/\w+.* became infinite or NaN between steps 0 and 2: lower"):
+        loop.train(config, begun)
+    step, arrays, _ = saved(begun / "decoder")
+    assert step == 1
+    for name, value in arrays.items():
+        assert np.isfinite(value).all(), name
+
+
+@pytest.mark.slow
+def test_losses_fall_and_all_is_measured(finished):
+    """Six steps are enough for the text and the vectors to become less of a surprise."""
+    entries = read_metrics(finished / "unified")
+    train = [e for e in entries if "train/text" in e]
+    assert [e["step"] for e in train] == [1, 2, 3, 4, 5, 6]
+    assert train[-1]["train/text"] < train[0]["train/text"] < 1.2 * math.log(300)
+    for name in ("vectors", "norm/gradient", "norm/parameter", "norm/update", "learning_rate", "seconds_per_step",
+                 "examples_per_second", "mfu", "text/question", "vectors/draw_caption"):  # fmt: skip
+        assert math.isfinite(train[0][f"train/{name}"]), name
+    assert [e["step"] for e in entries if "val/text" in e] == [3, 6]
+    assert "val/vectors" in entries[-1] and (finished / "unified" / "parameters.txt").read_text()
+
+
+def test_abstract_state_is_what_is_made():
+    """Shapes are known before anything is allocated."""
+    _, trainer = toy()
+    state = trainer.init(jax.random.key(0))
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, trainer.abstract)
+    assert all(jax.tree.leaves(same))
+    assert nn.unbox(trainer.program.init(jax.random.key(0)))["b"].keys() == state.frozen["b"].keys()

@@ -171,6 +171,16 @@ def test_weight():
     np.testing.assert_allclose(weighted / plain, 1 / np.maximum(1 - np.asarray(t), 0.05), rtol=1e-4)
 
 
+def test_weight_that_makes_the_loss_that_of_the_data():
+    """max(1 - t, floor)² |velocity error|² is |data error|² for a network that predicts data."""
+    config = FlowConfig(prediction="data", weight="data", floor=0.05)
+    values = data(200)
+    loss, (x, *_) = spied(lambda x, *_: jnp.sin(x), values, jnp.zeros((200, 1)), keys(200), config)
+    t = np.asarray(spied(lambda x, *_: x, values, jnp.zeros((200, 1)), keys(200), config)[1][1])
+    some = t < 0.9
+    np.testing.assert_allclose(loss[some], ((np.sin(x) - values) ** 2).mean(1)[some], rtol=1e-3)
+
+
 def test_share_of_dropped_conditions():
     n = 20_000
     condition = jnp.arange(n, dtype=jnp.float32)[:, None]

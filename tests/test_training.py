@@ -23,6 +23,7 @@ from pisces_jax.sharding import make_mesh
 from pisces_jax.training import checkpoints, loop, optimizer
 from pisces_jax.training.config import build, flow_config, merge, run_config
 from pisces_jax.training.metrics import Writer, check_finite, read_metrics
+from pisces_jax.training.programs import example_keys, to_pixels, to_signal
 from pisces_jax.training.step import make_trainer
 
 # --- the optimizer's table
@@ -216,6 +217,25 @@ def test_averages_of_bfloat16_parameters_are_float32():
         make_trainer(Toy(), run_config(batch_size=4, storage=dict(c="bfloat16")), trainer.mesh)
 
 
+# --- what programs are made of
+
+
+def test_pixels_come_back_from_the_decoders_range():
+    pixels = jnp.arange(256, dtype=jnp.uint8)
+    signal_ = to_signal(pixels)
+    assert (float(signal_.min()), float(signal_.max())) == (-1.0, 1.0)
+    np.testing.assert_array_equal(to_pixels(signal_), pixels)
+    assert to_pixels(jnp.array([-3.0, 0.0, 5.0])).tolist() == [0, 128, 255]
+
+
+def test_noise_is_keyed_by_both_words_of_the_identity_and_by_its_purpose():
+    ids = jnp.array([[1, 2], [2, 1], [1, 3], [0, 0], [1, 2]], jnp.uint32)
+    data = [jax.random.key_data(example_keys(jax.random.key(seed), ids, purpose)).tolist()
+            for seed, purpose in ((0, "flow"), (0, "feature_noise"), (1, "flow"))]  # fmt: skip
+    assert all(keys[0] == keys[4] for keys in data)
+    assert len({tuple(key) for keys in data for key in keys}) == 3 * 4
+
+
 # --- what a run measures
 
 
@@ -388,7 +408,7 @@ def test_run_that_was_asked_to_stop_saves_and_goes_on(finished, begun, monkeypat
     config.log.checkpoint_every = 0
 
     def ask(values, first, last):
-        if last == 3 and "text" in values:
+        if last == 3 and "norm/gradient" in values:  # not after the evaluation: a second signal ends it at once
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:

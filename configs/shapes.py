@@ -35,7 +35,7 @@ def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
     pairs = data(pair=1.0)
     stages = (
-        picture_run("pretrain", "pretrain", SIZE, pairs, steps=700, optimizer=optimizer(3e-3, 40), log=LOG),
+        picture_run("pretrain", "pretrain", SIZE, pairs, steps=700, optimizer=optimizer(6e-3, 40), log=LOG),
         picture_run("decoder", "decoder", SIZE, pairs, steps=300, optimizer=optimizer(2e-3, 20, average=0.99), log=LOG),
         unified_run(
             "stage1", "", SIZE, data(caption=1.0, draw_caption=1.0), steps=100,

@@ -38,9 +38,9 @@ from pisces_jax.sharding import constrain
 class DiTConfig:
     """`size` is the side of what is generated, in pixels or latent cells, `channels` its depth.
 
-    `local_condition` adds to every patch a projection, one for each place in the cell, of the condition vector that
-    covers it, and turns the condition's keys by their places (2-D rotary): for conditions that are a grid over the
-    same picture.
+    `local_condition` is for conditions that are a grid over the same picture. Linear maps of the condition vector that
+    covers a patch, one for each place in the cell, are added to the patch's embedding and to its output: a first
+    estimate of the picture that the blocks refine. The condition's keys are turned by their places (2-D rotary).
     """
 
     size: int
@@ -150,6 +150,7 @@ class DiT(nn.Module):
             keep: bool [B]; where False the condition is dropped, i.e. zeros after its projection (guidance).
         """
         c = self.config
+        raw = condition
         condition = LayerNorm(name="condition_norm", dtype=self.dtype)(condition)
         y = Linear((c.width,), ("features",), ("embed",), dtype=self.dtype, name="condition_embedding")(condition)
         y = jnp.where(keep[:, None, None], y, 0)
@@ -161,20 +162,26 @@ class DiT(nn.Module):
         pooled = Linear((c.width,), ("embed",), ("embed_out",), dtype=self.dtype, name="pooled_embedding")(y.mean(1))
         h = h + pooled
 
-        z = Linear((c.width,), ("patch",), ("embed",), dtype=self.dtype, name="patch_embedding")(
+        # A grid of vectors says nearly all: the noisy picture starts small beside it, so that noise does not drown it.
+        scale = 0.1 if c.local_condition else 1.0
+        z = Linear((c.width,), ("patch",), ("embed",), scale=scale, dtype=self.dtype, name="patch_embedding")(
             patchify(x.astype(self.dtype), c.patch_size)
         )
         head_width = c.width // c.heads
         angles = grid_angles(*grid_centres(c.side), head_width, c.rotary_base)
         y_angles = None
+        estimate = 0.0
         if c.local_condition:
             ratio = c.side // c.condition_side
-            # Each vector gives every patch of its cell an embedding of its own, so that patches know their place in it.
-            out_shape, out_axes = (ratio, ratio, c.width), (None, None, "embed")
-            cells = Linear(out_shape, ("features",), out_axes, dtype=self.dtype, name="local")
-            local = jnp.where(keep[:, None, None, None, None], cells(condition), 0)
-            local = local.reshape(-1, c.condition_side, c.condition_side, ratio, ratio, c.width)
-            z = z + local.transpose(0, 1, 3, 2, 4, 5).reshape(z.shape)
+
+            def spread(name: str, vectors: Array, width: int, axis: str) -> Float[Array, "B N W"]:
+                cells = Linear((ratio, ratio, width), ("features",), (None, None, axis), dtype=self.dtype, name=name)
+                local = jnp.where(keep[:, None, None, None, None], cells(vectors), 0)
+                local = local.reshape(-1, c.condition_side, c.condition_side, ratio, ratio, width)
+                return local.transpose(0, 1, 3, 2, 4, 5).reshape(-1, c.side**2, width)
+
+            z = z + spread("local", condition, c.width, "embed")
+            estimate = spread("estimate", raw, c.patch_size**2 * c.channels, "patch")
             y_angles = grid_angles(*grid_centres(c.condition_side, ratio), head_width, c.rotary_base)
 
         inputs = (nn.broadcast,) * 4
@@ -187,4 +194,4 @@ class DiT(nn.Module):
         out = Linear(
             (c.patch_size**2 * c.channels,), ("embed",), ("patch",), scale=0.0, dtype=self.dtype, name="output"
         )(z)
-        return unpatchify(out, c.patch_size).astype(jnp.promote_types(self.dtype, jnp.float32))
+        return unpatchify(out + estimate, c.patch_size).astype(jnp.promote_types(self.dtype, jnp.float32))

@@ -145,7 +145,8 @@ class ViT(nn.Module):
         if c.class_token:
             x = x[:, 1:]
         if c.output_dim:
-            init = logical(lecun(c.width), "position", "embed", "features")
+            # 0.3: within tanh's linear range, so that training starts as a linear code of the patches.
+            init = logical(lecun(c.width, 0.3), "position", "embed", "features")
             kernel = self.param("output", init, (c.vectors, c.width, c.output_dim))
             x = jnp.einsum("BND,NDC->BNC", x, kernel.astype(self.dtype))
             x = jnp.tanh(x)

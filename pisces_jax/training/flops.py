@@ -58,6 +58,8 @@ def dit(c: DiTConfig) -> float:
     per_layer = 2.0 * n * (4 * c.width**2 + 3 * c.width * c.mlp_hidden) + 2.0 * m * 2 * c.width**2
     per_layer += 4.0 * n * (n + m) * c.width + 2.0 * 4 * c.width**2
     ends = 2.0 * n * 2 * c.patch_size**2 * c.channels * c.width + 2.0 * m * c.condition_width * c.width
+    if c.local_condition:  # one map into the patches' embeddings, one into their pixels
+        ends += 2.0 * n * c.condition_width * (c.width + c.patch_size**2 * c.channels)
     return c.layers * per_layer + ends + 2.0 * 4 * c.width**2
 
 

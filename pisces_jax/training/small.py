@@ -32,7 +32,7 @@ def encoders(size: int) -> dict[str, Any]:
 
 def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
     """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them."""
-    config = run_config(name=name, program=program, batch_size=32, data=data)
+    config = run_config(name=name, program=program, batch_size=16, data=data)
     config.model = ConfigDict(dict(
         decoder=dict(
             size=size, patch_size=size // 4, channels=3, width=192, layers=3, heads=3, mlp_hidden=512,
@@ -47,8 +47,8 @@ def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **c
         config.parts = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
         config.optimizer.table = FROZEN_GENERATION
     # The network gives the picture itself: strongly conditioned, it need not pass the noise through.
-    flow = dict(prediction="data", weight="data", zero_share=0.5, drop=0.05, steps=8)
-    merge(config, dict(flow=flow, loss=dict(feature_noise=0.02, contrastive=0.1, reconstruction=10.0)))
+    flow = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
+    merge(config, dict(flow=flow, loss=dict(feature_noise=0.01, contrastive=0.1, reconstruction=100.0)))
     merge(config, changes)
     return config
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from pisces_jax.training.small import picture_run, unified_run
 
 SIZE = 32
-LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=400)
+LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=650)
 
 
 def data(**weights: float) -> dict:
@@ -36,19 +36,22 @@ def get_config(stage: str = "") -> ConfigDict:
     pairs = data(pair=1.0)
     stages = (
         picture_run("pretrain", "pretrain", SIZE, pairs, steps=700, optimizer=optimizer(6e-3, 40), log=LOG),
-        picture_run("decoder", "decoder", SIZE, pairs, steps=300, optimizer=optimizer(2e-3, 20, average=0.99), log=LOG),
-        unified_run(
-            "stage1", "", SIZE, data(caption=1.0, draw_caption=1.0), steps=100,
-            optimizer=optimizer(2e-3, 30, 1.0), log=LOG,
+        picture_run(
+            "decoder", "decoder", SIZE, pairs, steps=200, loss=dict(feature_noise=0.05),
+            optimizer=optimizer(3e-3, 20, average=0.99), log=LOG,
         ),
         unified_run(
-            "stage2", "stage1", SIZE, data(describe=1.0, draw_details=1.0, draw_described=1.0), steps=250,
-            optimizer=optimizer(2e-3, 0, 0.7), log=LOG,
+            "stage1", "", SIZE, data(caption=0.5, draw_caption=1.0), steps=50, optimizer=optimizer(3e-3, 30, 1.0),
+            log=LOG,
+        ),
+        unified_run(
+            "stage2", "stage1", SIZE, data(describe=0.5, draw_details=1.0, draw_described=1.0), steps=650,
+            optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(question=2.5, caption=0.2, describe=0.5, draw_details=0.5, draw_described=2.0), steps=350,
-            optimizer=optimizer(1.5e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
+            data(question=2.5, caption=0.1, describe=0.3, draw_details=0.7, draw_described=2.0), steps=750,
+            optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip
     runs = {config.name: config for config in stages}

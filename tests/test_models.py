@@ -381,7 +381,8 @@ def plain_dit(p, config, x, t, condition, keep):
             out[:, m] = np.concatenate([turned.real, turned.imag], axis=-1)
         return out
 
-    condition = plain.layer_norm(condition.astype(float), p["condition_norm"])
+    raw = condition.astype(float)
+    condition = plain.layer_norm(raw, p["condition_norm"])
     y = linear(condition, p["condition_embedding"]) * keep[:, None, None]
     angles = 1000 * t[:, None] * 10_000 ** (-np.arange(D // 2) / (D // 2))
     h = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
@@ -426,6 +427,11 @@ def plain_dit(p, config, x, t, condition, keep):
         z = z + np.tanh(gate2) * plain.rms_norm(inner, w["mlp_post_norm"])
     z = plain.layer_norm(z) * (1 + linear(plain.silu(h), p["final_modulation"])[:, None])
     out = linear(z, p["output"])
+    if config.local_condition:
+        for m in range(side * side):
+            i, j = divmod(m, side)
+            kernel, bias = (p["estimate"][n][..., i % ratio, j % ratio, :] for n in ("kernel", "bias"))
+            out[:, m] += (raw[:, i // ratio * coarse + j // ratio] @ kernel + bias) * keep[:, None]
     picture = np.zeros(x.shape)
     size = config.patch_size
     for m in range(side * side):

@@ -104,9 +104,9 @@ def slow_text(apply, row, allowed, stop, most=MOST):
 def slow_vectors(apply, x, m=4):
     vectors = []
     x = np.concatenate([x, np.asarray(apply(jnp.asarray([[L.begin_image]]), method="embed"))[0]])
-    for _ in range(m):
+    for i in range(m):
         vectors.append(np.asarray(apply(last_state(apply, x), method="predict"))[0])
-        x = np.concatenate([x, np.asarray(apply(jnp.asarray(vectors[-1][None]), method="feed"))])
+        x = np.concatenate([x, np.asarray(apply(jnp.asarray(vectors[-1][None]), jnp.asarray([i]), method="feed"))])
     return np.stack(vectors)
 
 

@@ -17,13 +17,14 @@ import tiny
 from clu.metrics import Average
 from ml_collections import ConfigDict
 
+from pisces_jax.data.images import fit
 from pisces_jax.errors import UserError
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import checkpoints, loop, optimizer
 from pisces_jax.training.config import build, flow_config, merge, run_config
 from pisces_jax.training.metrics import Writer, check_finite, read_metrics
-from pisces_jax.training.programs import example_keys, to_pixels, to_signal
+from pisces_jax.training.programs import example_keys, resize, to_pixels, to_signal
 from pisces_jax.training.step import make_trainer
 
 # --- the optimizer's table
@@ -159,6 +160,67 @@ def test_steps_equal_adamw_by_hand():
         norms.append(norm)
     assert min(norms) < 3 < max(norms) or min(norms) > 3  # clipping was at work
     assert int(state.step) == 8
+
+
+def orthogonal(g, steps=5):
+    """Newton-Schulz of one matrix (Jordan et al. 2024), in float64: nearly U Vᵀ of its singular vectors."""
+    x = g / np.linalg.norm(g)
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_matrices_of_the_muon_table_take_its_direction():
+    """Each layer, and the heads of a projection as one matrix; what no row names stays with AdamW."""
+    rng = np.random.default_rng(0)
+    shapes = {"query": (2, 6, 2, 4), "out": (2, 2, 4, 6), "head": (6, 5)}
+    params = {"lm": {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}}
+    config = run_config(name="muon").optimizer
+    config.learning_rate, config.clip, config.table = 0.1, 0.0, ((".*", 1.0, 0.5),)
+    table = rules(*config.table, names=[f"lm/{k}" for k in shapes])
+    plain = optimizer.make_optimizer(config, 10, params, table)
+    config.muon = ((".*/query", 1, 2), (".*/out", 2, 1))
+    tx = optimizer.make_optimizer(config, 10, params, table)
+    state, plain_state, momentum = tx.init(params), plain.init(params), {k: np.zeros(s) for k, s in shapes.items()}
+    update, update_plain = jax.jit(tx.update), jax.jit(plain.update)
+    for step in range(3):
+        grads = {"lm": {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}}
+        updates, state = update(grads, state, params)
+        expected, plain_state = update_plain(grads, plain_state, params)
+        np.testing.assert_allclose(updates["lm"]["head"], expected["lm"]["head"], rtol=1e-6)
+        rate = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 10))
+        for k, matrix in (("query", (6, 8)), ("out", (8, 6))):
+            g, p = (np.asarray(x["lm"][k], float).reshape(2, *matrix) for x in (grads, params))
+            m = momentum[k] = 0.95 * momentum[k] + 0.05 * np.asarray(grads["lm"][k], float)
+            # Nesterov's look-ahead, both terms without the bias of the zeros at the start.
+            m = 0.95 * m.reshape(2, *matrix) / (1 - 0.95 ** (step + 2)) + 0.05 * g / (1 - 0.95 ** (step + 1))
+            for layer in range(2):
+                x = m[layer] if matrix[0] <= matrix[1] else m[layer].T
+                x = orthogonal(x) if matrix[0] <= matrix[1] else orthogonal(x).T
+                whole = -rate * (0.2 * math.sqrt(8) * x + 0.5 * p[layer])
+                got = np.asarray(updates["lm"][k]).reshape(2, *matrix)[layer]
+                np.testing.assert_allclose(got, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_rows_that_do_not_fit_are_refused():
+    params = {"lm": {"kernel": jnp.ones((3, 4))}}
+    config = run_config(name="muon").optimizer
+    table = rules((".*", 1.0, 0.0), names=["lm/kernel"])
+    for row, message in (
+        ((".*/kernal", 1, 1), "matches no trained parameter"), ((".*", 2, 1), "has 2 axes"), (("(", 1, 1), "rows are"),
+        ((".*",), "rows are"),
+    ):  # fmt: skip
+        config.muon = (row,)
+        with pytest.raises(UserError, match=message):
+            optimizer.make_optimizer(config, 10, params, table)
+
+
+def test_pictures_are_resized_as_the_pipeline_resizes_them():
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    ours = np.asarray(resize(jnp.asarray(picture)[None], 48))[0].astype(int)
+    assert np.abs(ours - fit(picture, 48)).max() <= 1
+    np.testing.assert_array_equal(resize(jnp.asarray(picture)[None], 32)[0], picture)
 
 
 def test_frozen_parameters_have_no_optimizer_state():

@@ -24,6 +24,7 @@ PISCES = PiscesConfig(
     pool=2,
     projector_hidden=24,
     vector_head_hidden=24,
+    place_embedding=True,
 )  # fmt: skip
 
 

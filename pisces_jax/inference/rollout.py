@@ -112,10 +112,10 @@ class Rollout:
         begin = self._apply(params, jnp.full((rows.length.shape[0], 1), begin_image), method="embed")[:, 0]
         rows = self.advance(params, rows, begin, move)
 
-        def step(rows: Rows, _: None) -> tuple[Rows, Array]:
+        def step(rows: Rows, place: Array) -> tuple[Rows, Array]:
             vector = self._apply(params, rows.hidden, method="predict")
-            x = self._apply(params, vector, method="feed")
+            x = self._apply(params, vector[:, None], place[None], method="feed")[:, 0]
             return self.advance(params, rows, x, move), vector
 
-        _, vectors = jax.lax.scan(step, rows, None, length=self.model.config.draw_vectors)
+        _, vectors = jax.lax.scan(step, rows, jnp.arange(self.model.config.draw_vectors))
         return vectors.swapaxes(0, 1)

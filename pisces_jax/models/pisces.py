@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.models.layers import Projector
+from pisces_jax.models.layers import Projector, logical
 from pisces_jax.models.transformer import Cache, Transformer, TransformerConfig
 from pisces_jax.models.vit import ViT, ViTConfig, pooled_features
 from pisces_jax.sharding import constrain
@@ -25,7 +25,11 @@ from pisces_jax.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class PiscesConfig:
-    """`pool` is the stride a of Pool_{a×a}; the hidden widths are those of the two-layer MLPs."""
+    """`pool` is the stride a of Pool_{a×a}; the hidden widths are those of the two-layer MLPs.
+
+    `place_embedding` adds a learned embedding of its place in the picture to each drawn vector that is fed in. A
+    CLIP's vectors say where they are and Pisces has none; those of small autoencoders do not say it.
+    """
 
     language_model: TransformerConfig
     understanding_encoder: ViTConfig
@@ -33,6 +37,7 @@ class PiscesConfig:
     pool: int
     projector_hidden: int
     vector_head_hidden: int
+    place_embedding: bool = False
 
     @property
     def read_vectors(self) -> int:
@@ -67,6 +72,20 @@ def take_states(x: Float[Array, "B GT D"], index: Int[Array, "B P n"]) -> Float[
     return taken.reshape(*index.shape, x.shape[-1])
 
 
+class DrawnProjector(Projector):
+    """Drawn vectors as the language model's inputs: with `places` each gets an embedding of its place too."""
+
+    places: int = 0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B m C"], place: Int[Array, "m"]) -> Float[Array, "*B m D"]:
+        y = super().__call__(x)
+        if self.places:
+            init = logical(nn.initializers.normal(0.5), "position", "embed")
+            y = y + self.param("place_embedding", init, (self.places, self.width)).astype(y.dtype)[place]
+        return y
+
+
 class Pisces(nn.Module):
     """The parts and how they join; each public method is an entry for `apply(..., method=...)`."""
 
@@ -80,7 +99,8 @@ class Pisces(nn.Module):
         self.understanding_encoder = ViT(c.understanding_encoder, self.dtype)
         self.generation_encoder = ViT(c.generation_encoder, self.dtype)
         self.understanding_projector = Projector(width, c.projector_hidden, self.dtype)
-        self.generation_projector = Projector(width, c.projector_hidden, self.dtype)
+        places = c.draw_vectors if c.place_embedding else 0
+        self.generation_projector = DrawnProjector(width, c.projector_hidden, self.dtype, places)
         self.vector_head = Projector(c.generation_encoder.output_width, c.vector_head_hidden, self.dtype)
 
     def read(self, images: Int[Array, "B S S 3"]) -> Float[Array, "B n D"]:
@@ -91,9 +111,9 @@ class Pisces(nn.Module):
         """What drawn vectors are trained towards and the decoder decodes: pooled features, float32, detached."""
         return jax.lax.stop_gradient(pooled_features(self.generation_encoder(images), self.config.pool))
 
-    def feed(self, features: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
-        """Visual vectors, true or predicted, as the language model's inputs."""
-        return self.generation_projector(features)
+    def feed(self, features: Float[Array, "*B m C"], place: Int[Array, "m"]) -> Float[Array, "*B m D"]:
+        """Visual vectors, true or predicted, of the given places (0 is the first) as the language model's inputs."""
+        return self.generation_projector(features, place)
 
     def predict(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
         """The next visual vector from a hidden state, float32."""
@@ -139,7 +159,7 @@ class Pisces(nn.Module):
         if images.shape[0]:
             with jax.named_scope("draw"):
                 target = self.features(images).reshape(*row.shape, self.config.draw_vectors, -1)
-                x = place_vectors(x, index, self.feed(target))
+                x = place_vectors(x, index, self.feed(target, jnp.arange(self.config.draw_vectors)))
         else:
             target = jnp.zeros((*index.shape, self.config.generation_encoder.output_width))
 
@@ -154,4 +174,4 @@ class Pisces(nn.Module):
         """Touches every parameter: what `init` is called with."""
         self.language_model.init_all(tokens)
         self.read(images)
-        self.predict(self.feed(self.features(drawn)))
+        self.predict(self.feed(self.features(drawn), jnp.arange(self.config.draw_vectors)))

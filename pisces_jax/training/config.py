@@ -80,6 +80,8 @@ def run_config(**changes: Any) -> ConfigDict:
                 accumulate=1,  # parts in which a batch is taken
                 average=0.0,  # decay of the averaged weights; 0: none
                 moment_dtype="float32",
+                # (pattern over parameter names, input axes, output axes): matrices that Muon updates instead of AdamW.
+                muon=(),
                 # (pattern over parameter names, multiple of the learning rate, weight decay): the first that
                 # matches holds; a multiple of 0 freezes.
                 table=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),
@@ -175,6 +177,7 @@ def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
         pool=config.model.pool,
         projector_hidden=hidden["projector"],
         vector_head_hidden=hidden["vector_head"],
+        place_embedding=config.model.get("place_embedding", False),
     )
 
 

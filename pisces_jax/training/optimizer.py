@@ -1,6 +1,7 @@
-"""What trains, how fast and with which weight decay: a table of patterns over parameter names; and AdamW."""
+"""What trains, how fast and with which weight decay: a table of patterns over parameter names; AdamW and Muon."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from pisces_jax.errors import UserError
 
@@ -87,17 +89,63 @@ def _per_parameter(values: Any, apply: Any) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(apply, updates, params, values))
 
 
+def _muon_axes(rows: Sequence[Sequence[Any]], flat: Flat) -> dict[str, MuonDimensionNumbers]:
+    """The input and output axes of each parameter that a row (pattern, input axes, output axes) matches; those axes
+    are a parameter's last ones, and any before them count matrices (the layers of a scan)."""
+    found = {}
+    for row in rows:
+        try:
+            pattern, inputs, outputs = re.compile(row[0]), int(row[1]), int(row[2])
+        except (TypeError, ValueError, IndexError, re.error) as error:
+            raise UserError(f"optimizer.muon: rows are (pattern, input axes, output axes): {error}") from error
+        names = [k for k in flat if pattern.fullmatch(k)]
+        if not names:
+            raise UserError(f"optimizer.muon: pattern {row[0]!r} matches no trained parameter: correct or delete it")
+        for k in names:
+            n = flat[k].ndim
+            if n < inputs + outputs:
+                raise UserError(f"optimizer.muon: {k} has {n} axes, {row[0]!r} says {inputs} + {outputs}")
+            middle = n - outputs
+            found[k] = MuonDimensionNumbers(tuple(range(middle - inputs, middle)), tuple(range(middle, n)))
+    return found
+
+
+def _muon(axes: Mapping[str, MuonDimensionNumbers], config: ConfigDict) -> optax.GradientTransformation:
+    def numbers(tree: Any) -> Any:
+        return unflatten({k: axes.get(k, x) for k, x in flatten(tree).items()})
+
+    def rescale(updates: Any, _: Any) -> Any:
+        flat = flatten(updates)
+        for k, a in axes.items():
+            rows, columns = (math.prod(flat[k].shape[i] for i in side) for side in (a.reduction_axis, a.output_axis))
+            flat[k] = 0.2 * max(rows, columns) ** 0.5 * flat[k]
+        return unflatten(flat)
+
+    momentum = jnp.dtype(config.moment_dtype)
+    direction = scale_by_muon(beta=0.95, mu_dtype=momentum, weight_dimension_numbers=numbers)
+    return optax.chain(direction, optax.stateless(rescale))
+
+
 def make_optimizer(
     config: ConfigDict, steps: int, trained: Mapping[str, Any], rules: Mapping[str, Rule]
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, AdamW (Loshchilov & Hutter 2019) with each parameter's own decay and rate."""
+    """Clipping by global norm, AdamW (Loshchilov & Hutter 2019) with each parameter's own decay and rate.
+
+    The matrices that `config.muon` names take Muon's direction in place of Adam's (Jordan et al. 2024), with Adam's
+    usual size (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning rate and decay serve both.
+    """
     flat = flatten(trained)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.moment_dtype))
+    matrices = _muon_axes(config.muon, flat)
+    if matrices:
+        kinds = unflatten({k: "muon" if k in matrices else "adam" for k in flat})
+        adam = optax.partition({"adam": adam, "muon": _muon(matrices, config)}, kinds)
     decay = unflatten({k: rules[k].weight_decay for k in flat})
     multiple = unflatten({k: rules[k].multiple for k in flat})
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(
         clip,
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.moment_dtype)),
+        adam,
         _per_parameter(decay, lambda u, p, d: u + d * p.astype(u.dtype)),
         _per_parameter(multiple, lambda u, p, m: m * u),
         optax.scale_by_learning_rate(learning_rate(config, steps)),

@@ -66,6 +66,15 @@ def to_pixels(signal: Array) -> Array:
     return jnp.round((jnp.clip(signal, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
+def resize(images: Array, size: int) -> Array:
+    """uint8 pictures [B, S, S, 3] to `size`: bicubic, as the pipeline does for the unified stages."""
+    if images.shape[1] == size:
+        return images
+    shape = (images.shape[0], size, size, images.shape[3])
+    resized = jax.image.resize(images.astype(jnp.float32), shape, "cubic")
+    return jnp.round(jnp.clip(resized, 0, 255)).astype(jnp.uint8)
+
+
 def by_source(values: Array, mask: Array, source: Array, names: tuple[str, ...], prefix: str) -> dict[str, Average]:
     """The average of each source of the mixture apart."""
     return {f"{prefix}/{name}": objectives.masked_average(values, mask & (source == i)) for i, name in enumerate(names)}
@@ -177,7 +186,8 @@ class PretrainProgram:
             text = apply(self.text_tower, params["text_tower"], batch["tokens"], batch["text_mask"])
             text = embed("text", text)
         with jax.named_scope("understanding_encoder"):
-            read = apply(self.understanding_encoder, params["understanding_encoder"], batch["image"])
+            images = resize(batch["image"], self.understanding_encoder.config.image_size)
+            read = apply(self.understanding_encoder, params["understanding_encoder"], images)
         drawn = self.reconstruction.vectors(params, batch["image"])
         every = batch["valid"]
         losses, reported = {}, {}

@@ -146,6 +146,11 @@ def _lower(compiled: Any, mesh: Mesh, *args: Any) -> Any:
         return compiled.lower(*args)
 
 
+def _masked(x: Any) -> bool:
+    """Stands in an optimizer's state for a parameter that another optimizer updates."""
+    return isinstance(x, optax.MaskedNode)
+
+
 def _value(x: Any) -> Average:
     return Average(total=jnp.asarray(x, jnp.float32), count=jnp.ones((), jnp.float32))
 
@@ -191,8 +196,9 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Mesh) -> Trainer:
         trained=trained_shardings,
         average=trained_shardings if abstract.average else {},
         optimizer=optax.tree_map_params(
-            tx, lambda _, s: s, abstract.optimizer, trained_shardings, transform_non_params=lambda _: replicated
-        ),
+            tx, lambda x, s: x if _masked(x) else s, abstract.optimizer, trained_shardings,
+            transform_non_params=lambda _: replicated, is_leaf=_masked,
+        ),  # fmt: skip
         frozen=frozen_shardings,
     )
     schedule = optimizer.learning_rate(config.optimizer, config.steps)

@@ -225,7 +225,9 @@ class UnifiedProgram:
         targets, learned = self._targets(batch)
         with jax.named_scope("text_loss"):
             matrix = apply(self.model, params, method="output_matrix")
-            text = objectives.text_cross_entropy(hidden, matrix, targets, chunk=self.chunk)
+            text = objectives.text_cross_entropy(
+                hidden, matrix, targets, chunk=self.chunk, vocab_size=self.model.config.language_model.vocab_size
+            )
         with jax.named_scope("vector_loss"):
             vectors = objectives.vector_error(predicted, target)
         drawn = jnp.broadcast_to(batch["draw_valid"][..., None], vectors.shape)

@@ -82,7 +82,7 @@ def read_architecture(folder: Path) -> tuple[str, Any]:
         raise refuse("a quantized model", "take the weights in bfloat16, float16 or float32")
     try:
         family = _family(values, refuse)
-        config = _READERS[family](values, refuse)
+        config = _checked(_READERS[family](values, refuse))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} lacks or garbles what it must say ({error!r}): download it again") from error
     preprocessing = folder / "preprocessor_config.json"
@@ -92,6 +92,19 @@ def read_architecture(folder: Path) -> tuple[str, Any]:
             config, mean=tuple(given.get("image_mean", config.mean)), std=tuple(given.get("image_std", config.std))
         )
     return family, config
+
+
+def _checked(config: Any) -> Any:
+    """
+    Raises:
+        ValueError: a value of another type than its field.
+    """
+    for field in dataclasses.fields(config) if config is not None else ():
+        value = getattr(config, field.name)
+        kind = (int, float) if field.type is float else field.type
+        if isinstance(kind, type | tuple) and field.type in (int, float, bool, str) and not isinstance(value, kind):
+            raise ValueError(f"{field.name} is {value!r}")
+    return config
 
 
 Refuse = Callable[[str, str], UserError]
@@ -249,6 +262,13 @@ def _native(values: Json, refuse: Refuse) -> Any:
     if settings.get("rotary_scaling"):
         settings["rotary_scaling"] = RotaryScaling(**settings["rotary_scaling"])
     return _KINDS[values["kind"]](**settings)
+
+
+def part_of(folder: Path, settings: Any) -> str:
+    """What a folder holds, in a word: its own if it says so."""
+    values = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    names = {"TransformerConfig": "language_model", "ViTConfig": "encoder", "AutoencoderConfig": "autoencoder"}
+    return values.get("part") or names.get(type(settings).__name__, "decoder")
 
 
 _READERS: dict[str, Callable[[Json, Refuse], Any]] = {

@@ -17,14 +17,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
 from pisces_jax.errors import UserError
-from pisces_jax.models.transformer import TransformerConfig
-from pisces_jax.models.vit import ViTConfig
+from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from pisces_jax.models.dit import DiT
+from pisces_jax.models.transformer import Transformer, TransformerConfig
+from pisces_jax.models.vit import ViT, ViTConfig
 from pisces_jax.weights import architecture
 from pisces_jax.weights.families import FAMILIES, Family
 from pisces_jax.weights.layout import Entry
@@ -127,6 +131,10 @@ class Folder:
             read_folder(path)  # what is wrong with the weights is worth saying first
         family, settings = architecture.read_architecture(path)
         return cls(path, family, settings, read_folder(path))
+
+    def tensors_by_path(self) -> Any:
+        """The tensors of our own layout as the tree of the part."""
+        return traverse_util.unflatten_dict(dict(self.tensors), sep="/")
 
     def check(self, settings: Any, where: str) -> None:
         """Holds a config's settings against those of the folder.
@@ -265,6 +273,60 @@ def _flatten(tree: Any) -> Flat:
     return traverse_util.flatten_dict(tree, sep="/")
 
 
+def read_source(source: str, settings: Any, part: str, known: Mapping[str, Any] | None = None) -> Any:
+    """A part's parameters as a folder holds them, as host arrays; nothing is read where `known` has them all.
+
+    Raises:
+        UserError: the folder does not fit these settings.
+    """
+    if settings is not None and known and set(known) == set(_flatten(part_shapes(settings))):
+        return {}
+    folder = Folder.open(source)
+    folder.check(settings, f"model.{part}")
+    shapes = folder.tensors_by_path() if settings is None else part_shapes(settings)
+    tokens = settings.vocab_size if isinstance(settings, TransformerConfig) else None
+    return read_part(folder, shapes, vocab_size=tokens, doing=f"reading {part}")
+
+
+def import_folder(source: str, target: Path, dtype: str | None = None) -> tuple[Folder, int]:
+    """Rewrites a published folder in our own layout, one tensor at a time: whole or not there.
+
+    Returns the folder that was read and its number of parameters.
+
+    Raises:
+        UserError: the folder is unsupported or damaged, or `target` cannot be written.
+    """
+    folder = Folder.open(source)
+    settings = folder.settings
+    shapes = folder.tensors_by_path() if settings is None else part_shapes(settings)
+    tokens = settings.vocab_size if isinstance(settings, TransformerConfig) else None
+    views = folder.views(_flatten(shapes), tokens)
+    tree = traverse_util.unflatten_dict(views, sep="/")
+    export_part(target, architecture.part_of(folder.path, settings), settings, tree, dtype=dtype, native=True)
+    return folder, sum(math.prod(view.shape) for view in views.values())
+
+
+def part_shapes(settings: Any) -> Any:
+    """The tree of shapes of a part that has settings; nothing is allocated."""
+    key = jax.random.key(0)
+
+    def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def abstract(module: nn.Module, *inputs: Any, method: str | None = None) -> Any:
+        return nn.unbox(jax.eval_shape(lambda *a: module.init(key, *a, method=method), *inputs))["params"]
+
+    c = settings
+    if isinstance(c, TransformerConfig):
+        return abstract(Transformer(c), zeros(1, 4, dtype=jnp.int32), method="init_all")
+    if isinstance(c, ViTConfig):
+        return abstract(ViT(c), zeros(1, c.image_size, c.image_size, 3, dtype=jnp.uint8))
+    if isinstance(c, AutoencoderConfig):
+        return abstract(Autoencoder(c), zeros(1, 8 * c.downscale, 8 * c.downscale, 3))
+    condition = zeros(1, c.condition_vectors, c.condition_width)
+    return abstract(DiT(c), zeros(1, c.size, c.size, c.channels), zeros(1), condition, zeros(1, dtype=jnp.bool_))
+
+
 class _progress:
     """A bar of bytes, told by calling it, for a person who watches; none for what is read in a blink."""
 
@@ -285,11 +347,19 @@ class _progress:
 
 
 def export_part(
-    target: Path, part: str, settings: Any, params: Mapping[str, Any], *, dtype: str | None = None, native: bool = False
+    target: Path,
+    part: str,
+    settings: Any,
+    params: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    native: bool = False,
+    beside: Callable[[Path], Any] = lambda folder: None,
 ) -> str:
     """Writes a part's parameters (a tree of arrays or of views) with a `config.json`, all or nothing.
 
-    In the published layout of its kind where there is one, else (or with `native`) in ours. Returns the family.
+    In the published layout of its kind where there is one, else (or with `native`) in ours. `beside` writes what else
+    belongs into the folder. Returns the family.
 
     Raises:
         UserError: `target` is there already, or cannot be written.
@@ -309,6 +379,7 @@ def export_part(
         hints |= {"P": settings.patch_size, "Q": settings.patch_size}
     tokens = settings.vocab_size if isinstance(settings, TransformerConfig) else None
     pending = _pending(table, prefix, flat, hints, tokens, np.dtype(kind))
+    _check_room(target, sum(p.nbytes for p in pending))
     stem = "diffusion_pytorch_model" if family == "autoencoder" else "model"
     with new_folder(target) as scratch, _progress(f"writing {part}", sum(p.nbytes for p in pending)) as progress:
         write_folder(scratch, pending, stem, progress)
@@ -316,7 +387,19 @@ def export_part(
         if isinstance(settings, ViTConfig) and family != architecture.NATIVE:
             preprocessor = json.dumps(_preprocessor(family, settings), indent=1)
             (scratch / "preprocessor_config.json").write_text(preprocessor + "\n")
+        beside(scratch)
     return family
+
+
+def _check_room(target: Path, size: int) -> None:
+    above = target.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if (free := shutil.disk_usage(above).free) < 1.02 * size:
+        raise UserError(
+            f"{above} has {free / 2**30:.1f} GiB free and {target.name} takes {size / 2**30:.1f}: free some space or "
+            "give another folder"
+        )
 
 
 def _preprocessor(family: str, c: ViTConfig) -> dict[str, Any]:

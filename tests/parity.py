@@ -234,7 +234,7 @@ def vectors(settings: Any, params: Any, images: Any, dtype: Any) -> Any:
 
 
 def llama(size: str, positions: int, in_place: bool = False, **config: Any) -> Case:
-    full = dict(rms_norm_eps=1e-5, max_position_embeddings=131_072, rope_parameters=ROPE, **config)
+    full = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131_072, "rope_parameters": ROPE, **config}
     tokens = np.random.default_rng(1).integers(0, full["vocab_size"], (1, positions))
     return Case(
         "LLaMA 3.1", f"{size}, {positions} positions",
@@ -360,8 +360,9 @@ def true_size() -> list[Case]:
             scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
         ),
         llama(
-            "3.2-1B", 1024, in_place=True, vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-            num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+            "3.2-1B", 1024, in_place=True, vocab_size=128_256, hidden_size=2048, intermediate_size=8192,
+            num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+            rope_parameters={**ROPE, "factor": 32.0},
         ),
     ]  # fmt: skip
 
@@ -387,7 +388,8 @@ def measure(case: Case, folder: Path, model: torch.nn.Module) -> list[Result]:
         with jax.enable_x64(dtype == "float64"):
             # In float64 the values are those of the file, widened where they are used: a third of the memory.
             settings, params = case.params(folder, None if dtype == "float64" else dtype)
-            run = jax.jit(lambda p, x, s=settings, d=dtype: case.ours(s, p, x, jnp.dtype(d)), compiler_options=OPTIMISED)
+            compute = jnp.dtype(dtype)
+            run = jax.jit(lambda p, x, s=settings, d=compute: case.ours(s, p, x, d), compiler_options=OPTIMISED)
             ours = relative(run(params, case.inputs), exact)
         results.append(Result(case.part, case.size, dtype, ours, own, ours <= (2 * own if own else 1e-9)))
     return results

@@ -125,7 +125,7 @@ def params_changed(change):
     from flax.traverse_util import flatten_dict, unflatten_dict
 
     def mistake(settings, params):
-        flat = flatten_dict(params, sep="/")
+        flat = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
         change(flat)
         return settings, unflatten_dict(flat, sep="/")
 

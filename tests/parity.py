@@ -360,7 +360,7 @@ def true_size() -> list[Case]:
             scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
         ),
         llama(
-            "3.2-1B", 1024, in_place=True, vocab_size=128_256, hidden_size=2048, intermediate_size=8192,
+            "3.2-1B", 256, in_place=True, vocab_size=128_256, hidden_size=2048, intermediate_size=8192,
             num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
             rope_parameters={**ROPE, "factor": 32.0},
         ),

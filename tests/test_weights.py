@@ -24,6 +24,7 @@ from pisces_jax.sharding import make_mesh
 from pisces_jax.weights import tensors
 from pisces_jax.weights.folder import (
     Folder,
+    View,
     export_part,
     import_folder,
     is_folder,
@@ -157,7 +158,7 @@ def test_several_files_with_an_index(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=2, tensor=4), dict(data=4, fsdp=2)])
-def test_shards_are_read_alone(tmp_path, sizes):
+def test_shards_are_read_alone(tmp_path, sizes, monkeypatch):
     """Values and places are those of the whole array; for a shard no more than that shard is asked of a file."""
     _, params = write(tmp_path / "a")
     mesh = make_mesh(**sizes)
@@ -169,8 +170,22 @@ def test_shards_are_read_alone(tmp_path, sizes):
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     shardings = jax.tree.map(sharding, shapes)
+    asked = []
+    real = View.__getitem__
+
+    def ask(view, index):
+        piece = real(view, index)
+        asked.append((view.shape, piece.shape))
+        return piece
+
+    monkeypatch.setattr(View, "__getitem__", ask)
     got = read_part(Folder.open(f"{tmp_path}/a"), shapes, vocab_size=37, shardings=shardings)
     assert_same(got, params)
+    wanted = {
+        (leaf.shape, where.shard_shape(leaf.shape))
+        for leaf, where in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    }
+    assert set(asked) == wanted and any(whole != shard for whole, shard in wanted)
     for leaf, where in zip(jax.tree.leaves(got), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding == where
 

@@ -153,7 +153,7 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_si
         ]
         if wrong:
             raise UserError(f"{workdir / source} does not fit model.{part}: {'; '.join(wrong)}")
-        parts[part] = tree
+        parts[part] = jax.tree.map(lambda x, a: np.asarray(x).astype(a.dtype, copy=False), tree, shapes[part])
     for part in trainer.abstract.frozen:
         if part not in config.parts and part not in trainer.abstract.trained:
             raise UserError(f"part {part} is frozen and starts from random numbers: name its start in parts.{part}")

@@ -258,7 +258,7 @@ class PackedGroups:
                 if len(laid_out.tokens) != length:
                     raise UserError(f"{key} has changed since its length was scanned")
                 group["tokens"][row, span] = laid_out.tokens
-                images = [self._fit(p) for p in laid_out.pictures]
+                images = [self._fit(p.picture) for p in laid_out.pictures]
             except UserError:
                 broken.append(key)
                 continue

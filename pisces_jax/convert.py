@@ -107,7 +107,7 @@ def _export(workdir: Path, run: str, only: list[str], dtype: str | None, out: Pa
     with new_folder(out) as scratch:
         for part in only or where:
             settings = part_settings(read_config(workdir / where[part]), part, tokenizer.vocab_size)
-            params = load_part(workdir, where[part], part, tokenizer.vocab_size)
+            params = load_part(workdir, where[part], part)
             beside = tokenizer.save if part == "language_model" else lambda folder: None
             family = export_part(scratch / part, part, settings, params, dtype=dtype, beside=beside)
             cli.say(f"{part}: {family} layout, in {out / part}")

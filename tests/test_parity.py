@@ -81,6 +81,18 @@ def test_llama_step_by_step_equals_the_reference_with_its_cache(tmp_path):
             at += step.shape[1]
 
 
+def test_widening_layer_by_layer_is_what_a_float64_copy_gives(tmp_path):
+    """How `make parity` runs the language model that would not fit twice."""
+    case = parity.llama("tiny", 50, **LLAMA, tie_word_embeddings=True)
+    model = case.write(tmp_path / "m")
+    expected = case.reference(model, "float64")
+    in_place = dataclasses.replace(case, in_place=True)
+    assert parity.relative(in_place.reference(model, "float64"), expected) < 1e-12
+    # And the model is as it was.
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    np.testing.assert_array_equal(in_place.reference(model, "float32"), case.reference(model, "float32"))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_the_language_model_equal_torchs(tmp_path, tied):
     """Of the next-token cross-entropy, with respect to every parameter; ours go through the table of names."""

@@ -88,9 +88,8 @@ def trained(tmp_path_factory):
 
 def test_frozen_parts_are_the_published_ones(trained):
     folder, made = trained
-    tokens = llama_rows(folder)
-    assert_same(load_part(folder / "run", "stage1", "understanding_encoder", tokens), made["siglip"])
-    assert_same(load_part(folder / "run", "stage1", "generation_encoder", tokens), made["eva"])
+    assert_same(load_part(folder / "run", "stage1", "understanding_encoder"), made["siglip"])
+    assert_same(load_part(folder / "run", "stage1", "generation_encoder"), made["eva"])
     assert_same(load_part(folder / "run", "decoder", "autoencoder"), made["autoencoder"])
 
 

@@ -236,8 +236,7 @@ def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
     if config.program != "unified":
         raise UserError(f"{workdir / run} is a {config.program} run: reading and drawing need a unified one")
     tokenizer = load_tokenizer(config, workdir)
-    vocabulary = tokenizer.vocab_size
-    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part, vocabulary)) for part in PARTS}
+    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in PARTS}
     decoder, decoder_params, flow = load_decoder(workdir, config)
     return Model(config, tokenizer, params, decoder, decoder_params, flow, batch_size)
 

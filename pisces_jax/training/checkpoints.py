@@ -23,6 +23,7 @@ from pisces_jax.errors import UserError
 from pisces_jax.files import write_atomic
 from pisces_jax.training import optimizer
 from pisces_jax.training.config import part_settings
+from pisces_jax.training.input import load_tokenizer
 from pisces_jax.training.step import State
 from pisces_jax.weights.folder import is_folder, read_source
 
@@ -147,9 +148,9 @@ def _changed(state: State) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_part(workdir: Path, name: str, part: str, vocab_size: int = 0) -> Any:
+def load_part(workdir: Path, name: str, part: str) -> Any:
     """The weights of `part` as run `name` left them: trained there (averaged, where the run averages), or where it
-    itself took them from. Host arrays. `vocab_size` is the tokenizer's, for a language model that was never trained.
+    itself took them from. Host arrays.
 
     Raises:
         UserError: the run is missing or unfinished, or has no such part.
@@ -174,9 +175,10 @@ def load_part(workdir: Path, name: str, part: str, vocab_size: int = 0) -> Any:
     if source := config.parts.get(part, ""):
         # A part may be trained in part: what the run froze came from elsewhere.
         if is_folder(source):
-            start = read_source(source, part_settings(config, part, vocab_size), part, known=flat)
+            tokens = load_tokenizer(config, workdir).vocab_size if part == "language_model" else 0
+            start = read_source(source, part_settings(config, part, tokens), part, known=flat)
         else:
-            start = load_part(workdir, source, part, vocab_size)
+            start = load_part(workdir, source, part)
         flat = {**optimizer.flatten(start), **flat}
     if not flat:
         raise UserError(f"{run} has no part {part!r}: it trained {', '.join(kept)}")

@@ -144,7 +144,7 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_si
                 dtype=jax.tree.map(lambda x: x.dtype, shapes[part]), doing=f"reading {part}",
             )  # fmt: skip
             continue
-        tree = load_part(workdir, source, part, vocab_size)
+        tree = load_part(workdir, source, part)
         wanted, got = optimizer.flatten(shapes[part]), optimizer.flatten(tree)
         wrong = [
             f"{part}/{k} {getattr(got.get(k), 'shape', 'missing')} for {getattr(wanted.get(k), 'shape', 'nothing')}"

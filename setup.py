@@ -20,9 +20,9 @@ REQUIRED = [
     "clu>=0.0.12",
     "ml-collections>=1.1.0",
     "sentencepiece>=0.2.1",
-    "tokenizers>=0.22.2",
-    "safetensors>=0.7.0",
-    "huggingface_hub>=1.0.0",
+    "tokenizers>=0.23.1",
+    "safetensors>=0.8.0",
+    "huggingface_hub>=1.32.0",
     "numpy>=2.2.0",
     "pillow>=12.0.0",
     "matplotlib>=3.10.0",
@@ -42,6 +42,10 @@ EXTRAS = {
         "pytest-timeout>=2.4.0",
         "ruff>=0.14.0",
         "mypy>=1.19.0",
+        # The reference implementations, for parity alone; what they cost to install is in docs/parity.md.
+        "torch>=2.13.0",
+        "transformers>=5.23.0",
+        "diffusers>=0.42.1",
     ],
 }
 

@@ -1,7 +1,6 @@
 """The models against the same mathematics in numpy and float64 (`plain.py`), and against other implementations."""
 
 import dataclasses
-import json
 
 import flax.linen as nn
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
-from safetensors.numpy import load_file
 
 from pisces_jax.models import layers
 from pisces_jax.models.dit import DiT, DiTConfig
@@ -238,74 +236,6 @@ def test_vision_transformer_equals_numpy(config, expected):
     assert [name for name in ("query", "key", "value", "out") if "bias" in attention[name]] == (
         ["query", "key", "value", "out"] if config.biases == "qkv" else ["query", "value", "out"]
     )
-
-
-def from_timm(weights, settings):
-    """timm's names and layouts of an EVA-CLIP tower to our tree."""
-    width, heads = settings["embed_dim"], settings["num_heads"]
-    blocks = range(settings["depth"])
-
-    def stack(name, change=lambda x: x):
-        return np.stack([change(weights[f"blocks.{i}.{name}"]) for i in blocks])
-
-    def linear(name):
-        return {"kernel": stack(f"{name}.weight", np.transpose), "bias": stack(f"{name}.bias")}
-
-    def norm(get):
-        return {"scale": get("weight"), "bias": get("bias")}
-
-    qkv = stack("attn.qkv.weight").reshape(len(blocks), 3, heads, width // heads, width).transpose(1, 0, 4, 2, 3)
-    head_bias = (heads, width // heads)
-    return {
-        "class_token": weights["cls_token"][0, 0],
-        "position_embedding": weights["pos_embed"][0],
-        "patch_embedding": {
-            "kernel": weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0).reshape(-1, width),
-            "bias": weights["patch_embed.proj.bias"],
-        },
-        "final_norm": norm(lambda n: weights[f"norm.{n}"]),
-        "layers": {
-            "norm1": norm(lambda n: stack(f"norm1.{n}")),
-            "norm2": norm(lambda n: stack(f"norm2.{n}")),
-            "mlp": {"up": linear("mlp.fc1"), "down": linear("mlp.fc2")},
-            "attention": {
-                "query": {"kernel": qkv[0], "bias": stack("attn.q_bias", lambda x: x.reshape(head_bias))},
-                "key": {"kernel": qkv[1]},
-                "value": {"kernel": qkv[2], "bias": stack("attn.v_bias", lambda x: x.reshape(head_bias))},
-                "out": {
-                    "kernel": stack("attn.proj.weight", np.transpose).reshape(-1, *head_bias, width),
-                    "bias": stack("attn.proj.bias"),
-                },
-            },
-        },
-    }
-
-
-@pytest.mark.parametrize("final_norm", [False, True])
-def test_eva_clip_equals_timm(data_folder, final_norm):
-    """The tower of `eva02_enormous_patch14_clip`, small and randomly filled, as timm computes it."""
-    from safetensors import safe_open
-
-    path = data_folder / "reference/eva_clip_tiny.safetensors"
-    tensors = load_file(path)
-    with safe_open(path, "np") as file:
-        settings = json.loads(file.metadata()["settings"])
-    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
-    # Its pictures are normalised already, as floats: mean 0 and std 1/255 leave them as they are.
-    config = ViTConfig(
-        image_size=settings["img_size"], patch_size=14, width=settings["embed_dim"], layers=settings["depth"],
-        heads=settings["num_heads"], mlp_hidden=int(settings["embed_dim"] * settings["mlp_ratio"]), norm="post",
-        class_token=True, final_norm=final_norm, biases="qv", activation="gelu", mean=(0.0,) * 3, std=(1 / 255,) * 3,
-    )  # fmt: skip
-    model = ViT(config)
-    images = jnp.asarray(tensors["images"].transpose(0, 2, 3, 1))
-    p = from_timm(weights, settings)
-    shapes = abstract(model, images)
-    if not final_norm:
-        del p["final_norm"]
-    assert jax.tree.map(lambda x: x.shape, p) == jax.tree.map(lambda x: x.shape, shapes)
-    expected = tensors["features_after_final_norm" if final_norm else "block_outputs_last"][:, 1:]
-    same(apply(model, p, images), expected, 2e-5)
 
 
 def test_pixels_beyond_the_last_whole_patch_are_left_out():

@@ -1,10 +1,21 @@
 """Tokenizers: specials never come out of text, any text survives, training is deterministic."""
 
+import io
 import pickle
 
 import pytest
+import sentencepiece
+from tiny import LAYOUT, llama_tokenizer, picture
 
-from pisces_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from pisces_jax.data.example import Example, Text
+from pisces_jax.data.layout import lay_out
+from pisces_jax.data.tokenizers import (
+    LlamaTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    open_tokenizer,
+    train_sentencepiece,
+)
 from pisces_jax.errors import UserError
 
 COLOURS = ("red", "green", "blue", "purple")
@@ -84,3 +95,90 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "text.model").write_text("no model")
     with pytest.raises(UserError, match="text.model"):
         SentencePieceTokenizer(tmp_path / "text.model")
+
+
+# --- LLaMA 3's tokenizer.json
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    bare = llama_tokenizer(folder / "tokenizer.json")
+    return open_tokenizer(folder), bare
+
+
+def test_image_tokens_are_appended(llama):
+    tokenizer, bare = llama
+    assert isinstance(tokenizer, Tokenizer) and isinstance(tokenizer, LlamaTokenizer)
+    size = bare.get_vocab_size()
+    assert [tokenizer.pad, tokenizer.begin_image, tokenizer.end_image, tokenizer.image] == list(range(size, size + 4))
+    assert tokenizer.vocab_size == size + 4
+    assert (tokenizer.bos, tokenizer.eos) == (bare.token_to_id("<|begin_of_text|>"), bare.token_to_id("<|eot_id|>"))
+
+
+@pytest.mark.parametrize("text", ["[IMG]", "<|eot_id|> and <image>", "<|start_header_id|>x<|end_header_id|>", "é 大"])
+def test_special_tokens_of_a_text_are_characters(llama, text):
+    tokenizer, bare = llama
+    ids = tokenizer.encode(text)
+    special = {bare.token_to_id(f"<|{n}|>") for n in ("begin_of_text", "eot_id", "start_header_id", "end_header_id")}
+    assert not set(ids) & {*specials(tokenizer), *special}
+    assert tokenizer.decode([tokenizer.bos, *ids, tokenizer.image, tokenizer.eos]) == text
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(text) == ids and again.fingerprint == tokenizer.fingerprint
+
+
+def test_training_and_inference_see_the_chat_template_of_llama_3(llama):
+    """The string as Meta documents it, tokenised by the library with special tokens recognised."""
+    tokenizer, bare = llama
+
+    def header(speaker):
+        return f"<|start_header_id|>{speaker}<|end_header_id|>\n\n"
+
+    given, made, asked = Text("what is it?"), Text("a red circle", learn=True), Text("where?")
+    string = f"<|begin_of_text|>{header('user')}what is it?<|eot_id|>{header('assistant')}a red circle<|eot_id|>"
+    laid = lay_out(Example((given, made), "chat"), tokenizer, LAYOUT)
+    assert laid.tokens.tolist() == bare.encode(string).ids
+    learned = laid.tokens[laid.learn].tolist()
+    assert learned == bare.encode("a red circle<|eot_id|>").ids
+
+    longer = string + f"{header('user')}where?<|eot_id|>{header('assistant')}"
+    prompt = lay_out(Example((given, made, asked), "prompt"), tokenizer, LAYOUT, prompt=True)
+    assert prompt.tokens.tolist() == bare.encode(longer).ids
+    # What inference begins with is what training had before the answer.
+    answered = lay_out(Example((given, made, asked, Text("left", learn=True)), "chat"), tokenizer, LAYOUT)
+    assert answered.tokens[: len(prompt.tokens)].tolist() == prompt.tokens.tolist()
+
+
+def test_pictures_stand_in_their_speakers_turns(llama):
+    tokenizer, _ = llama
+    read = lay_out(Example((picture("read", 0), Text("what?")), "x"), tokenizer, LAYOUT, prompt=True)
+    user = tokenizer.header("user")
+    at = 1 + len(user)
+    assert read.pictures[0].start == at
+    assert read.tokens[at : at + LAYOUT.read_vectors].tolist() == [tokenizer.image] * LAYOUT.read_vectors
+    drawn = lay_out(Example((Text("draw"), picture("draw", 0)), "x"), tokenizer, LAYOUT)
+    prompt = lay_out(Example((Text("draw"),), "x"), tokenizer, LAYOUT, prompt=True).tokens
+    assert drawn.tokens[: len(prompt)].tolist() == prompt.tolist()
+    assert drawn.tokens[len(prompt)] == tokenizer.begin_image and drawn.tokens[-1] == tokenizer.eos
+
+
+def test_published_sentencepiece_models_get_the_image_tokens(tmp_path):
+    """Such as LLaMA 2's, which have neither padding nor image tokens."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=3,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = open_tokenizer(tmp_path)
+    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).GetPieceSize()
+    assert [tokenizer.pad, tokenizer.begin_image, tokenizer.end_image, tokenizer.image] == list(range(size, size + 4))
+    assert tokenizer.decode([tokenizer.bos, *tokenizer.encode("a red star"), tokenizer.image]) == "a red star"
+
+
+def test_folders_without_a_tokenizer_are_named(tmp_path):
+    with pytest.raises(UserError, match="neither tokenizer.json nor tokenizer.model"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        open_tokenizer(tmp_path)

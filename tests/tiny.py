@@ -32,7 +32,10 @@ class Letters:
     """A tokenizer of the letters a to z."""
 
     pad, bos, eos, begin_image, end_image, image = range(6)
-    vocab_size, fingerprint = 32, "letters"
+    vocab_size, fingerprint, end_of_turn = 32, "letters", None
+
+    def header(self, speaker):
+        return []
 
     def encode(self, text):
         return [ord(c) - ord("a") + 6 for c in text]
@@ -120,3 +123,21 @@ def config(**changes):
     from pisces_jax.training.config import run_config
 
     return run_config(**{"name": "run", "steps": 10, **changes})
+
+
+def llama_tokenizer(path):
+    """A small byte-level `tokenizer.json` with LLaMA 3's special tokens; returns the bare tokenizer of the library."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=[f"<|{name}|>" for name in names],
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["user assistant a red circle left of a blue square"] * 4, trainer)
+    tokenizer.save(str(path))
+    return tokenizer

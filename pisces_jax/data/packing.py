@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from pisces_jax.data.binning import pack
-from pisces_jax.data.example import identity
+from pisces_jax.data.example import Picture, identity
 from pisces_jax.data.images import fit
 from pisces_jax.data.layout import LaidOut, Layout, Lengths, Source, lay_out, scan_lengths
 from pisces_jax.data.mixture import Mixture, shuffled
@@ -258,7 +258,7 @@ class PackedGroups:
                 if len(laid_out.tokens) != length:
                     raise UserError(f"{key} has changed since its length was scanned")
                 group["tokens"][row, span] = laid_out.tokens
-                images = [fit(p.picture.array(), self._size(p.role)) for p in laid_out.pictures]
+                images = [self._fit(p.picture) for p in laid_out.pictures]
             except UserError:
                 broken.append(key)
                 continue
@@ -297,6 +297,10 @@ class PackedGroups:
             group[f"{role}_source"] = np.full(slots, -1, np.int32)
             group[f"{role}_id"] = np.zeros((slots, 2), np.uint32)
         return group
+
+    def _fit(self, picture: Picture) -> np.ndarray:
+        stretch = picture.role == "read" and self.layout.read_stretch
+        return fit(picture.array(), self._size(picture.role), stretch)
 
     def _size(self, role: str) -> int:
         return self.layout.read_size if role == "read" else self.layout.draw_size

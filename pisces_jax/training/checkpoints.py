@@ -22,7 +22,10 @@ from ml_collections import ConfigDict
 from pisces_jax.errors import UserError
 from pisces_jax.files import write_atomic
 from pisces_jax.training import optimizer
+from pisces_jax.training.config import part_settings
+from pisces_jax.training.input import load_tokenizer
 from pisces_jax.training.step import State
+from pisces_jax.weights.folder import is_folder, read_source
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
 _FREE_KEYS = ("log", "mesh", "sampling", "data.threads", "data.workers")
@@ -169,9 +172,14 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
             path, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         )
         flat = optimizer.flatten(got[which][part])
-    if part in config.parts and config.parts[part]:
+    if source := config.parts.get(part, ""):
         # A part may be trained in part: what the run froze came from elsewhere.
-        flat = {**optimizer.flatten(load_part(workdir, config.parts[part], part)), **flat}
+        if is_folder(source):
+            tokens = load_tokenizer(config, workdir).vocab_size if part == "language_model" else 0
+            start = read_source(source, part_settings(config, part, tokens), part, known=flat)
+        else:
+            start = load_part(workdir, source, part)
+        flat = {**optimizer.flatten(start), **flat}
     if not flat:
         raise UserError(f"{run} has no part {part!r}: it trained {', '.join(kept)}")
     return optimizer.unflatten(flat)

@@ -10,6 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
@@ -63,6 +64,22 @@ def dit(c: DiTConfig) -> float:
     return c.layers * per_layer + ends + 2.0 * 4 * c.width**2
 
 
+def autoencoder(c: AutoencoderConfig, cells: int) -> float:
+    """Encoding one picture of `cells`² latents: its convolutions and the attention in the middle."""
+    total, before = 0.0, c.channels[0]
+    for level, width in enumerate(c.channels):
+        pixels = float(cells * 2 ** (len(c.channels) - 1 - level)) ** 2
+        if level == 0:
+            total += pixels * 9 * 3 * width
+        total += pixels * ((before != width) * before * width + 9 * (before * width + (2 * c.blocks - 1) * width**2))
+        if level < len(c.channels) - 1:
+            total += pixels / 4 * 9 * width**2
+        before = width
+    n = float(cells) ** 2
+    total += n * (4 * 9 * before**2 + 4 * before**2 + 2 * n * before + 9 * before * 2 * c.latent_channels)
+    return 2 * (total + n * c.quant_conv * 4 * c.latent_channels**2)
+
+
 def step_flops(program: Program, batch_shapes: dict[str, tuple[int, ...]], trained: set[str]) -> float:
     """Model FLOPs of one training step over the global batch; `trained` are the parts with any trained parameter."""
 
@@ -79,7 +96,8 @@ def step_flops(program: Program, batch_shapes: dict[str, tuple[int, ...]], train
     pictures = batch_shapes["image"][0]
     if isinstance(program, DecoderProgram):
         r = program.reconstruction
-        return pictures * (vit(r.encoder.config) + 3 * dit(r.decoder.config))
+        latents = autoencoder(r.autoencoder.config, r.decoder.config.size) if r.autoencoder else 0.0
+        return pictures * (vit(r.encoder.config) + latents + 3 * dit(r.decoder.config))
     assert isinstance(program, PretrainProgram)
     r = program.reconstruction
     once = vit(r.encoder.config) + dit(r.decoder.config) + vit(program.understanding_encoder.config)

@@ -61,7 +61,8 @@ class Trainer:
         given_shardings = {k: optimizer.join(self.shardings.trained, self.shardings.frozen)[k] for k in parts}
         parts = jax.device_put(parts, given_shardings)
         with jax.set_mesh(self.mesh):
-            return jax.jit(create, out_shardings=self.shardings)(key, parts)
+            # The given parts become the state's: there is no second copy of them.
+            return jax.jit(create, out_shardings=self.shardings, donate_argnums=1)(key, parts)
 
     def put(self, batch: Mapping[str, Any]) -> Batch:
         """This process's share of a batch, on the mesh."""

@@ -18,7 +18,7 @@ LAYERS = [
     {"__init__", "errors", "files"},
     {"sharding"},
     {"models"},
-    {"data", "objectives", "flow"},
+    {"data", "cross_entropy", "objectives", "flow"},
     {"training", "inference", "evaluation", "weights"},
 ]
 COMMANDS = len(LAYERS)

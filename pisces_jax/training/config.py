@@ -30,7 +30,7 @@ def run_config(**changes: Any) -> ConfigDict:
     config = ConfigDict(
         dict(
             name="",  # the run's folder below --workdir
-            program="unified",  # pretrain, decoder or unified
+            program="unified",  # pretrain, decoder, unified or text
             seed=0,
             steps=1000,
             batch_size=1,  # groups of rows (unified) or pictures (pretrain, decoder), over all devices
@@ -64,7 +64,7 @@ def run_config(**changes: Any) -> ConfigDict:
                 vectors=1.0,
                 contrastive=1.0,
                 reconstruction=1.0,
-                chunk=0,  # positions whose logits exist at a time; 0: all
+                chunk=0,  # entries of the vocabulary whose logits exist at a time; 0: all
                 # Standard deviation of Gaussian noise on the features that the decoder is conditioned on.
                 feature_noise=0.0,
             ),
@@ -165,11 +165,15 @@ def dit_config(config: ConfigDict) -> DiTConfig:
     return build(DiTConfig, settings, "model.decoder")
 
 
-def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
+def transformer_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:
     language = {**_part(config, "language_model"), "vocab_size": vocab_size}
+    return build(TransformerConfig, language, "model.language_model")
+
+
+def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
     hidden = _part(config, "hidden")
     return PiscesConfig(
-        language_model=build(TransformerConfig, language, "model.language_model"),
+        language_model=transformer_config(config, vocab_size),
         understanding_encoder=vit_config(config, "understanding_encoder"),
         generation_encoder=vit_config(config, "generation_encoder"),
         pool=config.model.pool,

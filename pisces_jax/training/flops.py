@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
-from pisces_jax.training.programs import DecoderProgram, PretrainProgram, Program, UnifiedProgram
+from pisces_jax.training.programs import DecoderProgram, PretrainProgram, Program, TextProgram, UnifiedProgram
 
 # Peak bfloat16 FLOP/s of a device, from the makers' data sheets, by the start of `device_kind`.
 PEAKS = {
@@ -74,6 +74,9 @@ def step_flops(program: Program, batch_shapes: dict[str, tuple[int, ...]], train
         total = times("language_model") * groups * rows * transformer(c.language_model, length)
         total += groups * read * times("understanding_encoder") * vit(c.understanding_encoder)
         return total + groups * draw * vit(c.generation_encoder)
+    if isinstance(program, TextProgram):
+        groups, rows, length = batch_shapes["tokens"]
+        return times("language_model") * groups * rows * transformer(program.model.config, length)
     pictures = batch_shapes["image"][0]
     if isinstance(program, DecoderProgram):
         r = program.reconstruction

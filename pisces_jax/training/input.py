@@ -15,7 +15,7 @@ from pisces_jax.data.pairs import Pairs
 from pisces_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from pisces_jax.errors import UserError
 from pisces_jax.training.config import vit_config
-from pisces_jax.training.programs import UnifiedProgram
+from pisces_jax.training.programs import TextProgram, UnifiedProgram
 
 
 def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
@@ -52,6 +52,9 @@ def _items(
         raise UserError("config key data.train names no source: give at least one")
     entries = [_entry(name, spec) for name, spec in sources.items()]
     d = config.data
+    if isinstance(program, TextProgram):
+        layout = Layout(0, 0, d.row_length, rows=d.rows, read_slots=0, draw_slots=0, read_size=0, draw_size=0)
+        return PackedGroups(entries, tokenizer, layout, config.seed, **kwargs)
     if not isinstance(program, UnifiedProgram):
         size = vit_config(config, "generation_encoder").image_size
         return Pairs(entries, tokenizer, d.text_length, size, config.seed, **kwargs)

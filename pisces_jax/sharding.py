@@ -61,6 +61,10 @@ class Fallback:
     wanted: tuple[str, ...]
     used: tuple[str, ...]
 
+    def __str__(self) -> str:
+        used = "+".join(self.used) or "no mesh axis"
+        return f"{self.name}: dimension {self.dimension} of size {self.size} lies on {used}, not {'+'.join(self.wanted)}"
+
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices (or of `devices`); one size may be -1: what the others leave.
@@ -105,6 +109,14 @@ def _lay_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(
         (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
     )  # fmt: skip
+
+
+def user_mesh(mesh: Any) -> dict[str, int]:
+    """The sizes as the user gives them: fsdp is one axis."""
+    return {
+        "data": mesh.shape["data"], "fsdp": mesh.shape["fsdp"] * mesh.shape["fsdp_inner"],
+        "tensor": mesh.shape["tensor"],
+    }  # fmt: skip
 
 
 def _inner_size(fsdp: int) -> int:

@@ -79,7 +79,8 @@ def run_config(**changes: Any) -> ConfigDict:
                 clip=1.0,  # global norm of the gradient
                 accumulate=1,  # parts in which a batch is taken
                 average=0.0,  # decay of the averaged weights; 0: none
-                moment_dtype="float32",
+                moment_dtype="float32",  # of the first moments
+                gradient_dtype="",  # "": that of the parameters; they are summed over parts in that of the parameters
                 # (pattern over parameter names, multiple of the learning rate, weight decay): the first that
                 # matches holds; a multiple of 0 freezes.
                 table=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),

@@ -47,10 +47,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     trained = set(trainer.shardings.trained)
     parts = starting_parts(config, workdir, trainer)
     for fallback in trainer.fallbacks:
-        log.warning(
-            "%s: dimension %d of size %d lies on mesh axes %s, not %s",
-            fallback.name, fallback.dimension, fallback.size, fallback.used or "none", fallback.wanted,
-        )  # fmt: skip
+        log.warning("%s", fallback)
 
     train_iterator = input.train_iterator(config, tokenizer, program, workdir)
     evaluate = _evaluation(config, tokenizer, program, trainer, workdir)

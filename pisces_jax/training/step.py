@@ -106,17 +106,22 @@ class Trainer:
         counts = self.program.counts(batch)
         gradient = jax.grad(self._objective, has_aux=True)
         parts = self.config.optimizer.accumulate
+        trained = state.trained
+        if self.config.optimizer.gradient_dtype:
+            # Gradients have the dtype of what they are taken of; sums over parts and the optimizer are in the masters'.
+            trained = jax.tree.map(lambda p: p.astype(self.config.optimizer.gradient_dtype), trained)
         if parts == 1:
-            return gradient(state.trained, state.frozen, batch, counts)
+            gradients, metrics = gradient(trained, state.frozen, batch, counts)
+            return jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.trained), metrics
 
         # Each part takes every parts-th element, so that a part lies on the devices as the whole batch does.
         micro = {k: v.reshape(-1, parts, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.trained, state.frozen, part, counts)), None
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, gradient(trained, state.frozen, part, counts)), None
 
         first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(gradient, state.trained, state.frozen, first, counts)
+        shapes = state.trained, jax.eval_shape(gradient, trained, state.frozen, first, counts)[1]
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, micro)[0]
 

@@ -34,16 +34,16 @@ def main() -> None:
     parser.add_argument("--slices", type=cli.whole_number(1), default=1, help="how many such slices (default 1)")
     parser.add_argument("--mesh", type=_mesh, default=None, metavar="fsdp=16,tensor=4", help="instead of the config's")
     parser.add_argument(
-        "--vocab_size", type=cli.whole_number(1), default=0, help="tokens (default: the config's, or LLaMA 3's and 4)"
+        "--vocab_size", type=cli.whole_number(1), default=0, help="tokens (default: the config's, or 128,260)"
     )
-    parser.add_argument("--search", action="store_true", help="try meshes and rematerialisation; find the smallest slice")
+    parser.add_argument("--search", action="store_true", help="try meshes and rematerialisation")
     parser.add_argument("--json", type=Path, metavar="F.json", help="write the plan there as well")
     flags = parser.parse(rest)
     if flags.json is not None:
         cli.check_output(flags.json, "--json", folder=False)
     stages = cli.load_stages(flags.config, overrides)
     if len(stages) > 1:
-        raise UserError(f"--config={flags.config} has several stages: name one, as in {flags.config}:{list(stages)[-1]}")
+        raise UserError(f"--config={flags.config} has several stages: name one, as {flags.config}:{list(stages)[-1]}")
     (config,) = stages.values()
     if flags.mesh is not None:
         config.mesh.update({**dict(data=1, fsdp=-1, tensor=1), **flags.mesh})

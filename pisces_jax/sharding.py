@@ -62,8 +62,8 @@ class Fallback:
     used: tuple[str, ...]
 
     def __str__(self) -> str:
-        used = "+".join(self.used) or "no mesh axis"
-        return f"{self.name}: dimension {self.dimension} of size {self.size} lies on {used}, not {'+'.join(self.wanted)}"
+        used, wanted = "+".join(self.used) or "no mesh axis", "+".join(self.wanted)
+        return f"{self.name}: dimension {self.dimension} of size {self.size} lies on {used}, not {wanted}"
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:

@@ -75,7 +75,9 @@ def check_stages(stages: cli.Stages, workdir: Path) -> list[float]:
     from pisces_jax.sharding import make_mesh
     from pisces_jax.training import optimizer
     from pisces_jax.training.checkpoints import is_finished
+    from pisces_jax.training.config import part_settings
     from pisces_jax.training.programs import make_program
+    from pisces_jax.weights.folder import Folder, is_folder
 
     cli.check_output(workdir, "--workdir", folder=True)
     known: set[str] = set()
@@ -95,7 +97,11 @@ def check_stages(stages: cli.Stages, workdir: Path) -> list[float]:
         optimizer.learning_rate(config.optimizer, config.steps)
         sources = {**config.parts, "decoder": config.decoder} if config.decoder else config.parts
         for part, source in sources.items():
-            if source and source not in known and not is_finished(workdir / source):
+            if is_folder(source):
+                # What depends on the tokenizer is held against the folder when the run starts.
+                tokens = Folder.open(source).settings.vocab_size if part == "language_model" else 0
+                Folder.open(source).check(part_settings(config, part, tokens), f"stage {name}: model.{part}")
+            elif source and source not in known and not is_finished(workdir / source):
                 raise UserError(
                     f"stage {name} takes its {part} from run {source!r}, which is not in --workdir={workdir} or not "
                     "finished: train it first"

@@ -188,3 +188,16 @@ def test_masked_values_may_be_anything():
 def test_averages_of_nothing_are_left_out():
     nothing = objectives.masked_average(jnp.ones(3), jnp.zeros(3, bool))
     assert float(nothing.count) == 0 and merge([{"a": nothing}]) == {}
+
+
+def test_cross_entropy_leaves_out_the_rows_of_padding(text):
+    """Equal to the loop over the real vocabulary, and no gradient reaches the padding."""
+    hidden, matrix, targets = text
+    padded = jnp.asarray(np.concatenate([matrix, 9.0 * np.ones((3, 5))]))
+
+    def loss(matrix):
+        return text_cross_entropy(jnp.asarray(hidden), matrix, jnp.asarray(targets), chunk=3, vocab_size=17)
+
+    np.testing.assert_allclose(loss(padded), cross_entropy_loop(*text), rtol=2e-6, atol=2e-6)
+    gradient = jax.grad(lambda m: loss(m).sum())(padded)
+    assert not gradient[17:].any() and gradient[:17].all()

@@ -25,6 +25,10 @@ class Letters:
     pad, bos, eos, begin_image, end_image, image = range(6)
     vocab_size = 200
     fingerprint = "letters"
+    end_of_turn = None
+
+    def header(self, speaker):
+        return []
 
     def encode(self, text):
         return [ord(letter) for letter in text]

@@ -31,7 +31,10 @@ class Letters:
     """A tokenizer of the letters a to z."""
 
     pad, bos, eos, begin_image, end_image, image = range(6)
-    vocab_size, fingerprint = 32, "letters"
+    vocab_size, fingerprint, end_of_turn = 32, "letters", None
+
+    def header(self, speaker):
+        return []
 
     def encode(self, text):
         return [ord(c) - ord("a") + 6 for c in text]

@@ -56,13 +56,16 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Bicubic resize of the short side to `size`, then the middle square; unchanged if it is that already."""
+def fit(image: UInt8[np.ndarray, "H W 3"], size: int, stretch: bool = False) -> UInt8[np.ndarray, "size size 3"]:
+    """Bicubic resize of the short side to `size`, then the middle square, as CLIP's preprocessing does; with `stretch`
+    of both sides to `size`, as SigLIP's does. Unchanged if it is that size already.
+    """
     height, width = image.shape[:2]
     if height == width == size:
         return image
-    scale = size / min(height, width)
-    new = max(size, round(width * scale)), max(size, round(height * scale))
+    short = min(height, width)
+    # The long side is rounded down, as the reference does: rounding another way shifts the crop.
+    new = (size, size) if stretch else (size * width // short, size * height // short)
     resized = np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC))
     top, left = (new[1] - size) // 2, (new[0] - size) // 2
     return np.ascontiguousarray(resized[top : top + size, left : left + size])

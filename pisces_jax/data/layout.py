@@ -2,6 +2,9 @@
 
 The sequence is `bos`, the parts in order, `eos`. A text is its ids. A picture to read is `read_vectors` times
 the `<image>` id, nothing around it. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
+
+With a chat tokenizer (LLaMA 3's) what is given is the user's turn and what is learned or drawn the assistant's: each
+turn opens with its header, and every turn but the last, which `eos` ends, with the end of turn.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from pisces_jax.data.example import Example, Picture, Role, Text
-from pisces_jax.data.tokenizers import Tokenizer
+from pisces_jax.data.tokenizers import Speaker, Tokenizer
 from pisces_jax.errors import UserError
 from pisces_jax.files import write_atomic
 
@@ -47,6 +50,7 @@ class Layout:
     draw_slots: int
     read_size: int
     draw_size: int
+    read_stretch: bool = False  # pictures to read are stretched to the square, not cropped (`images.fit`)
 
 
 class Placed(NamedTuple):
@@ -66,8 +70,8 @@ class LaidOut(NamedTuple):
     pictures: list[Placed]
 
 
-def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout) -> LaidOut:
-    """The token sequence of `example`; no picture is decoded.
+def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout, *, prompt: bool = False) -> LaidOut:
+    """The token sequence of `example`; no picture is decoded. With `prompt` it is left open, for the model to go on.
 
     Learned are the tokens of learned texts, and the `[IMG]` or `eos` right after one: there it was the
     model's own decision to draw or to stop, elsewhere it is given. The state at `[IMG]` (`start - 1`)
@@ -76,12 +80,24 @@ def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout) -> LaidOut:
     tokens, learn = [tokenizer.bos], [False]
     pictures = []
     decides = False  # whether the part before was a learned text
+    speaker: Speaker | None = None
 
     def put(ids: Sequence[int], learned: bool) -> None:
         tokens.extend(ids)
         learn.extend([learned] * len(ids))
 
+    def turn(new: Speaker) -> None:
+        nonlocal speaker
+        if new == speaker:
+            return
+        if speaker is not None and tokenizer.end_of_turn is not None:
+            put([tokenizer.end_of_turn], decides)
+        put(tokenizer.header(new), False)
+        speaker = new
+
     for ordinal, part in enumerate(example.parts):
+        made = part.learn if isinstance(part, Text) else part.role == "draw"
+        turn("assistant" if made else "user")
         if isinstance(part, Text):
             put(tokenizer.encode(part.text), part.learn)
             decides = part.learn
@@ -93,7 +109,10 @@ def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout) -> LaidOut:
         if part.role == "draw":
             put([tokenizer.end_image], False)
         decides = False
-    put([tokenizer.eos], decides)
+    if prompt:
+        turn("assistant")
+    else:
+        put([tokenizer.eos], decides)
     return LaidOut(np.asarray(tokens, np.int32), np.asarray(learn, bool), pictures)
 
 

@@ -258,7 +258,7 @@ class PackedGroups:
                 if len(laid_out.tokens) != length:
                     raise UserError(f"{key} has changed since its length was scanned")
                 group["tokens"][row, span] = laid_out.tokens
-                images = [fit(p.picture.array(), self._size(p.role)) for p in laid_out.pictures]
+                images = [self._fit(p) for p in laid_out.pictures]
             except UserError:
                 broken.append(key)
                 continue
@@ -297,6 +297,10 @@ class PackedGroups:
             group[f"{role}_source"] = np.full(slots, -1, np.int32)
             group[f"{role}_id"] = np.zeros((slots, 2), np.uint32)
         return group
+
+    def _fit(self, picture: Picture) -> np.ndarray:
+        stretch = picture.role == "read" and self.layout.read_stretch
+        return fit(picture.array(), self._size(picture.role), stretch)
 
     def _size(self, role: str) -> int:
         return self.layout.read_size if role == "read" else self.layout.draw_size

@@ -1,6 +1,8 @@
 """Text to token ids and back, and the special tokens of the unified model.
 
-Special tokens can never come out of text: a user who writes "[IMG]" gets the pieces of those five characters.
+Special tokens can never come out of text: a user who writes "[IMG]" gets the pieces of those five characters. What a
+published tokenizer lacks of them is appended behind its vocabulary: for LLaMA 3 `<pad>` is 128256, `[IMG]` 128257,
+`[/IMG]` 128258 and `<image>` 128259.
 """
 
 import hashlib
@@ -11,11 +13,14 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import sentencepiece
+import tokenizers
 
 from pisces_jax.errors import UserError
 from pisces_jax.files import write_atomic
 
-BEGIN_IMAGE, END_IMAGE, IMAGE = "[IMG]", "[/IMG]", "<image>"
+PAD, BEGIN_IMAGE, END_IMAGE, IMAGE = "<pad>", "[IMG]", "[/IMG]", "<image>"
+APPENDED = (PAD, BEGIN_IMAGE, END_IMAGE, IMAGE)
+Speaker = Literal["user", "assistant"]
 
 
 @runtime_checkable
@@ -23,7 +28,8 @@ class Tokenizer(Protocol):
     """What the data layer and inference need of a tokenizer.
 
     `image` stands for one visual vector; `begin_image` and `end_image` enclose those of a drawn picture.
-    `fingerprint` changes whenever the ids of some text may change.
+    `fingerprint` changes whenever the ids of some text may change. `end_of_turn` ends a turn of a conversation that
+    another one follows; None where there are no turns.
     """
 
     vocab_size: int
@@ -34,6 +40,11 @@ class Tokenizer(Protocol):
     end_image: int
     image: int
     fingerprint: str
+    end_of_turn: int | None
+
+    def header(self, speaker: Speaker) -> list[int]:
+        """The ids that open a turn; none where there are no turns."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`: no special tokens are added, and none can occur in the result."""
@@ -44,11 +55,81 @@ class Tokenizer(Protocol):
         ...
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model made by `train_sentencepiece`.
+def open_tokenizer(path: Path) -> "Tokenizer":
+    """A tokenizer from its file, or from a published folder that holds it.
 
-    Raises `UserError` if `path` is missing, is no SentencePiece model, or lacks the special tokens.
+    Raises:
+        UserError: there is none that can be read.
     """
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
+        if not found:
+            raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model: give a folder that has one")
+        path = found[0]
+    return LlamaTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+class LlamaTokenizer:
+    """LLaMA 3's `tokenizer.json`, with its chat template: what is learned or drawn is the assistant's turn.
+
+    Raises `UserError` if `path` is missing, is no such file, or lacks LLaMA 3's special tokens.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        try:
+            self._load(Path(path).read_text("utf-8"))
+        except KeyError as error:
+            raise UserError(f"{path} has no token {error.args[0]}: give the tokenizer.json of LLaMA 3") from error
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"{path} cannot be read as a tokenizer ({error}): give LLaMA 3's tokenizer.json") from error
+
+    def _load(self, text: str) -> None:
+        self._text = text
+        self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in APPENDED])
+        self._tokenizer.encode_special_tokens = True  # in a text they are ordinary characters
+        self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.pad, self.begin_image, self.end_image, self.image = map(self._id, APPENDED)
+        self.bos, self.eos = self._id("<|begin_of_text|>"), self._id("<|eot_id|>")
+        self.end_of_turn: int | None = self.eos
+        opened, closed = self._id("<|start_header_id|>"), self._id("<|end_header_id|>")
+        speakers: tuple[Speaker, ...] = ("user", "assistant")
+        self._headers = {s: [opened, *self.encode(s), closed, *self.encode("\n\n")] for s in speakers}
+
+    def _id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise KeyError(token)
+        return found
+
+    def header(self, speaker: Speaker) -> list[int]:
+        return self._headers[speaker]
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.json` with the appended tokens."""
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+
+    def __getstate__(self) -> str:
+        return self._text
+
+    def __setstate__(self, text: str) -> None:
+        self._load(text)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model: one made by `train_sentencepiece`, or a published one such as LLaMA 2's.
+
+    Raises `UserError` if `path` is missing or is no SentencePiece model with begin and end of sequence.
+    """
+
+    end_of_turn: int | None = None
 
     def __init__(self, path: str | os.PathLike):
         try:
@@ -58,7 +139,7 @@ class SentencePieceTokenizer:
         except KeyError as error:
             raise UserError(
                 f"the SentencePiece model {path} has no control symbol {error.args[0]}: "
-                "train it with pisces_jax.data.tokenizers.train_sentencepiece"
+                "give one that has it, or train one with pisces_jax.data.tokenizers.train_sentencepiece"
             ) from error
 
     def _load(self, model: bytes) -> None:
@@ -66,27 +147,37 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model)
         self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
-        self.vocab_size = self._processor.GetPieceSize()
-        self.pad = self._special("<pad>")
-        self.bos = self._special("<s>")
-        self.eos = self._special("</s>")
-        self.begin_image = self._special(BEGIN_IMAGE)
-        self.end_image = self._special(END_IMAGE)
-        self.image = self._special(IMAGE)
+        self._pieces = self.vocab_size = self._processor.GetPieceSize()
+        self.bos, self.eos = self._control("<s>"), self._control("</s>")
+        self.pad, self.begin_image, self.end_image, self.image = map(self._special, APPENDED)
 
-    def _special(self, piece: str) -> int:
+    def _control(self, piece: str) -> int:
         i = self._processor.PieceToId(piece)
-        if not self._processor.IsControl(
-            i
-        ):  # an unknown piece gets the id of <unk>, which is no control symbol
+        if not self._processor.IsControl(i):  # an unknown piece gets the id of <unk>, which is no control symbol
             raise KeyError(piece)
         return i
+
+    def _special(self, piece: str) -> int:
+        """The model's own, or else the next one behind its pieces."""
+        try:
+            return self._control(piece)
+        except KeyError:
+            self.vocab_size += 1
+            return self.vocab_size - 1
+
+    def header(self, speaker: Speaker) -> list[int]:
+        return []
 
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.DecodeIds([i for i in map(int, ids) if not self._processor.IsControl(i)])
+        pieces = [i for i in map(int, ids) if i < self._pieces]
+        return self._processor.DecodeIds([i for i in pieces if not self._processor.IsControl(i)])
+
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.model` as it was read."""
+        write_atomic(folder / "tokenizer.model", self._model)
 
     # The processor's own pickling is not promised by SentencePiece; data workers need ours.
     def __getstate__(self) -> bytes:
@@ -137,7 +228,7 @@ def train_sentencepiece(
             bos_id=1,
             eos_id=2,
             unk_id=3,
-            pad_piece="<pad>",
+            pad_piece=PAD,
             control_symbols=[BEGIN_IMAGE, END_IMAGE, IMAGE],
             num_threads=1,
             minloglevel=3,

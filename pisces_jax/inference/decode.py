@@ -1,5 +1,7 @@
 """Visual vectors to pixels: the flow of the decoder, integrated from noise."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,19 +9,40 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from pisces_jax.flow import FlowConfig, guided, integrate
+from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.layers import apply
 from pisces_jax.training.programs import to_pixels
 
 
-def decode(
-    decoder: DiT, params: Any, vectors: Float[Array, "B m C"], keys: Array, flow: FlowConfig
-) -> UInt8[Array, "B S S 3"]:
-    """One picture a row of vectors; its noise comes from its own key. To be called under jit."""
-    c = decoder.config
-    noise = jax.vmap(lambda k: jax.random.normal(k, (c.size, c.size, c.channels), jnp.float32))(keys)
+@dataclasses.dataclass(frozen=True)
+class PictureDecoder:
+    """The decoder of pictures, with the autoencoder whose latents it makes, if it makes latents."""
 
-    def network(*args: Array) -> Array:
-        return apply(decoder, params, *args)
+    flow_network: DiT
+    autoencoder: Autoencoder | None
 
-    return to_pixels(integrate(guided(network, vectors, flow), noise, flow.steps))
+    @property
+    def size(self) -> int:
+        """Side of the pictures, in pixels."""
+        cells = self.flow_network.config.size
+        return cells * self.autoencoder.config.downscale if self.autoencoder is not None else cells
+
+    def decode(
+        self, params: Mapping[str, Any], vectors: Float[Array, "B m C"], keys: Array, flow: FlowConfig
+    ) -> UInt8[Array, "B S S 3"]:
+        """One picture a row of vectors; its noise comes from its own key. To be called under jit.
+
+        Args:
+            params: by part, `decoder` and where there is one `autoencoder`.
+        """
+        c = self.flow_network.config
+        noise = jax.vmap(lambda k: jax.random.normal(k, (c.size, c.size, c.channels), jnp.float32))(keys)
+
+        def network(*args: Array) -> Array:
+            return apply(self.flow_network, params["decoder"], *args)
+
+        made = integrate(guided(network, vectors, flow), noise, flow.steps)
+        if self.autoencoder is not None:
+            made = apply(self.autoencoder, params["autoencoder"], made, method="decode")
+        return to_pixels(made)

@@ -15,16 +15,18 @@ from tqdm import tqdm
 from pisces_jax.data.example import Example, Picture, Text
 from pisces_jax.data.images import fit
 from pisces_jax.data.layout import Layout, lay_out
-from pisces_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer
+from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
 from pisces_jax.flow import FlowConfig
-from pisces_jax.inference.decode import decode
+from pisces_jax.inference.decode import PictureDecoder
 from pisces_jax.inference.rollout import Prompts, Rollout
+from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import is_finished, load_part, read_config
+from pisces_jax.training.input import load_tokenizer
 
 PARTS = (
     "language_model",
@@ -74,7 +76,7 @@ class Model:
         config: ConfigDict,
         tokenizer: Tokenizer,
         params: Any,
-        decoder: DiT | None,
+        decoder: PictureDecoder | None,
         decoder_params: Any,
         flow: FlowConfig | None,
         batch_size: int = 64,
@@ -87,6 +89,7 @@ class Model:
         self._layout = Layout(
             c.read_vectors, c.draw_vectors, config.data.row_length, rows=1, read_slots=1, draw_slots=1,
             read_size=c.understanding_encoder.image_size, draw_size=c.generation_encoder.image_size,
+            read_stretch=config.data.get("read_stretch", False),  # runs of before there was that key
         )  # fmt: skip
         special = {tokenizer.pad, tokenizer.bos, tokenizer.begin_image, tokenizer.end_image, tokenizer.image}
         plain = np.array([i not in special for i in range(tokenizer.vocab_size)])
@@ -114,7 +117,7 @@ class Model:
         self._draw = jax.jit(draw, static_argnums=(3, 4))
         self._features = jax.jit(lambda p, x: apply(self.pisces, p, x, method="features"))
         if decoder is not None:
-            self._decode = jax.jit(lambda p, v, k, flow: decode(decoder, p, v, k, flow), static_argnums=3)
+            self._decode = jax.jit(decoder.decode, static_argnums=3)
 
     @property
     def read_size(self) -> int:
@@ -199,8 +202,8 @@ class Model:
         return self.tokenizer.decode([int(t) for t in tokens if t >= 0])
 
     def _prompts(self, some: Sequence[Sequence[Text | Picture]]) -> Prompts:
-        laid = [lay_out(Example(tuple(parts), "prompt"), self.tokenizer, self._layout) for parts in some]
-        ids = [row.tokens[:-1] for row in laid]  # without the end of sequence: the model goes on
+        laid = [lay_out(Example(tuple(parts), "prompt"), self.tokenizer, self._layout, prompt=True) for parts in some]
+        ids = [row.tokens for row in laid]
         # Powers of two are few distinct lengths, so that few programs are compiled.
         longest = max(32, *map(len, ids))
         tokens = np.full((self.batch_size, 1 << (longest - 1).bit_length()), self.tokenizer.pad, np.int32)
@@ -214,7 +217,7 @@ class Model:
         images = np.zeros((slots, size, size, 3), np.uint8)
         row, start, valid = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.arange(slots) < len(pictures)
         for i, (b, at, picture) in enumerate(pictures):
-            images[i], row[i], start[i] = fit(picture.array(), size), b, at
+            images[i], row[i], start[i] = fit(picture.array(), size, self._layout.read_stretch), b, at
         return Prompts(*map(jnp.asarray, (tokens, length, images, row, start, valid)))
 
 
@@ -232,17 +235,23 @@ def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
     config = read_config(workdir / run)
     if config.program != "unified":
         raise UserError(f"{workdir / run} is a {config.program} run: reading and drawing need a unified one")
-    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in PARTS}
-    tokenizer = SentencePieceTokenizer(workdir / config.data.tokenizer)
+    tokenizer = load_tokenizer(config, workdir)
+    vocabulary = tokenizer.vocab_size
+    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part, vocabulary)) for part in PARTS}
     decoder, decoder_params, flow = load_decoder(workdir, config)
     return Model(config, tokenizer, params, decoder, decoder_params, flow, batch_size)
 
 
-def load_decoder(workdir: Path, config: ConfigDict) -> tuple[DiT | None, Any, FlowConfig | None]:
-    """The decoder that a unified run's config names, its weights and how it samples."""
+def load_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | None, Any, FlowConfig | None]:
+    """The decoder that a unified run's config names, its weights by part and how it samples."""
     if not config.decoder:
         return None, None, None
     decoder_config = read_config(workdir / config.decoder)
-    decoder = DiT(settings.dit_config(decoder_config), jnp.dtype(decoder_config.compute_dtype))
-    params = jax.tree.map(jnp.asarray, load_part(workdir, config.decoder, "decoder"))
+    dtype = jnp.dtype(decoder_config.compute_dtype)
+    latent = settings.autoencoder_config(decoder_config)
+    decoder = PictureDecoder(
+        DiT(settings.dit_config(decoder_config), dtype), Autoencoder(latent, dtype) if latent else None
+    )
+    parts = ("decoder", "autoencoder") if latent else ("decoder",)
+    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, config.decoder, part)) for part in parts}
     return decoder, params, settings.flow_config(decoder_config)

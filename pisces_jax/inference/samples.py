@@ -12,7 +12,7 @@ from PIL import Image
 from pisces_jax.data.example import Picture
 from pisces_jax.data.images import fit
 from pisces_jax.errors import UserError
-from pisces_jax.inference.decode import decode
+from pisces_jax.inference.decode import PictureDecoder
 from pisces_jax.inference.model import Model, load_decoder
 from pisces_jax.models.vit import pooled_features
 from pisces_jax.training import input
@@ -60,13 +60,14 @@ def _weights(state: State) -> Any:
 def _reconstructor(config: ConfigDict, model: Reconstruction, sources: Sequence[Any]) -> Sampler:
     examples = [sources[0][i] for i in range(min(config.log.samples, len(sources[0])))]
     pictures = [next(p for p in e.parts if isinstance(p, Picture)).array() for e in examples]
-    truth = np.stack([fit(p, model.decoder.config.size) for p in pictures])
+    decoder = PictureDecoder(model.decoder, model.autoencoder)
+    truth = np.stack([fit(p, decoder.size) for p in pictures])
     keys = jax.random.split(jax.random.key(0), len(truth))
 
     @jax.jit
     def reconstruct(params: Any, images: Any) -> Any:
         vectors = pooled_features(model.vectors(params, images), model.pool)
-        return decode(model.decoder, params["decoder"], vectors, keys, model.flow)
+        return decoder.decode(params, vectors, keys, model.flow)
 
     def sample(state: State, path: Path) -> np.ndarray:
         return _save(picture_grid([truth, np.asarray(reconstruct(_weights(state), truth))]), path)

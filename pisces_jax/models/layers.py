@@ -17,6 +17,7 @@ DType = Any
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
     "silu": jax.nn.silu,
 }
 _POLICIES = jax.checkpoint_policies
@@ -223,9 +224,10 @@ def pool_2d(x: Float[Array, "B N D"], stride: int) -> Float[Array, "B M D"]:
 def normalize_picture(
     images: Int[Array, "B S S 3"], mean: Sequence[float], std: Sequence[float], dtype: DType
 ) -> Float[Array, "B S S 3"]:
-    """uint8 pixels to (x/255 − mean)/std, as the encoders expect them."""
-    x = images.astype(jnp.float32) / 255.0
-    return ((x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)).astype(dtype)
+    """uint8 pixels to (x/255 − mean)/std, as the encoders expect them; computed in at least float32."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    x = images.astype(wide) / 255.0
+    return ((x - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
 
 
 def patchify(images: Float[Array, "B S S C"], patch: int) -> Float[Array, "B N PPC"]:

@@ -32,6 +32,10 @@ class RotaryScaling:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
+    """`vocab_size` counts the tokens that exist. The two vocabulary matrices have that many rows, rounded up to a
+    multiple of `vocab_multiple` so that they shard evenly; the rows of padding are zeros and are never predicted.
+    """
+
     vocab_size: int
     width: int
     layers: int
@@ -44,6 +48,7 @@ class TransformerConfig:
     eps: float = 1e-5
     tied_embedding: bool = False
     attention: str = "auto"
+    vocab_multiple: int = 1
     remat: str = "everything"
     unroll: bool = False
 
@@ -52,6 +57,10 @@ class TransformerConfig:
             raise ValueError(f"attention {self.attention!r} is none of {', '.join(BACKENDS)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads are no multiple of {self.kv_heads} key-value heads")
+
+    @property
+    def vocab_rows(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 def rotary_frequencies(config: TransformerConfig) -> Float[Array, "Half"]:
@@ -136,15 +145,18 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = logical(nn.initializers.normal(0.02), "vocab", "embed")
-        self.embedding = self.param("embedding", init, (c.vocab_size, c.width))
+
+        def rows(key: Any, shape: Any, dtype: Any = jnp.float32) -> Array:
+            real = jnp.arange(shape[0])[:, None] < c.vocab_size
+            return jnp.where(real, nn.initializers.normal(0.02)(key, shape, dtype), 0)
+
+        vocabulary = logical(rows, "vocab", "embed")
+        self.embedding = self.param("embedding", vocabulary, (c.vocab_rows, c.width))
         inputs = (0, nn.broadcast, nn.broadcast, nn.broadcast)
         self.layers = scanned(Block, c.layers, inputs, remat=c.remat, unroll=c.unroll)(c, self.dtype)
         self.final_norm = RMSNorm(c.eps, dtype=self.dtype)
         if not c.tied_embedding:
-            self.head = self.param(
-                "head", logical(nn.initializers.normal(0.02), "vocab", "embed"), (c.vocab_size, c.width)
-            )
+            self.head = self.param("head", vocabulary, (c.vocab_rows, c.width))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return look_up(self.embedding, tokens, self.dtype)
@@ -168,15 +180,16 @@ class Transformer(nn.Module):
         )
         return self.final_norm(x), None if cache is None else Cache(*slots)
 
-    def output_matrix(self) -> Float[Array, "V D"]:
+    def output_matrix(self) -> Float[Array, "R D"]:
+        """R ≥ V rows: those of padding, behind the vocabulary, are not to be predicted."""
         return self.embedding if self.config.tied_embedding else self.head
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """In at least float32."""
+        """In at least float32, of the tokens that exist."""
         matrix = self.output_matrix().astype(self.dtype)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         y = jnp.einsum("BTD,VD->BTV", hidden, matrix, preferred_element_type=wide)
-        return constrain(y, "batch", "length", "vocab")
+        return constrain(y, "batch", "length", "vocab")[..., : self.config.vocab_size]
 
     def init_all(self, tokens: Int[Array, "B T"]) -> jax.Array:
         """Touches every parameter: what `init` is called with."""

@@ -1,4 +1,4 @@
-"""The vision transformer (Dosovitskiy et al. 2021): SigLIP and EVA-CLIP are settings of one module."""
+"""The vision transformer (Dosovitskiy et al. 2021): SigLIP, CLIP and EVA-CLIP are settings of one module."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,9 @@ class ViTConfig:
     """Settings of the encoder.
 
     Attributes:
-        norm: "pre" is SigLIP's block, `x + f(norm(x))`; "post" is EVA-CLIP-E's, `x + norm(f(x))`.
+        norm: "pre" is SigLIP's and CLIP's block, `x + f(norm(x))`; "post" is EVA-CLIP-E's, `x + norm(f(x))`.
+        patch_bias: whether the patch embedding has a bias; CLIP's has none.
+        embedding_norm: a LayerNorm between the embeddings and the first block, as CLIP has it.
         biases: which of the query, key and value projections have one, by first letter.
         output_dim: if not 0, every patch vector is projected to that width, by a matrix for each place of the grid so
             that pooling does not mix up the places, and bounded by tanh: small encoders trained here end so.
@@ -45,6 +47,8 @@ class ViTConfig:
     mlp_hidden: int
     norm: str = "pre"
     class_token: bool = False
+    patch_bias: bool = True
+    embedding_norm: bool = False
     final_norm: bool = True
     biases: str = "qkv"
     activation: str = "gelu_tanh"
@@ -136,12 +140,16 @@ class ViT(nn.Module):
         c = self.config
         seen = c.image_size // c.patch_size * c.patch_size
         x = patchify(normalize_picture(images[:, :seen, :seen], c.mean, c.std, self.dtype), c.patch_size)
-        x = Linear((c.width,), ("patch",), ("embed",), dtype=self.dtype, name="patch_embedding")(x)
+        x = Linear(
+            (c.width,), ("patch",), ("embed",), bias=c.patch_bias, dtype=self.dtype, name="patch_embedding"
+        )(x)  # fmt: skip
         if c.class_token:
             token = self.param("class_token", logical(nn.initializers.normal(0.02), "embed"), (c.width,))
             x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, c.width)), x], axis=1)
         init = logical(nn.initializers.normal(0.02), "position", "embed")
         x = x + self.param("position_embedding", init, (x.shape[1], c.width)).astype(x.dtype)
+        if c.embedding_norm:
+            x = LayerNorm(c.eps, dtype=self.dtype, name="embedding_norm")(x)
         blocks = scanned(EncoderBlock, c.layers, (nn.broadcast,), remat=c.remat, unroll=c.unroll)(
             c.heads, c.mlp_hidden, c.norm, c.biases, c.activation, c.eps, self.dtype, c.post_scale, c.attention,
             name="layers",

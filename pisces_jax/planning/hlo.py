@@ -266,7 +266,8 @@ def _group(attributes: str, kind: str, mesh_shape: Mapping[str, int]) -> list[in
         if order:
             ids = ids.transpose([int(n) for n in order.split(",")])
         return ids.reshape(int(groups), int(size))[0].tolist()
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\)[^{]*)? ?\{([^}]*)\}", attributes):
+    named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\)[^{]*)? ?\{([^}]*)\}"
+    if match := re.search(named, attributes):
         return _mesh_group(*match.groups())
     return list(range(total))
 

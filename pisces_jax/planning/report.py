@@ -63,8 +63,8 @@ def collective_lines(plan: Plan) -> list[str]:
 
 def table(plans: Sequence[Plan]) -> str:
     """A line each, for a search and for the documents."""
-    head = "| config | topology | mesh | rows a device | remat | peak GiB | fits | wire GB | predicted s | MFU | compile s |"
-    lines = [head, "|" + "---|" * 11]
+    names = ("config", "topology", "mesh", "rows a device", "remat", "peak GiB", "fits", "wire GB", "predicted s")
+    lines = ["| " + " | ".join((*names, "predicted MFU", "compile s")) + " |", "|" + "---|" * (len(names) + 2)]
     for p in plans:
         seconds = f"{p.predicted_step_seconds:.2f}" if p.predicted_step_seconds else "–"
         mfu = f"{p.predicted_mfu:.0%}" if p.predicted_mfu else "–"

@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 from pisces_jax.errors import UserError
 from pisces_jax.files import write_atomic
 from pisces_jax.training import optimizer
+from pisces_jax.training.config import part_settings
 from pisces_jax.training.step import State
+from pisces_jax.weights.folder import is_folder, read_source
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
 _FREE_KEYS = ("log", "mesh", "sampling", "data.threads", "data.workers")
@@ -145,9 +147,9 @@ def _changed(state: State) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_part(workdir: Path, name: str, part: str) -> Any:
+def load_part(workdir: Path, name: str, part: str, vocab_size: int = 0) -> Any:
     """The weights of `part` as run `name` left them: trained there (averaged, where the run averages), or where it
-    itself took them from. Host arrays.
+    itself took them from. Host arrays. `vocab_size` is the tokenizer's, for a language model that was never trained.
 
     Raises:
         UserError: the run is missing or unfinished, or has no such part.
@@ -169,9 +171,13 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
             path, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         )
         flat = optimizer.flatten(got[which][part])
-    if part in config.parts and config.parts[part]:
+    if source := config.parts.get(part, ""):
         # A part may be trained in part: what the run froze came from elsewhere.
-        flat = {**optimizer.flatten(load_part(workdir, config.parts[part], part)), **flat}
+        if is_folder(source):
+            start = read_source(source, part_settings(config, part, vocab_size), part, known=flat)
+        else:
+            start = load_part(workdir, source, part, vocab_size)
+        flat = {**optimizer.flatten(start), **flat}
     if not flat:
         raise UserError(f"{run} has no part {part!r}: it trained {', '.join(kept)}")
     return optimizer.unflatten(flat)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.errors import UserError
 from pisces_jax.flow import FlowConfig
+from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.pisces import PiscesConfig
 from pisces_jax.models.transformer import RotaryScaling, TransformerConfig
@@ -37,13 +38,15 @@ def run_config(**changes: Any) -> ConfigDict:
             compute_dtype="float32",
             # Part of the model -> settings (models/): what a program needs and no more.
             model=ConfigDict(),
-            # Part -> the run below --workdir whose weights it starts from; unnamed parts start from random numbers.
+            # Part -> the run below --workdir whose weights it starts from, or a folder of published weights
+            # (weights/folder.py); unnamed parts start from random numbers.
             parts=ConfigDict(),
             decoder="",  # unified: the run whose decoder turns this run's vectors into pictures
             # Part -> dtype it is stored in; trained parts that are not named are float32, frozen ones too.
             storage=ConfigDict(),
             data=dict(
-                tokenizer="tokenizer.model",  # below --workdir
+                # A file below --workdir, or (with a separator in its name, or hf://) a folder with a published one.
+                tokenizer="tokenizer.model",
                 # A tokenizer that is trained if the file is not there: number of pieces, and how many examples of
                 # each training source it sees.
                 tokenizer_vocabulary=0,
@@ -57,6 +60,7 @@ def run_config(**changes: Any) -> ConfigDict:
                 rows=1,  # a group
                 read_slots=0,  # a group
                 draw_slots=0,
+                read_stretch=False,  # pictures to read are stretched to a square (SigLIP), not cropped
                 text_length=64,  # pretrain, decoder: longest text, in tokens
             ),
             loss=dict(
@@ -157,6 +161,13 @@ def vit_config(config: ConfigDict, part: str) -> ViTConfig:
     return build(ViTConfig, _part(config, part), f"model.{part}")
 
 
+def autoencoder_config(config: ConfigDict) -> AutoencoderConfig | None:
+    """None where the decoder makes pixels."""
+    if "autoencoder" not in config.model:
+        return None
+    return build(AutoencoderConfig, config.model.autoencoder, "model.autoencoder")
+
+
 def dit_config(config: ConfigDict) -> DiTConfig:
     """The decoder's settings; width and number of its condition follow from the generation encoder and the pooling."""
     encoder = vit_config(config, "generation_encoder")
@@ -169,6 +180,15 @@ def dit_config(config: ConfigDict) -> DiTConfig:
 def transformer_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:
     language = {**_part(config, "language_model"), "vocab_size": vocab_size}
     return build(TransformerConfig, language, "model.language_model")
+
+
+def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
+    """The settings of one part as its module takes them; None for projectors and heads, which have none."""
+    if part == "language_model":
+        return transformer_config(config, vocab_size)
+    if part in ("understanding_encoder", "generation_encoder"):
+        return vit_config(config, part)
+    return {"decoder": dit_config, "autoencoder": autoencoder_config}.get(part, lambda _: None)(config)
 
 
 def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:

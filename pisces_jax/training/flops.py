@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
@@ -62,6 +63,22 @@ def dit(c: DiTConfig) -> float:
     return c.layers * per_layer + ends + 2.0 * 4 * c.width**2
 
 
+def autoencoder(c: AutoencoderConfig, cells: int) -> float:
+    """Encoding one picture of `cells`² latents: its convolutions and the attention in the middle."""
+    total, before = 0.0, c.channels[0]
+    for level, width in enumerate(c.channels):
+        pixels = float(cells * 2 ** (len(c.channels) - 1 - level)) ** 2
+        if level == 0:
+            total += pixels * 9 * 3 * width
+        total += pixels * ((before != width) * before * width + 9 * (before * width + (2 * c.blocks - 1) * width**2))
+        if level < len(c.channels) - 1:
+            total += pixels / 4 * 9 * width**2
+        before = width
+    n = float(cells) ** 2
+    total += n * (4 * 9 * before**2 + 4 * before**2 + 2 * n * before + 9 * before * 2 * c.latent_channels)
+    return 2 * (total + n * c.quant_conv * 4 * c.latent_channels**2)
+
+
 def projector(inputs: int, hidden: int, outputs: int) -> float:
     """One vector, forward."""
     return 2.0 * hidden * (inputs + outputs)
@@ -96,6 +113,8 @@ def step_flops_by_part(
         assert isinstance(program, DecoderProgram | PretrainProgram)
         r = program.reconstruction
         forward = {"generation_encoder": pictures * vit(r.encoder.config), "decoder": pictures * dit(r.decoder.config)}
+        if r.autoencoder is not None:
+            forward["autoencoder"] = pictures * autoencoder(r.autoencoder.config, r.decoder.config.size)
         if isinstance(program, PretrainProgram):
             forward["understanding_encoder"] = pictures * vit(program.understanding_encoder.config)
             forward["text_tower"] = pictures * text_tower(program.text_tower.config)

@@ -12,25 +12,29 @@ from pisces_jax.data.example import Text
 from pisces_jax.data.layout import Layout
 from pisces_jax.data.packing import PackedGroups
 from pisces_jax.data.pairs import Pairs
-from pisces_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from pisces_jax.data.tokenizers import Tokenizer, open_tokenizer, train_sentencepiece
 from pisces_jax.errors import UserError
 from pisces_jax.training.config import vit_config
 from pisces_jax.training.programs import TextProgram, UnifiedProgram
+from pisces_jax.weights.folder import is_folder, resolve
 
 
 def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
-    """The tokenizer of a work directory; trained on the config's own sources if it is not there yet.
+    """The config's tokenizer: of a published folder, or of the work directory, where it is trained on the config's own
+    sources if it is not there yet.
 
     Raises:
         UserError: it is not there and the config does not say how large a vocabulary to train.
     """
+    if is_folder(config.data.tokenizer):
+        return open_tokenizer(resolve(config.data.tokenizer))
     path = workdir / config.data.tokenizer
     if not path.exists():
         if not config.data.tokenizer_vocabulary:
             raise UserError(f"{path} does not exist: put a SentencePiece model there, or set data.tokenizer_vocabulary")
         workdir.mkdir(parents=True, exist_ok=True)
         train_sentencepiece(_texts(config), path, config.data.tokenizer_vocabulary)
-    return SentencePieceTokenizer(path)
+    return open_tokenizer(path)
 
 
 def _texts(config: ConfigDict) -> Any:
@@ -62,6 +66,7 @@ def _items(
     layout = Layout(
         c.read_vectors, c.draw_vectors, d.row_length, rows=d.rows, read_slots=d.read_slots, draw_slots=d.draw_slots,
         read_size=c.understanding_encoder.image_size, draw_size=c.generation_encoder.image_size,
+        read_stretch=d.read_stretch,
     )  # fmt: skip
     return PackedGroups(entries, tokenizer, layout, config.seed, **kwargs)
 

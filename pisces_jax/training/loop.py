@@ -18,9 +18,11 @@ from pisces_jax.errors import UserError
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import flops, input, optimizer
 from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_step, is_finished, load_part, open_run
+from pisces_jax.training.config import part_settings
 from pisces_jax.training.metrics import Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import State, Trainer, make_trainer
+from pisces_jax.weights.folder import Folder, is_folder, read_part
 
 log = logging.getLogger(__name__)
 # Draws from a state into a file, and returns the picture uint8 [H, W, 3].
@@ -45,7 +47,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     program = make_program(config, tokenizer.vocab_size)
     trainer = make_trainer(program, config, mesh)
     trained = set(trainer.shardings.trained)
-    parts = starting_parts(config, workdir, trainer)
+    parts = starting_parts(config, workdir, trainer, tokenizer.vocab_size)
     for fallback in trainer.fallbacks:
         log.warning("%s", fallback)
 
@@ -119,18 +121,27 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         raise KeyboardInterrupt
 
 
-def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer) -> dict[str, Any]:
-    """The parts that start from other runs' weights.
+def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_size: int) -> dict[str, Any]:
+    """The parts that start from other runs' weights, as host arrays, and from published folders, in their shards.
 
     Raises:
-        UserError: such a run is missing, unfinished or of other shapes, or a frozen part has no start at all.
+        UserError: such a run or folder is missing, unfinished or of other shapes, or a frozen part has no start at all.
     """
     shapes = optimizer.join(trainer.abstract.trained, trainer.abstract.frozen)
+    shardings = optimizer.join(trainer.shardings.trained, trainer.shardings.frozen)
     parts = {}
     for part, source in config.parts.items():
         if part not in shapes:
             raise UserError(f"config key parts.{part}: the model's parts are {', '.join(shapes)}")
-        tree = load_part(workdir, source, part)
+        if is_folder(source):
+            folder = Folder.open(source)
+            folder.check(part_settings(config, part, vocab_size), f"model.{part}")
+            parts[part] = read_part(
+                folder, shapes[part], vocab_size=vocab_size, shardings=shardings[part],
+                dtype=jax.tree.map(lambda x: x.dtype, shapes[part]), doing=f"reading {part}",
+            )  # fmt: skip
+            continue
+        tree = load_part(workdir, source, part, vocab_size)
         wanted, got = optimizer.flatten(shapes[part]), optimizer.flatten(tree)
         wrong = [
             f"{part}/{k} {getattr(got.get(k), 'shape', 'missing')} for {getattr(wanted.get(k), 'shape', 'nothing')}"
@@ -142,7 +153,7 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer) -> dict[
         parts[part] = tree
     for part in trainer.abstract.frozen:
         if part not in config.parts and part not in trainer.abstract.trained:
-            raise UserError(f"part {part} is frozen and starts from random numbers: name a run in parts.{part}")
+            raise UserError(f"part {part} is frozen and starts from random numbers: name its start in parts.{part}")
     return parts
 
 

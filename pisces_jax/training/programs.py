@@ -20,6 +20,7 @@ from pisces_jax import objectives
 from pisces_jax.cross_entropy import text_cross_entropy
 from pisces_jax.errors import UserError
 from pisces_jax.flow import FlowConfig
+from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT, DiTConfig
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces, PiscesConfig
@@ -75,24 +76,37 @@ def by_source(values: Array, mask: Array, source: Array, names: tuple[str, ...],
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """Generation encoder and decoder: from a picture through its pooled features back to the picture."""
+    """Generation encoder and decoder: from a picture through its pooled features back to the picture, to its pixels
+    or to the latents of an autoencoder."""
 
     encoder: ViT
     decoder: DiT
     pool: int
     flow: FlowConfig
     feature_noise: float
+    autoencoder: Autoencoder | None = None
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        k1, k2 = jax.random.split(key)
+        k1, k2, k3 = jax.random.split(key, 3)
         e, d = self.encoder.config, self.decoder.config
         images = jnp.zeros((1, e.image_size, e.image_size, 3), jnp.uint8)
         x = jnp.zeros((1, d.size, d.size, d.channels))
         condition = jnp.zeros((1, d.condition_vectors, d.condition_width))
-        return {
+        params = {
             "generation_encoder": self.encoder.init(k1, images)["params"],
             "decoder": self.decoder.init(k2, x, jnp.zeros(1), condition, jnp.ones(1, bool))["params"],
         }
+        if self.autoencoder is not None:
+            params["autoencoder"] = self.autoencoder.init(k3, to_signal(images))["params"]
+        return params
+
+    def signal(self, params: Params, images: Array) -> Array:
+        """What the decoder is to make of a picture: its pixels as −1..1, or its latents, detached."""
+        if self.autoencoder is None:
+            return to_signal(images)
+        with jax.named_scope("autoencoder"):
+            latents = apply(self.autoencoder, params["autoencoder"], to_signal(images), method="encode")
+        return jax.lax.stop_gradient(latents)
 
     def vectors(self, params: Params, images: Array) -> Array:
         with jax.named_scope("generation_encoder"):
@@ -107,7 +121,7 @@ class Reconstruction:
         with jax.named_scope("decoder"):
             return objectives.flow_matching(
                 lambda *a: apply(self.decoder, params["decoder"], *a),
-                to_signal(batch["image"]), features, example_keys(key, batch["id"], "flow"), self.flow,
+                self.signal(params, batch["image"]), features, example_keys(key, batch["id"], "flow"), self.flow,
             )  # fmt: skip
 
 
@@ -226,7 +240,9 @@ class TextProgram:
         targets, learned = text_targets(batch)
         with jax.named_scope("text_loss"):
             matrix = apply(self.model, own, method="output_matrix")
-            text = text_cross_entropy(hidden, matrix, targets, chunk=self.chunk)
+            text = text_cross_entropy(
+                hidden, matrix, targets, chunk=self.chunk, vocab_size=self.model.config.vocab_size
+            )
         losses = {"text": objectives.masked_average(text, learned)}
         return losses, by_source(text, learned, source, self.sources, "text")
 
@@ -260,7 +276,9 @@ class UnifiedProgram:
         targets, learned = text_targets(batch)
         with jax.named_scope("text_loss"):
             matrix = apply(self.model, params, method="output_matrix")
-            text = text_cross_entropy(hidden, matrix, targets, chunk=self.chunk)
+            text = text_cross_entropy(
+                hidden, matrix, targets, chunk=self.chunk, vocab_size=self.model.config.language_model.vocab_size
+            )
         with jax.named_scope("vector_loss"):
             vectors = objectives.vector_error(predicted, target)
         drawn = jnp.broadcast_to(batch["draw_valid"][..., None], vectors.shape)
@@ -298,14 +316,21 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
         raise UserError(f"config key program: {config.program!r} is none of pretrain, decoder, unified, text")
     dit: DiTConfig = settings.dit_config(config)
     encoder = vit("generation_encoder")
-    if encoder.config.image_size != dit.size:
+    latent = settings.autoencoder_config(config)
+    pixels = dit.size * (latent.downscale if latent else 1)
+    if encoder.config.image_size != pixels:
         raise UserError(
-            f"model.decoder.size {dit.size} and model.generation_encoder.image_size {encoder.config.image_size} "
-            "differ: a pixel decoder learns from the pictures that its encoder sees, so make them equal"
+            f"model.decoder.size {dit.size} gives pictures of {pixels} pixels, model.generation_encoder.image_size is "
+            f"{encoder.config.image_size}: a decoder learns from the pictures that its encoder sees, so make them equal"
+        )
+    if latent and latent.latent_channels != dit.channels:
+        raise UserError(
+            f"model.decoder.channels {dit.channels} must be the {latent.latent_channels} of model.autoencoder's latents"
         )
     reconstruction = Reconstruction(
-        encoder, DiT(dit, dtype), config.model.pool, settings.flow_config(config), config.loss.feature_noise
-    )
+        encoder, DiT(dit, dtype), config.model.pool, settings.flow_config(config), config.loss.feature_noise,
+        Autoencoder(latent, dtype) if latent else None,
+    )  # fmt: skip
     if config.program == "decoder":
         return DecoderProgram(reconstruction, {"reconstruction": config.loss.reconstruction})
     if config.optimizer.accumulate != 1:

@@ -61,7 +61,8 @@ class Trainer:
         given_shardings = {k: optimizer.join(self.shardings.trained, self.shardings.frozen)[k] for k in parts}
         parts = jax.device_put(parts, given_shardings)
         with jax.set_mesh(self.mesh):
-            return jax.jit(create, out_shardings=self.shardings)(key, parts)
+            # The given parts become the state's: there is no second copy of them.
+            return jax.jit(create, out_shardings=self.shardings, donate_argnums=1)(key, parts)
 
     def put(self, batch: Mapping[str, Any]) -> Batch:
         """This process's share of a batch, on the mesh."""
@@ -118,7 +119,8 @@ class Trainer:
         micro = {k: v.reshape(-1, parts, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, gradient(trained, state.frozen, part, counts)), None
+            more = gradient(trained, state.frozen, part, counts)
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, more), None
 
         first = jax.tree.map(lambda x: x[0], micro)
         shapes = state.trained, jax.eval_shape(gradient, trained, state.frozen, first, counts)[1]

@@ -1,0 +1,212 @@
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022): pictures to a small grid of channels and back.
+
+The mean of the posterior is the latent: nothing is sampled. Settings differ in channels and in where latents lie:
+SDXL's 4 channels are scaled, the 16 of SD3 and FLUX shifted and scaled.
+
+Letters: B pictures, S pixels a side, Z cells a side, c latent channels, C channels inside.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pisces_jax.models.attention import attention
+from pisces_jax.models.layers import Linear, lecun, logical
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Settings of the autoencoder.
+
+    Attributes:
+        channels: inside, from the picture's resolution down; each level but the last halves it.
+        blocks: residual blocks a level on the way down; there is one more on the way up.
+        quant_conv: whether 1×1 convolutions stand on both sides of the latent (SDXL has them, SD3 and FLUX not).
+        scale, shift: latents are (mean − shift) · scale, so that they have about unit variance.
+    """
+
+    latent_channels: int
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2
+    groups: int = 32
+    eps: float = 1e-6
+    quant_conv: bool = True
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if any(c % self.groups for c in self.channels):
+            raise ValueError(f"channels {self.channels} must be multiples of the {self.groups} groups of the norms")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a cell of the latent, along one side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class Conv(nn.Module):
+    """A square convolution with bias: kernel [size, size, in, out]; `padding` before and after each side."""
+
+    out: int
+    size: int = 3
+    stride: int = 1
+    padding: Sequence[tuple[int, int]] | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
+        shape = (self.size, self.size, x.shape[-1], self.out)
+        init = logical(lecun(self.size**2 * x.shape[-1]), None, None, None, "embed")
+        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        bias = self.param("bias", logical(nn.initializers.zeros, "embed"), (self.out,)).astype(self.dtype)
+        padding = self.padding or [(self.size // 2, self.size // 2)] * 2
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype), kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y + bias
+
+
+class GroupNorm(nn.Module):
+    """Mean and variance over the pixels and channels of each group (Wu & He 2018), in at least float32."""
+
+    groups: int
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        B, H, W, C = x.shape
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(B, H, W, self.groups, C // self.groups)
+        wide = wide - jnp.mean(wide, axis=(1, 2, 4), keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=(1, 2, 4), keepdims=True) + self.eps)
+        scale = self.param("scale", logical(nn.initializers.ones, "norm"), (C,))
+        bias = self.param("bias", logical(nn.initializers.zeros, "norm"), (C,))
+        return (wide.reshape(x.shape) * scale + bias).astype(self.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), the sum over a 1×1 convolution of x where channels change."""
+
+    config: AutoencoderConfig
+    channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H W C"]:
+        c = self.config
+        h = jax.nn.silu(GroupNorm(c.groups, c.eps, self.dtype, name="norm1")(x))
+        h = Conv(self.channels, dtype=self.dtype, name="conv1")(h)
+        h = jax.nn.silu(GroupNorm(c.groups, c.eps, self.dtype, name="norm2")(h))
+        h = Conv(self.channels, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.channels:
+            x = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(x)
+        return x + h
+
+
+class PixelAttention(nn.Module):
+    """Full attention over the cells, one head of the whole width."""
+
+    config: AutoencoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        B, H, W, C = x.shape
+        z = GroupNorm(self.config.groups, self.config.eps, self.dtype, name="norm")(x).reshape(B, H * W, C)
+
+        def project(name: str) -> Array:
+            return Linear((C,), ("embed",), (None,), dtype=self.dtype, name=name)(z)[:, :, None]
+
+        y = attention(project("query"), project("key"), project("value"))[:, :, 0]
+        return x + Linear((C,), (None,), ("embed",), dtype=self.dtype, name="out")(y).reshape(x.shape)
+
+
+class Middle(nn.Module):
+    config: AutoencoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        x = ResidualBlock(self.config, x.shape[-1], self.dtype, name="block_0")(x)
+        x = PixelAttention(self.config, self.dtype, name="attention")(x)
+        return ResidualBlock(self.config, x.shape[-1], self.dtype, name="block_1")(x)
+
+
+class Encoder(nn.Module):
+    config: AutoencoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S S 3"]) -> Float[Array, "B Z Z moments"]:
+        c = self.config
+        x = Conv(c.channels[0], dtype=self.dtype, name="conv_in")(x)
+        for level, channels in enumerate(c.channels):
+            for i in range(c.blocks):
+                x = ResidualBlock(c, channels, self.dtype, name=f"level_{level}_block_{i}")(x)
+            if level < len(c.channels) - 1:
+                # One more row and column behind, none before.
+                down = Conv(channels, stride=2, padding=[(0, 1)] * 2, dtype=self.dtype, name=f"level_{level}_down")
+                x = down(x)
+        x = Middle(c, self.dtype, name="middle")(x)
+        x = jax.nn.silu(GroupNorm(c.groups, c.eps, self.dtype, name="norm_out")(x))
+        return Conv(2 * c.latent_channels, dtype=self.dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    config: AutoencoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "B Z Z c"]) -> Float[Array, "B S S 3"]:
+        c = self.config
+        x = Conv(c.channels[-1], dtype=self.dtype, name="conv_in")(z)
+        x = Middle(c, self.dtype, name="middle")(x)
+        for level, channels in enumerate(reversed(c.channels)):
+            for i in range(c.blocks + 1):
+                x = ResidualBlock(c, channels, self.dtype, name=f"level_{level}_block_{i}")(x)
+            if level < len(c.channels) - 1:
+                x = x.repeat(2, axis=1).repeat(2, axis=2)  # the nearest neighbour
+                x = Conv(channels, dtype=self.dtype, name=f"level_{level}_up")(x)
+        x = jax.nn.silu(GroupNorm(c.groups, c.eps, self.dtype, name="norm_out")(x))
+        return Conv(3, dtype=self.dtype, name="conv_out")(x)
+
+
+class Autoencoder(nn.Module):
+    """`encode` and `decode` are the two entries; pictures are −1..1, latents about unit variance."""
+
+    config: AutoencoderConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        self.encoder = Encoder(c, self.dtype)
+        self.decoder = Decoder(c, self.dtype)
+        if c.quant_conv:
+            self.quant = Conv(2 * c.latent_channels, size=1, dtype=self.dtype)
+            self.post_quant = Conv(c.latent_channels, size=1, dtype=self.dtype)
+
+    def encode(self, pictures: Float[Array, "B S S 3"]) -> Float[Array, "B Z Z c"]:
+        """Latents in at least float32."""
+        c = self.config
+        moments = self.encoder(pictures)
+        if c.quant_conv:
+            moments = self.quant(moments)
+        mean = moments[..., : c.latent_channels].astype(jnp.promote_types(self.dtype, jnp.float32))
+        return (mean - c.shift) * c.scale
+
+    def decode(self, latents: Float[Array, "B Z Z c"]) -> Float[Array, "B S S 3"]:
+        """Pictures in at least float32, not clipped."""
+        c = self.config
+        z = latents / c.scale + c.shift
+        if c.quant_conv:
+            z = self.post_quant(z)
+        return self.decoder(z).astype(jnp.promote_types(self.dtype, jnp.float32))
+
+    def __call__(self, pictures: Float[Array, "B S S 3"]) -> Float[Array, "B S S 3"]:
+        """There and back; touches every parameter: what `init` is called with."""
+        return self.decode(self.encode(pictures))

@@ -1,0 +1,171 @@
+"""The published layouts as data: for each family a table from our names to the published ones.
+
+Sources: transformers (LlamaForCausalLM, SiglipVisionModel, CLIPVisionModel), diffusers (AutoencoderKL), timm's Eva,
+whose names open_clip and Emu2 share.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pisces_jax.models.autoencoder import AutoencoderConfig
+from pisces_jax.models.transformer import TransformerConfig
+from pisces_jax.models.vit import ViTConfig
+from pisces_jax.weights.layout import Entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A published layout.
+
+    Attributes:
+        table: from a part's settings to its rows.
+        prefixes: what may stand before all names: the first that fits holds, and what has another one is another
+            part's. The first is written at export.
+        unused: patterns of names, behind the prefix, that belong to the model and are no use to us.
+        renamed: (pattern, replacement): older names for the same tensors.
+    """
+
+    table: Callable[[Any], Sequence[Entry]]
+    prefixes: tuple[str, ...] = ("",)
+    unused: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def today(self, name: str) -> str:
+        """The name that the table knows for a published one."""
+        for pattern, replacement in self.renamed:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+def _norm(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
+    rows = [Entry(f"{ours}/scale", f"{theirs}.weight", "D -> D")]
+    return rows + ([Entry(f"{ours}/bias", f"{theirs}.bias", "D -> D")] if bias else [])
+
+
+def _linear(ours: str, theirs: str, kernel: str = "O I -> I O", bias: str = "O -> O") -> list[Entry]:
+    rows = [Entry(f"{ours}/kernel", f"{theirs}.weight", kernel)]
+    return rows + ([Entry(f"{ours}/bias", f"{theirs}.bias", bias)] if bias else [])
+
+
+def llama(c: TransformerConfig) -> list[Entry]:
+    block, ours = "model.layers.{i}", "layers"
+    heads = "(N H) D -> D N H"
+    rows = [Entry("embedding", "model.embed_tokens.weight", "V D -> V D", vocabulary=True)]
+    rows += _norm(f"{ours}/attention_norm", f"{block}.input_layernorm", bias=False)
+    for name, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        rows += _linear(f"{ours}/attention/{name}", f"{block}.self_attn.{theirs}", heads, bias="")
+    rows += _linear(f"{ours}/attention/out", f"{block}.self_attn.o_proj", "D (N H) -> N H D", bias="")
+    rows += _norm(f"{ours}/mlp_norm", f"{block}.post_attention_layernorm", bias=False)
+    for name in ("gate", "up", "down"):
+        rows += _linear(f"{ours}/mlp/{name}", f"{block}.mlp.{name}_proj", bias="")
+    rows += _norm("final_norm", "model.norm", bias=False)
+    if not c.tied_embedding:
+        rows.append(Entry("head", "lm_head.weight", "V D -> V D", vocabulary=True))
+    return rows
+
+
+def _transformers_encoder(c: ViTConfig) -> list[Entry]:
+    """What SigLIP's and CLIP's vision towers share in transformers."""
+    block = "encoder.layers.{i}"
+    rows = _linear(
+        "patch_embedding", "embeddings.patch_embedding", "O C P Q -> (P Q C) O", bias="O -> O" if c.patch_bias else ""
+    )
+    rows.append(Entry("position_embedding", "embeddings.position_embedding.weight", "T D -> T D"))
+    for name, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        rows += _linear(f"layers/attention/{name}", f"{block}.self_attn.{theirs}", "(N H) D -> D N H", "(N H) -> N H")
+    rows += _linear("layers/attention/out", f"{block}.self_attn.out_proj", "D (N H) -> N H D")
+    rows += _linear("layers/mlp/up", f"{block}.mlp.fc1") + _linear("layers/mlp/down", f"{block}.mlp.fc2")
+    return rows + _norm("layers/norm1", f"{block}.layer_norm1") + _norm("layers/norm2", f"{block}.layer_norm2")
+
+
+def siglip(c: ViTConfig) -> list[Entry]:
+    return _transformers_encoder(c) + _norm("final_norm", "post_layernorm")
+
+
+def clip(c: ViTConfig) -> list[Entry]:
+    rows = [Entry("class_token", "embeddings.class_embedding", "D -> D")]
+    return rows + _norm("embedding_norm", "pre_layrnorm") + _transformers_encoder(c)  # misspelt so in the files
+
+
+def eva(c: ViTConfig) -> list[Entry]:
+    block = "blocks.{i}"
+    rows = [
+        Entry("class_token", "cls_token", "1 1 D -> D"),
+        Entry("position_embedding", "pos_embed", "1 T D -> T D"),
+        *_linear("patch_embedding", "patch_embed.proj", "O C P Q -> (P Q C) O"),
+    ]
+    for i, name in enumerate(("query", "key", "value")):
+        rows.append(
+            Entry(f"layers/attention/{name}/kernel", f"{block}.attn.qkv.weight", "(N H) D -> D N H", part=(i, 3))
+        )
+    for name in ("query", "value"):
+        rows.append(Entry(f"layers/attention/{name}/bias", f"{block}.attn.{name[0]}_bias", "(N H) -> N H"))
+    rows += _linear("layers/attention/out", f"{block}.attn.proj", "D (N H) -> N H D")
+    rows += _linear("layers/mlp/up", f"{block}.mlp.fc1") + _linear("layers/mlp/down", f"{block}.mlp.fc2")
+    rows += _norm("layers/norm1", f"{block}.norm1") + _norm("layers/norm2", f"{block}.norm2")
+    return rows + (_norm("final_norm", "norm") if c.final_norm else [])
+
+
+def autoencoder(c: AutoencoderConfig) -> list[Entry]:
+    def conv(ours: str, theirs: str) -> list[Entry]:
+        return _linear(ours, theirs, "O I P Q -> P Q I O")
+
+    def block(ours: str, theirs: str, shortcut: bool) -> list[Entry]:
+        rows = [row for n in (1, 2) for row in _norm(f"{ours}/norm{n}", f"{theirs}.norm{n}")]
+        rows += [row for n in (1, 2) for row in conv(f"{ours}/conv{n}", f"{theirs}.conv{n}")]
+        return rows + (conv(f"{ours}/shortcut", f"{theirs}.conv_shortcut") if shortcut else [])
+
+    def middle(side: str) -> list[Entry]:
+        ours, theirs = f"{side}/middle", f"{side}.mid_block"
+        rows = block(f"{ours}/block_0", f"{theirs}.resnets.0", False)
+        rows += block(f"{ours}/block_1", f"{theirs}.resnets.1", False)
+        rows += _norm(f"{ours}/attention/norm", f"{theirs}.attentions.0.group_norm")
+        for name, their in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0")):
+            rows += _linear(f"{ours}/attention/{name}", f"{theirs}.attentions.0.{their}")
+        return rows
+
+    rows: list[Entry] = []
+    last = len(c.channels) - 1
+    for side, folder, resample, blocks, channels, before in (
+        ("encoder", "down_blocks", "down", c.blocks, c.channels, c.channels[0]),
+        ("decoder", "up_blocks", "up", c.blocks + 1, c.channels[::-1], c.channels[-1]),
+    ):
+        rows += conv(f"{side}/conv_in", f"{side}.conv_in") + middle(side)
+        for level, width in enumerate(channels):
+            for i in range(blocks):
+                name = f"{side}.{folder}.{level}.resnets.{i}"
+                rows += block(f"{side}/level_{level}_block_{i}", name, i == 0 and width != before)
+            if level < last:
+                rows += conv(
+                    f"{side}/level_{level}_{resample}", f"{side}.{folder}.{level}.{resample}samplers.0.conv"
+                )
+            before = width
+        rows += _norm(f"{side}/norm_out", f"{side}.conv_norm_out") + conv(f"{side}/conv_out", f"{side}.conv_out")
+    if c.quant_conv:
+        rows += conv("quant", "quant_conv") + conv("post_quant", "post_quant_conv")
+    return rows
+
+
+FAMILIES = {
+    # A tied head may be in the file as well.
+    "llama": Family(llama, unused=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")),
+    "siglip": Family(siglip, ("vision_model.", ""), (r"head\..*", r"embeddings\.position_ids")),
+    "clip": Family(clip, ("vision_model.", ""), (r"post_layernorm\..*", r"embeddings\.position_ids")),
+    # timm's own; open_clip's around it; EVA-CLIP's; and the tower inside Emu2.
+    "eva": Family(
+        eva,
+        ("", "visual.trunk.", "visual.", "model.visual."),
+        (r"norm\..*", r"fc_norm\..*", r"head\..*", r".*\.attn\.k_bias"),
+    ),
+    "autoencoder": Family(
+        autoencoder,
+        renamed=(
+            (r"attentions\.0\.query\.", "attentions.0.to_q."),
+            (r"attentions\.0\.key\.", "attentions.0.to_k."),
+            (r"attentions\.0\.value\.", "attentions.0.to_v."),
+            (r"attentions\.0\.proj_attn\.", "attentions.0.to_out.0."),
+        ),
+    ),
+}

@@ -1,0 +1,207 @@
+"""Safetensors files, read lazily and written one tensor at a time; nothing in them is ever executed.
+
+A file is eight bytes (the header's length), a JSON header (name -> dtype, shape, offsets) and the bytes of the tensors
+(https://huggingface.co/docs/safetensors). Tensors are views of the mapped file: what is not touched is not read.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pisces_jax.errors import UserError
+
+DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX_SUFFIX = ".safetensors.index.json"
+_HEADER_LIMIT = 100_000_000  # of the format
+SHARD_BYTES = 5 * 10**9  # what published models split their files at
+# Where several files lie without an index: the one that the libraries themselves would take.
+_USUAL = ("model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: `array()` is a read-only view of the mapped bytes."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def array(self) -> np.ndarray:
+        """
+        Raises:
+            UserError: values that are no floating-point numbers of 16 bits or more, i.e. quantized ones.
+        """
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"{self.path} holds quantized values ({self.dtype}), which are not supported: take the weights in "
+                "bfloat16, float16 or float32"
+            )
+        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape) if self.shape else _scalar(self)
+
+
+def _scalar(tensor: Tensor) -> np.ndarray:
+    return np.fromfile(tensor.path, DTYPES[tensor.dtype], 1, offset=tensor.offset).reshape(())
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file.
+
+    Raises:
+        UserError: no safetensors file, or one that is cut off.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > _HEADER_LIMIT:
+                raise UserError(f"{path} is no safetensors file: give one, or download it again")
+            if 8 + length > size:
+                raise UserError(_truncated(path, size, f"more than {8 + length}"))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors, end = {}, 8 + length
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            tensor = Tensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + first)
+            if tensor.dtype in DTYPES and last - first != math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize:
+                raise ValueError(f"the bytes of {name} do not fit its shape")
+            tensors[name], end = tensor, max(end, 8 + length + last)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no safetensors file ({error}): give one, or download it again") from error
+    if end > size:
+        raise UserError(_truncated(path, size, str(end)))
+    return tensors
+
+
+def _truncated(path: Path, size: int, wanted: str) -> str:
+    return f"{path} is truncated: it has {size} bytes and its header says {wanted}: download it again"
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a published folder: one file, or several with their index.
+
+    Raises:
+        UserError: no safetensors there, files that the index names missing or cut off, or a choice of files.
+    """
+    indices = sorted(folder.glob("*" + INDEX_SUFFIX))
+    files = sorted(folder.glob("*.safetensors"))
+    usual = [f for name in _USUAL for f in (*indices, *files) if f.name in (name + INDEX_SUFFIX, name + ".safetensors")]
+    if usual:
+        chosen = usual[0]
+    elif len(indices) == 1 or (not indices and len(files) == 1):
+        chosen = (indices or files)[0]
+    elif indices or files:
+        names = ", ".join(f.name for f in indices or files)
+        raise UserError(f"{folder} holds several sets of weights ({names}): leave one in it")
+    else:
+        raise UserError(_without_safetensors(folder))
+    if not chosen.name.endswith(INDEX_SUFFIX):
+        return read_header(chosen)
+    try:
+        weight_map = json.loads(chosen.read_text())["weight_map"]
+        parts = {name: folder / Path(file).name for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{chosen} cannot be read as an index of safetensors: download it again") from error
+    missing = sorted({path.name for path in parts.values() if not path.is_file()})
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}, which {chosen.name} names: download them")
+    headers = {path: read_header(path) for path in sorted(set(parts.values()))}
+    gone = [name for name, path in parts.items() if name not in headers[path]]
+    if gone:
+        raise UserError(f"{chosen} names tensors that their files lack ({', '.join(gone)}): download the folder again")
+    return {name: headers[path][name] for name, path in parts.items()}
+
+
+def _without_safetensors(folder: Path) -> str:
+    pickles = sorted(f.name for pattern in _PICKLES for f in folder.glob(pattern))
+    if not pickles:
+        return f"{folder} holds no safetensors file: give the folder of published weights"
+    return (
+        f"{folder} holds only pickles ({', '.join(pickles)}), which can run any code when they are opened and are not "
+        "opened here: turn each into safetensors with safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+        "'model.safetensors')"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A tensor to be written: its values come in pieces, in order, so that it need not exist as a whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_folder(folder: Path, tensors: Iterable[Pending], stem: str, progress: Callable[[int], Any]) -> None:
+    """Writes the tensors in order into one file `stem.safetensors`, or into several of `SHARD_BYTES` with an index.
+
+    `progress` is told the number of bytes after each piece. The folder is for the caller to move into its place.
+    """
+    shards: list[list[Pending]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        _write_file(folder / f"{stem}.safetensors", shards[0], progress)
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / name, shard, progress)
+        weight_map |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_file(path: Path, tensors: list[Pending], progress: Callable[[int], Any]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    at = 0
+    for t in tensors:
+        header[t.name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors:
+            before = file.tell()
+            for piece in t.pieces():
+                data = np.ascontiguousarray(piece, t.dtype)
+                file.write(data.reshape(-1).view(np.uint8).data)
+                progress(data.nbytes)
+            if file.tell() - before != t.nbytes:
+                raise ValueError(f"{t.name}: {file.tell() - before} bytes were given for {t.nbytes}")
+
+
+def slabs(array: Any, shape: tuple[int, ...], limit: int = 2**28) -> Iterator[np.ndarray]:
+    """`array` in pieces along its first axis of at most about `limit` bytes (what slicing gives is a piece)."""
+    if not shape:
+        yield np.asarray(array)
+        return
+    row = max(1, math.prod(shape[1:]) * 4)
+    step = max(1, limit // row)
+    for first in range(0, shape[0], step):
+        yield np.asarray(array[first : first + step])

@@ -1,0 +1,395 @@
+"""Published folders in and out, without the reference implementations (`test_parity.py` has those)."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from pisces_jax.errors import UserError
+from pisces_jax.models import published
+from pisces_jax.models.autoencoder import AutoencoderConfig
+from pisces_jax.models.dit import DiTConfig
+from pisces_jax.models.transformer import TransformerConfig
+from pisces_jax.models.vit import ViTConfig
+from pisces_jax.sharding import make_mesh
+from pisces_jax.weights import tensors
+from pisces_jax.weights.folder import (
+    Folder,
+    export_part,
+    import_folder,
+    is_folder,
+    part_shapes,
+    read_part,
+    read_source,
+    resolve,
+)
+from pisces_jax.weights.layout import Entry
+
+LLAMA = TransformerConfig(
+    vocab_size=37, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_hidden=24,
+    rotary_scaling=published.LLAMA_3_1_8B.rotary_scaling,
+)  # fmt: skip
+SIZES = dict(image_size=12, patch_size=4, width=16, layers=2, heads=2, mlp_hidden=24)
+PARTS = {
+    "llama": LLAMA,
+    "tied": dataclasses.replace(LLAMA, tied_embedding=True),
+    "siglip": dataclasses.replace(published.SIGLIP_BASE_224, **SIZES),
+    "clip": dataclasses.replace(published.CLIP_L_14, **SIZES),
+    "eva": dataclasses.replace(published.EVA_CLIP_E_PLUS_448, **SIZES),
+    "autoencoder": AutoencoderConfig(4, channels=(8, 16), blocks=1, groups=4, scale=0.13, shift=0.06),
+    "encoder of ours": ViTConfig(**SIZES, norm="post", output_dim=6),
+    "decoder": DiTConfig(
+        size=8, patch_size=2, channels=3, width=16, layers=2, heads=2, mlp_hidden=24, condition_width=6,
+        condition_vectors=4,
+    ),
+}  # fmt: skip
+
+
+def filled(settings, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = getattr(settings, "vocab_size", None)
+
+    def fill(path, leaf):
+        x = rng.standard_normal(leaf.shape).astype(dtype)
+        if tokens and path[0].key in ("embedding", "head"):
+            x[tokens:] = 0  # padding
+        return x
+
+    return jax.tree_util.tree_map_with_path(fill, part_shapes(settings))
+
+
+def write(folder, name="llama", **kwargs):
+    params = filled(PARTS[name], **kwargs)
+    family = export_part(folder, "part", PARTS[name], params)
+    return family, params
+
+
+def read(folder, settings):
+    return read_source(f"{folder}/", settings, "part")
+
+
+def assert_same(got, expected):
+    got, expected = flatten_dict(got, sep="/"), flatten_dict(expected, sep="/")
+    assert set(got) == set(expected)
+    for name in expected:
+        assert got[name].dtype == expected[name].dtype, name
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+
+
+# --- layouts
+
+
+def test_a_pattern_is_read_in_both_directions():
+    theirs = np.arange(2 * 3 * 5).reshape(6, 5)  # (heads × width of a head), in
+    entry = Entry("ours", "theirs", "(N H) D -> D N H")
+    ours = entry.to_ours(theirs, (5, 2, 3), {})
+    for n, h, d in np.ndindex(2, 3, 5):
+        assert ours[d, n, h] == theirs[3 * n + h, d]
+    assert np.shares_memory(ours, theirs)  # a view: nothing is read until it is used
+    assert entry.published_shape((5, 2, 3), {}) == (6, 5)
+    np.testing.assert_array_equal(entry.to_theirs(ours, {}), theirs)
+
+    fused = np.arange(3 * 2 * 4).reshape(6, 4)
+    second = Entry("ours", "theirs", "O I -> I O", part=(1, 3))
+    np.testing.assert_array_equal(second.to_ours(fused, (4, 2), {}), fused[2:4].T)
+    assert second.published_shape((4, 2), {}) == (6, 4)
+
+    conv = np.arange(7 * 3 * 2 * 2).reshape(7, 3, 2, 2)
+    patch = Entry("ours", "theirs", "O C P Q -> (P Q C) O")
+    got = patch.to_ours(conv, (12, 7), {"P": 2, "Q": 2, "C": 3})
+    for o, c, p, q in np.ndindex(7, 3, 2, 2):
+        assert got[(2 * p + q) * 3 + c, o] == conv[o, c, p, q]
+    np.testing.assert_array_equal(patch.to_theirs(got, {"P": 2, "Q": 2, "C": 3}), conv)
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_what_was_written_is_read(tmp_path, name, dtype):
+    family, params = write(tmp_path / "a", name, dtype=dtype)
+    assert family == {"tied": "llama", "encoder of ours": "pisces_jax", "decoder": "pisces_jax"}.get(name, name)
+    assert_same(read(tmp_path / "a", PARTS[name]), params)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_import_after_export_gives_back_the_same_bytes(tmp_path, name):
+    """Published layout -> ours -> published layout: the files are equal, and so is what a config reads."""
+    _, params = write(tmp_path / "a", name, dtype=jnp.bfloat16)
+    folder, count = import_folder(f"{tmp_path}/a", tmp_path / "ours")
+    assert count == sum(x.size for x in jax.tree.leaves(params))
+    assert json.loads((tmp_path / "ours/config.json").read_text())["model_type"] == "pisces_jax"
+    assert_same(read(tmp_path / "ours", PARTS[name]), params)
+    export_part(tmp_path / "b", "part", PARTS[name], read(tmp_path / "ours", PARTS[name]))
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(p.name for p in (tmp_path / "b").iterdir())
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_projectors_have_no_settings(tmp_path):
+    params = {"up": {"kernel": np.ones((3, 4), np.float32), "bias": np.zeros(4, np.float32)}}
+    assert export_part(tmp_path / "p", "vector_head", None, params) == "pisces_jax"
+    assert_same(read(tmp_path / "p", None), params)
+
+
+# --- reading
+
+
+def test_several_files_with_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 4000)
+    _, params = write(tmp_path / "a")
+    index = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert len(names) > 3 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    assert_same(read(tmp_path / "a", LLAMA), params)
+    # The library of safetensors reads them as well.
+    assert sum(len(load_file(tmp_path / "a" / name)) for name in names) == len(index["weight_map"])
+    (tmp_path / "a" / names[1]).unlink()
+    with pytest.raises(UserError, match=f"lacks {names[1]}"):
+        Folder.open(f"{tmp_path}/a")
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=2, tensor=4), dict(data=4, fsdp=2)])
+def test_shards_are_read_alone(tmp_path, sizes):
+    """Values and places are those of the whole array; for a shard no more than that shard is asked of a file."""
+    _, params = write(tmp_path / "a")
+    mesh = make_mesh(**sizes)
+    shapes = part_shapes(LLAMA)
+
+    def sharding(leaf):
+        axes = [("fsdp", "fsdp_inner") if n % 8 == 0 and i == len(leaf.shape) - 1 else None
+                for i, n in enumerate(leaf.shape)]  # fmt: skip
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    shardings = jax.tree.map(sharding, shapes)
+    got = read_part(Folder.open(f"{tmp_path}/a"), shapes, vocab_size=37, shardings=shardings)
+    assert_same(got, params)
+    for leaf, where in zip(jax.tree.leaves(got), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding == where
+
+
+def test_a_longer_vocabulary_begins_at_the_mean_and_ends_in_zeros(tmp_path):
+    _, params = write(tmp_path / "a")
+    longer = dataclasses.replace(LLAMA, vocab_size=41, vocab_multiple=16)
+    got = read(tmp_path / "a", longer)
+    for name in ("embedding", "head"):
+        assert got[name].shape == (48, 16)
+        np.testing.assert_array_equal(got[name][:37], params[name])
+        mean = params[name].astype(np.float64).mean(0)
+        np.testing.assert_allclose(got[name][37:41], np.tile(mean, (4, 1)), rtol=1e-6)
+        assert not got[name][41:].any()
+    # The same rows whatever shard they fall into.
+    view = Folder.open(f"{tmp_path}/a").views(flatten_dict(part_shapes(longer), sep="/"), 41)["embedding"]
+    for first, last in ((0, 36), (30, 40), (37, 39), (38, 48), (41, 48)):
+        np.testing.assert_array_equal(view[first:last], got["embedding"][first:last])
+        np.testing.assert_array_equal(view[first:last, 3:5], got["embedding"][first:last, 3:5])
+
+
+def test_older_and_foreign_names(tmp_path):
+    """EVA-CLIP as open_clip, EVA-CLIP and Emu2 wrap it; an autoencoder with the old names of its attention."""
+    for i, prefix in enumerate(("visual.trunk.", "visual.", "model.visual.")):
+        _, params = write(tmp_path / str(i), "eva")
+        path = tmp_path / str(i) / "model.safetensors"
+        renamed = {prefix + name: x for name, x in load_file(path).items()}
+        others = {"text.embedding.weight": np.zeros(3, np.float32), "model.decoder.layers.0": np.zeros(3, np.float32)}
+        save_file({**renamed, **others, prefix + "head.weight": np.zeros((2, 16), np.float32)}, path)
+        assert_same(read(tmp_path / str(i), PARTS["eva"]), params)
+    _, params = write(tmp_path / "old", "autoencoder")
+    path = tmp_path / "old/diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(path)
+    for new, name in old.items():
+        weights = {k.replace(f"attentions.0.{new}", f"attentions.0.{name}"): v for k, v in weights.items()}
+    save_file(weights, path)
+    assert_same(read(tmp_path / "old", PARTS["autoencoder"]), params)
+
+
+def test_timm_and_open_clip_configs(tmp_path):
+    write(tmp_path / "a", "eva")
+    arguments = dict(img_size=12, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=1.5)
+    timm = dict(architecture="eva02_enormous_patch14_clip_224", model_args=arguments)
+    (tmp_path / "a/config.json").write_text(json.dumps(timm))
+    read(tmp_path / "a", PARTS["eva"])
+    (tmp_path / "a/config.json").unlink()
+    tower = dict(timm_model_name="eva02_enormous_patch14_clip_224", image_size=224)
+    (tmp_path / "a/open_clip_config.json").write_text(json.dumps(dict(model_cfg=dict(vision_cfg=tower))))
+    assert Folder.open(f"{tmp_path}/a").settings == published.EVA_CLIP_E_PLUS_224
+
+
+def test_sources():
+    assert not is_folder("stage1")
+    for source in ("./weights", "/data/llama/", "weights/llama", "hf://org/name", "hf://org/name/vae@main"):
+        assert is_folder(source)
+    with pytest.raises(UserError, match="no folder"):
+        resolve("./nowhere")
+    with pytest.raises(UserError, match="hf://ORGANISATION/NAME"):
+        resolve("hf://name")
+
+
+# --- what is refused
+
+
+def change(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1.0, factor=2.0)), "rope_type 'yarn'"),
+        (dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)), "rope_type 'linear'"),
+        (dict(quantization_config=dict(quant_method="bitsandbytes")), "a quantized model"),
+        (dict(attention_bias=True), "attention_bias True"),
+        (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (dict(model_type="mamba"), "'mamba'"),
+        (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1.0)), "factor"),
+        (dict(hidden_size="16"), "download it again"),
+    ],
+)
+def test_unsupported_architectures_are_refused_in_one_sentence(tmp_path, values, said):
+    write(tmp_path / "a")
+    change(tmp_path / "a", **values)
+    with pytest.raises(UserError, match=said) as error:
+        import_folder(f"{tmp_path}/a", tmp_path / "out")
+    assert "config.json" in str(error.value) and "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_other_towers_of_eva_are_refused(tmp_path):
+    write(tmp_path / "a", "eva")
+    for key, value in (("rope", True), ("naiveswiglu", True), ("postnorm", False), ("subln", True)):
+        tower = json.loads((tmp_path / "a/config.json").read_text())["vision_config"]
+        (tmp_path / "b.json").write_text(json.dumps(dict(vision_config={**tower, key: value})))
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / "c/config.json").write_text((tmp_path / "b.json").read_text())
+        with pytest.raises(UserError, match=key):
+            Folder.open(f"{tmp_path}/c")
+
+
+def test_every_wrong_tensor_is_listed_in_one_error(tmp_path):
+    write(tmp_path / "a")
+    path = tmp_path / "a/model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    weights["model.layers.2.self_attn.q_proj.weight"] = np.zeros((31, 16), np.float32)
+    weights["model.extra.weight"] = np.zeros(5, np.float32)
+    weights["model.embed_tokens.weight"] = np.zeros((37, 15), np.float32)
+    save_file(weights, path)
+    with pytest.raises(UserError) as error:
+        import_folder(f"{tmp_path}/a", tmp_path / "out")
+    for said in (
+        "missing model.layers.1.mlp.up_proj.weight (24, 16)",
+        "model.layers.2.self_attn.q_proj.weight is (31, 16) and must be (32, 16)",
+        "surplus model.extra.weight (5,)",
+        "model.embed_tokens.weight is (37, 15) and must be (37, 16)",
+    ):
+        assert said in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_settings_that_differ_are_listed(tmp_path):
+    write(tmp_path / "a")
+    other = dataclasses.replace(LLAMA, eps=1e-6, rotary_base=10_000.0, remat="nothing", vocab_multiple=64)
+    with pytest.raises(UserError, match="model.language_model does not fit") as error:
+        Folder.open(f"{tmp_path}/a").check(other, "model.language_model")
+    assert "eps (1e-05 there, 1e-06 in the config)" in str(error.value)
+    assert "rotary_base" in str(error.value) and "remat" not in str(error.value)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, -1, -4096])
+def test_truncated_files_are_named(tmp_path, cut):
+    write(tmp_path / "a")
+    path = tmp_path / "a/model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    with pytest.raises(UserError, match="model.safetensors is (truncated|no safetensors file)") as error:
+        import_folder(f"{tmp_path}/a", tmp_path / "out")
+    assert "truncated" in str(error.value) or cut in (0, 5)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_files_that_are_no_safetensors(tmp_path):
+    write(tmp_path / "a")
+    path = tmp_path / "a/model.safetensors"
+    header = json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}).encode()
+    wrong_size = len(header).to_bytes(8, "little") + header + 4 * b"\0"
+    for content in (b"PK\x03\x04" + b"x" * 100, b"\x08" + 7 * b"\0" + b"not json", wrong_size):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no safetensors file|truncated"):
+            Folder.open(f"{tmp_path}/a")
+
+
+def test_pickles_and_quantized_tensors_are_refused(tmp_path):
+    folder = tmp_path / "a"
+    write(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"only pickles \(pytorch_model.bin\).*save_file"):
+        Folder.open(f"{folder}/")
+    write(tmp_path / "b")
+    weights = load_file(tmp_path / "b/model.safetensors")
+    weights["model.norm.weight"] = np.zeros(16, np.int8)
+    save_file(weights, tmp_path / "b/model.safetensors")
+    with pytest.raises(UserError, match=r"quantized values \(I8\)"):
+        import_folder(f"{tmp_path}/b", tmp_path / "out")
+    for i in range(2):
+        save_file(weights, tmp_path / f"b/part{i}.safetensors")
+    (tmp_path / "b/model.safetensors").unlink()
+    with pytest.raises(UserError, match="several sets of weights"):
+        Folder.open(f"{tmp_path}/b")
+
+
+def test_nothing_that_looks_finished_is_left_by_a_killed_import(tmp_path):
+    """SIGKILL while the tensors are written."""
+    write(tmp_path / "a")
+    code = (
+        "import os, signal, sys\n"
+        "from pisces_jax.weights import tensors\n"
+        "real = tensors._write_file\n"
+        "def write(path, pending, progress):\n"
+        "    real(path, pending[:1], progress)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "tensors._write_file = write\n"
+        "from pathlib import Path\n"
+        "from pisces_jax.weights.folder import import_folder\n"
+        "import_folder(sys.argv[1], Path(sys.argv[2]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, f"{tmp_path}/a", f"{tmp_path}/out"], env=dict(os.environ))
+    assert done.returncode == -9
+    assert not (tmp_path / "out").exists()
+    left = [p for p in tmp_path.iterdir() if p.name != "a"]
+    assert all(p.name.startswith(".out.writing-") and not (p / "config.json").exists() for p in left)
+    import_folder(f"{tmp_path}/a", tmp_path / "out")
+    assert_same(read(tmp_path / "out", LLAMA), read(tmp_path / "a", LLAMA))
+    with pytest.raises(UserError, match="exists already"):
+        import_folder(f"{tmp_path}/a", tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+@pytest.mark.slow
+def test_importing_takes_no_more_memory_than_a_tensor(tmp_path):
+    """A file set of 540 MB under a limit of 300 MB above what the process has at its start."""
+    wide = dataclasses.replace(
+        LLAMA, vocab_size=4096, width=1024, layers=12, heads=8, kv_heads=8, head_dim=128, mlp_hidden=4096
+    )
+    shapes = part_shapes(wide)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, jnp.bfloat16), shapes)
+    assert sum(x.nbytes for x in jax.tree.leaves(zeros)) > 4e8
+    export_part(tmp_path / "a", "part", wide, zeros)
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from pisces_jax.weights.folder import import_folder, part_shapes, Folder\n"
+        "part_shapes(Folder.open(sys.argv[1]).settings)\n"  # what JAX itself takes
+        "data = int(next(l for l in open('/proc/self/status') if l.startswith('VmData')).split()[1]) * 1024\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (data + 300 * 2**20,) * 2)\n"
+        "import_folder(sys.argv[1], Path(sys.argv[2]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, f"{tmp_path}/a", f"{tmp_path}/out"], check=True)

@@ -215,6 +215,25 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else str(name)
 
 
+def batch_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """(i, n): this process loads the i-th of n equal parts of each batch. Processes that hold pieces of one tensor
+    group load the same part.
+
+    Raises:
+        UserError: the process's devices do not hold one run of rows; the message says what would.
+    """
+    rows = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    spans = sorted({index[0].indices(batch_size)[:2] for index in rows if index is not None})
+    start, stop = spans[0][0], spans[-1][1]
+    size = stop - start
+    if sum(b - a for a, b in spans) != size or batch_size % size or start % size:
+        raise UserError(
+            f"mesh {_show(user_mesh(mesh))}: a process's {len(mesh.local_devices)} devices must hold neighbouring rows "
+            "of the batch: make tensor divide, or be a multiple of, the devices of a process"
+        )
+    return start // size, batch_size // size
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` held to its logical axes on the mesh in force (`jax.set_mesh`); without a mesh, `x` as it is."""
     mesh = mesh_in_force()

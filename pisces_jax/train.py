@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax import cli
+from pisces_jax import cli, processes
 from pisces_jax.errors import UserError, run_command
 from pisces_jax.files import write_atomic
 
@@ -32,7 +32,11 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE[:STAGE]", help="a file like those in configs/")
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the runs are kept")
+    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of the first of several processes")
+    parser.add_argument("--processes", type=cli.whole_number(1), default=0, help="how many processes the run has")
+    parser.add_argument("--process", type=cli.whole_number(0), default=-1, help="which of them this is, from 0")
     flags = parser.parse(rest)
+    processes.start(flags.coordinator, flags.processes, flags.process)
     train_stages(cli.load_stages(flags.config, overrides), flags.workdir)
 
 
@@ -141,7 +145,7 @@ class _Stopwatch:
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        if not self._finished and (self._run / "config.json").exists():
+        if processes.primary() and not self._finished and (self._run / "config.json").exists():
             seconds = seconds_of(self._run) + time.perf_counter() - self._start
             write_atomic(self._run / "seconds.json", json.dumps({"seconds": round(seconds, 1)}))
 

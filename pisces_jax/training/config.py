@@ -34,6 +34,7 @@ def run_config(**changes: Any) -> ConfigDict:
             program="unified",  # pretrain, decoder, unified or text
             seed=0,
             steps=1000,
+            profile=0,  # steps to trace, after the first few, into the run's folder `profile` (TensorBoard, Perfetto)
             batch_size=1,  # groups of rows (unified) or pictures (pretrain, decoder), over all devices
             compute_dtype="float32",
             # Part of the model -> settings (models/): what a program needs and no more.

@@ -67,7 +67,10 @@ class Trainer:
     def put(self, batch: Mapping[str, Any]) -> Batch:
         """This process's share of a batch, on the mesh."""
         sharding = batch_sharding(self.mesh)
-        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        size = self.config.batch_size
+        return {
+            k: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:])) for k, v in batch.items()
+        }
 
     def train_step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
         return self._jit(self._train, donate_argnums=0, out=(self.shardings, None))

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from pisces_jax.data.binning import pack
-from pisces_jax.data.example import identity
+from pisces_jax.data.example import Picture, identity
 from pisces_jax.data.images import fit
 from pisces_jax.data.layout import LaidOut, Layout, Lengths, Source, lay_out, scan_lengths
 from pisces_jax.data.mixture import Mixture, shuffled

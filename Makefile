@@ -23,7 +23,7 @@ PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n $(WORKERS) -q
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo-setup demo test test-fast lint clean
+.PHONY: help setup demo-setup demo test test-fast parity lint clean
 
 help:  ## this list
 	@echo "make TARGET"
@@ -38,6 +38,9 @@ test: setup  ## all tests
 
 test-fast: setup  ## the tests that take seconds
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+parity: setup  ## every part at its true shape against its reference implementation (24 GB of memory, an hour)
+	@JAX_PLATFORMS=cpu $(PY) tests/parity.py $(ARGS)
 
 lint: setup  ## style and types
 	@$(PY) -m ruff check .
@@ -72,6 +75,6 @@ $(VENV)/.base: setup.py $(CONSTRAINTS) | $(VENV)/.venv
 	@touch $@
 
 $(VENV)/.test: setup.py $(CONSTRAINTS) | $(VENV)/.venv
-	@echo "installing pisces_jax, what it needs and what its tests need (about half a minute)"
+	@echo "installing pisces_jax, what it needs and what its tests need (about a minute)"
 	@$(PIP_INSTALL) $(PINNED) -e '.[test]'
 	@touch $(VENV)/.base $@

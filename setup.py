@@ -42,6 +42,10 @@ EXTRAS = {
         "pytest-timeout>=2.4.0",
         "ruff>=0.14.0",
         "mypy>=1.19.0",
+        # The reference implementations, for parity alone; what they cost to install is in docs/parity.md.
+        "torch>=2.13.0",
+        "transformers>=5.20.0",
+        "diffusers>=0.42.0",
     ],
 }
 

@@ -44,10 +44,13 @@ from pisces_jax.models.transformer import Transformer
 from pisces_jax.models.vit import ViT
 from pisces_jax.weights.folder import Folder, part_shapes, read_part
 
+NARROW = torch.float32  # by this name also where `lifted` holds
 ROPE = dict(
     rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=8192,
 )  # fmt: skip
+# The tests' compiler otherwise leaves out what makes float32 sums exact; users run optimised code.
+OPTIMISED = {"xla_backend_optimization_level": 3}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -82,6 +85,32 @@ def fill(model: torch.nn.Module, seed: int = 0, sharpen: float = 2.0) -> None:
             if any(word in name for word in ("q_proj", "k_proj", "to_q", "to_k")):
                 x = sharpen * x
         p.data = x.to(p.dtype)
+
+
+@contextlib.contextmanager
+def widened(model: torch.nn.Module):
+    """Each layer's float32 values as float64 while that layer runs: exact, and without a second copy of the model."""
+
+    def cast(dtype: torch.dtype) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, *_: Any) -> None:
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(dtype)
+
+        return hook
+
+    hooks = []
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            hooks.append(module.register_forward_pre_hook(cast(torch.double)))
+            hooks.append(module.register_forward_hook(cast(NARROW)))
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config)
+    try:
+        yield
+    finally:
+        model.model.rotary_emb = rotary
+        for hook in hooks:
+            hook.remove()
 
 
 class Eva(torch.nn.Module):
@@ -132,6 +161,7 @@ class Case:
         ours: our output for (settings, params, inputs, dtype).
         inputs: host array.
         config_json: where the reference has no writer of its own.
+        in_place: whether float64 is had by widening each layer's values while it runs, for models that would not fit.
     """
 
     part: str
@@ -141,6 +171,7 @@ class Case:
     ours: Callable[..., Any]
     inputs: np.ndarray
     config_json: dict | None = None
+    in_place: bool = False
 
     def write(self, folder: Path, **fill_settings: Any) -> torch.nn.Module:
         """The files of a randomly filled reference model, in float32."""
@@ -157,6 +188,9 @@ class Case:
     def reference(self, model: torch.nn.Module, dtype: str, gradients: bool = False) -> Any:
         """The reference's output with the values of `model` in `dtype`; its buffers stay as they are made."""
         with lifted() if dtype == "float64" else contextlib.nullcontext(), torch.set_grad_enabled(gradients):
+            if self.in_place and dtype != "bfloat16":
+                with widened(model) if dtype == "float64" else contextlib.nullcontext():
+                    return self.run(model, self.inputs, DTYPES[dtype]).double().numpy()
             copy = self.make().eval()
             copy.load_state_dict(model.state_dict())
             for p in copy.parameters():
@@ -168,7 +202,10 @@ class Case:
         """(our settings as `config.json` says them, our parameters), read from the folder; float64 under x64."""
         opened = Folder.open(f"{folder}{os.sep}")
         shapes = part_shapes(opened.settings)
-        return opened.settings, read_part(opened, shapes, vocab_size=vocabulary(opened), dtype=dtype)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: device, shapes)
+        tokens = vocabulary(opened)
+        return opened.settings, read_part(opened, shapes, vocab_size=tokens, shardings=shardings, dtype=dtype)
 
 
 def vocabulary(folder: Folder) -> int | None:
@@ -196,13 +233,13 @@ def vectors(settings: Any, params: Any, images: Any, dtype: Any) -> Any:
     return apply(ViT(settings, dtype), params, jnp.asarray(images))
 
 
-def llama(size: str, positions: int, **config: Any) -> Case:
-    full = dict(rms_norm_eps=1e-5, max_position_embeddings=131_072, rope_parameters=ROPE, **config)
+def llama(size: str, positions: int, in_place: bool = False, **config: Any) -> Case:
+    full = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131_072, "rope_parameters": ROPE, **config}
     tokens = np.random.default_rng(1).integers(0, full["vocab_size"], (1, positions))
     return Case(
         "LLaMA 3.1", f"{size}, {positions} positions",
         lambda: LlamaForCausalLM(LlamaConfig(**{**full, "rope_parameters": dict(full["rope_parameters"])})),
-        lambda m, x, _: m(torch.as_tensor(x), use_cache=False).logits, logits, tokens,
+        lambda m, x, _: m(torch.as_tensor(x), use_cache=False).logits, logits, tokens, in_place=in_place,
     )  # fmt: skip
 
 
@@ -323,8 +360,9 @@ def true_size() -> list[Case]:
             scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
         ),
         llama(
-            "3.2-1B", 1024, vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-            num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+            "3.2-1B", 1024, in_place=True, vocab_size=128_256, hidden_size=2048, intermediate_size=8192,
+            num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+            rope_parameters={**ROPE, "factor": 32.0},
         ),
     ]  # fmt: skip
 
@@ -350,7 +388,8 @@ def measure(case: Case, folder: Path, model: torch.nn.Module) -> list[Result]:
         with jax.enable_x64(dtype == "float64"):
             # In float64 the values are those of the file, widened where they are used: a third of the memory.
             settings, params = case.params(folder, None if dtype == "float64" else dtype)
-            run = jax.jit(lambda p, x, s=settings, d=dtype: case.ours(s, p, x, jnp.dtype(d)))
+            compute = jnp.dtype(dtype)
+            run = jax.jit(lambda p, x, s=settings, d=compute: case.ours(s, p, x, d), compiler_options=OPTIMISED)
             ours = relative(run(params, case.inputs), exact)
         results.append(Result(case.part, case.size, dtype, ours, own, ours <= (2 * own if own else 1e-9)))
     return results

@@ -197,11 +197,11 @@ def _write_file(path: Path, tensors: list[Pending], progress: Callable[[int], An
 
 
 def slabs(array: Any, shape: tuple[int, ...], limit: int = 2**28) -> Iterator[np.ndarray]:
-    """`array` in pieces along its first axis of at most about `limit` bytes (what slicing gives is a piece)."""
+    """The first `shape[0]` rows of `array` in pieces of about `limit` bytes (a piece is what slicing gives)."""
     if not shape:
         yield np.asarray(array)
         return
     row = max(1, math.prod(shape[1:]) * 4)
     step = max(1, limit // row)
     for first in range(0, shape[0], step):
-        yield np.asarray(array[first : first + step])
+        yield np.asarray(array[first : min(first + step, shape[0])])

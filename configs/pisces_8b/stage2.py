@@ -1,0 +1,16 @@
+"""Pisces 8B, stage 2, detailed captions.
+
+LLaMA-3.1-8B-Instruct, SigLIP-so400m at 384 px, EVA-CLIP-E-plus at 448 px;
+the folders of published weights are in docs/weights.md.
+For a TPU slice (docs/scale.md) after stage1.py; never run at this size yet.
+
+    python -m pisces_jax.train --config=configs/pisces_8b/stage2.py --workdir=runs/pisces_8b
+"""
+
+from ml_collections import ConfigDict
+
+from pisces_jax.training.full import PISCES_8B, stage
+
+
+def get_config() -> ConfigDict:
+    return stage(2, PISCES_8B)

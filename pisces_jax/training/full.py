@@ -1,0 +1,146 @@
+"""The runs of full-size Pisces from published weights: what `configs/pisces_8b` and `configs/pisces_1b` share.
+
+Published folders lie below `PISCES_WEIGHTS` (default `weights`), data below `PISCES_DATA`; see docs/weights.md.
+Learning rates, batch sizes and what is frozen are ours: the paper gives none. They start from its closest documented
+siblings, MetaMorph (the same language model and SigLIP) and Emu2's decoder.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pisces_jax.models import published
+from pisces_jax.models.autoencoder import AutoencoderConfig
+from pisces_jax.models.published import latent_decoder, settings
+from pisces_jax.models.transformer import TransformerConfig
+from pisces_jax.models.vit import ViTConfig
+from pisces_jax.training.config import merge, run_config
+
+# No weight decay on norms, biases, gates and embeddings.
+PLAIN = r".*/(scale|bias|gate|class_token|[a-z_]*embedding)"
+TRAINED = ("language_model", "understanding_projector", "generation_projector", "vector_head")
+
+
+def weights(name: str) -> str:
+    return os.path.join(os.environ.get("PISCES_WEIGHTS", "weights"), name)
+
+
+def data(name: str) -> str:
+    return os.path.join(os.environ.get("PISCES_DATA", "data"), name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The published parts of a model, each with its folder's name below `PISCES_WEIGHTS`; `pool` gives 8×8 vectors."""
+
+    language_model: TransformerConfig
+    language_folder: str
+    understanding_encoder: ViTConfig
+    understanding_folder: str
+    generation_encoder: ViTConfig
+    generation_folder: str
+    pool: int
+    autoencoder: AutoencoderConfig
+    autoencoder_folder: str
+
+    def encoder(self) -> dict[str, Any]:
+        return dict(generation_encoder=settings(self.generation_encoder), pool=self.pool)
+
+
+PISCES_8B = Family(
+    published.LLAMA_3_1_8B, "Llama-3.1-8B-Instruct", published.SIGLIP_SO400M_384, "siglip-so400m-patch14-384",
+    published.EVA_CLIP_E_PLUS_448, "Emu2-Gen/multimodal_encoder", 4, published.SDXL_AUTOENCODER, "sdxl-vae",
+)  # fmt: skip
+PISCES_1B = Family(
+    published.LLAMA_3_2_1B, "Llama-3.2-1B-Instruct", published.SIGLIP_SO400M_384, "siglip-so400m-patch14-384",
+    published.CLIP_L_14_336, "clip-vit-large-patch14-336", 3, published.SDXL_AUTOENCODER, "sdxl-vae",
+)  # fmt: skip
+
+
+def sources(folder: str, *recipes: str, **formats: str) -> dict[str, Any]:
+    """The same image folder under several recipes, for training and held out."""
+
+    def split(name: str) -> dict[str, Any]:
+        common = dict(kind="image_folder", path=data(folder), split=name, **formats)
+        return {recipe: dict(common, recipe=recipe) for recipe in recipes}
+
+    return dict(train=split("train"), evaluate=split("val"))
+
+
+def decoder_run(family: Family, **changes: Any) -> ConfigDict:
+    """The flow-matching decoder, from the frozen, pooled features to the autoencoder's latents."""
+    config = run_config(name="decoder", program="decoder", batch_size=2048, compute_dtype="bfloat16", steps=100_000)
+    decoder = settings(latent_decoder(family.generation_encoder, family.pool, family.autoencoder), remat="nothing")
+    autoencoder = settings(family.autoencoder)
+    config.model = ConfigDict(dict(family.encoder(), decoder=decoder, autoencoder=autoencoder))
+    config.parts = ConfigDict(
+        dict(generation_encoder=weights(family.generation_folder), autoencoder=weights(family.autoencoder_folder))
+    )
+    config.storage = ConfigDict(dict(generation_encoder="bfloat16", autoencoder="bfloat16"))
+    merge(config, dict(
+        data=dict(tokenizer=weights(family.language_folder), text_length=128, **sources("captions", "pair")),
+        flow=dict(times="logit_normal", drop=0.1, steps=30, guidance=3.0),
+        optimizer=dict(
+            learning_rate=1e-4, warmup_steps=1000, final_rate=0.1, b2=0.999, average=0.9999,
+            table=(
+                ("generation_encoder/.*", 0.0, 0.0), ("autoencoder/.*", 0.0, 0.0), (PLAIN, 1.0, 0.0), (".*", 1.0, 0.01)
+            ),
+        ),
+        log=dict(every=50, evaluate_every=2000, checkpoint_every=1000, samples_every=5000),
+    ))  # fmt: skip
+    merge(config, changes)
+    return config
+
+
+def unified_run(name: str, family: Family, start: str = "", **changes: Any) -> ConfigDict:
+    """A Pisces stage: both encoders frozen, language model, projectors and vector head trained.
+
+    `start` is the stage that it goes on from; "" is the published language model with new projectors.
+    """
+    config = run_config(name=name, program="unified", decoder="decoder", compute_dtype="bfloat16")
+    width = family.language_model.width
+    # The image tokens are appended, and the vocabulary's rows are a multiple of 256 so that they shard.
+    language = settings(family.language_model, vocab_multiple=256, remat="nothing")
+    config.model = ConfigDict(dict(
+        family.encoder(), language_model=language, understanding_encoder=settings(family.understanding_encoder),
+        hidden=dict(projector=width, vector_head=width),
+    ))  # fmt: skip
+    config.parts = ConfigDict(dict(
+        understanding_encoder=weights(family.understanding_folder), generation_encoder=weights(family.generation_folder)
+    ))  # fmt: skip
+    begins = dict.fromkeys(TRAINED, start) if start else dict(language_model=weights(family.language_folder))
+    config.parts.update(begins)
+    config.storage = ConfigDict(dict(understanding_encoder="bfloat16", generation_encoder="bfloat16"))
+    frozen = (("(understanding|generation)_encoder/.*", 0.0, 0.0),)
+    merge(config, dict(
+        data=dict(
+            tokenizer=weights(family.language_folder), row_length=4096, rows=1, read_slots=4, draw_slots=12,
+            read_stretch=True,  # SigLIP's preprocessing
+        ),
+        loss=dict(chunk=512),
+        optimizer=dict(
+            warmup_steps=500, final_rate=0.1, b2=0.95, table=(*frozen, (PLAIN, 1.0, 0.0), (".*", 1.0, 0.05))
+        ),
+        log=dict(every=20, evaluate_every=1000, checkpoint_every=500, keep=2),
+    ))  # fmt: skip
+    merge(config, changes)
+    return config
+
+
+def stage(number: int, family: Family, **changes: Any) -> ConfigDict:
+    """Stage 1 learns from short captions, 2 from detailed ones, 3 from instructions for both tasks."""
+    given: Mapping[int, Any] = {
+        1: dict(steps=40_000, learning_rate=7e-5, data=sources("captions", "caption", "draw_caption")),
+        2: dict(steps=20_000, learning_rate=5e-5, data=sources("detailed", "describe", "draw_details")),
+        3: dict(steps=8_000, learning_rate=2e-5, data=sources("instructions", "describe", "draw_described")),
+    }
+    values = given[number]
+    config = unified_run(
+        f"stage{number}", family, f"stage{number - 1}" if number > 1 else "", steps=values["steps"],
+        batch_size=512, data=values["data"], optimizer=dict(learning_rate=values["learning_rate"]),
+    )  # fmt: skip
+    merge(config, changes)
+    return config

@@ -69,13 +69,10 @@ else
 fi
 
 printf -v training '%q ' "$@"
-remote="set -e
-test -d pisces_jax || git clone --depth=1 $repository pisces_jax
-cd pisces_jax
-test -d .venv || python3 -m venv .venv
-.venv/bin/pip install -q -e '.[tpu]' -c constraints.txt
-export LIBTPU_INIT_ARGS=\"\$(.venv/bin/python -m pisces_jax.xla_flags ${groups//,/ })\"
-.venv/bin/python -m pisces_jax.train $training"
+remote="set -e; test -d pisces_jax || git clone --depth=1 $repository pisces_jax; cd pisces_jax"
+remote+="; test -d .venv || python3 -m venv .venv; .venv/bin/pip install -q -e '.[tpu]' -c constraints.txt"
+remote+="; export LIBTPU_INIT_ARGS=\"\$(.venv/bin/python -m pisces_jax.xla_flags ${groups//,/ })\""
+remote+="; .venv/bin/python -m pisces_jax.train $training"
 started=()
 for node in "${nodes[@]}"; do
   command=(gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all "--command=$remote")

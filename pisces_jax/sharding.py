@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pisces_jax.errors import UserError
 
@@ -91,6 +91,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
     inner = _inner_size(sizes["fsdp"])
     shape = (sizes["data"], sizes["fsdp"] // inner, inner, sizes["tensor"])
     return Mesh(_lay_out(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of these sizes (none -1) without devices: enough to ask where things would lie."""
+    inner = _inner_size(fsdp)
+    shape = (data, fsdp // inner, inner, tensor)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _lay_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:

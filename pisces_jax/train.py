@@ -35,8 +35,14 @@ def main() -> None:
     parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of the first of several processes")
     parser.add_argument("--processes", type=cli.whole_number(1), default=0, help="how many processes the run has")
     parser.add_argument("--process", type=cli.whole_number(0), default=-1, help="which of them this is, from 0")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="try one of everything on this machine, say go, and leave nothing"
+    )
     flags = parser.parse(rest)
     processes.start(flags.coordinator, flags.processes, flags.process)
+    if flags.dry_run:
+        dry_run(cli.load_stages(flags.config, overrides), flags.workdir)
+        return
     train_stages(cli.load_stages(flags.config, overrides), flags.workdir)
 
 
@@ -58,6 +64,22 @@ def train_stages(stages: cli.Stages, workdir: Path) -> dict[str, float]:
         with _Stopwatch(workdir / config.name):
             train(config, workdir, make_sampler)
     return {name: seconds_of(workdir / config.name) for name, config in stages.items()}
+
+
+def dry_run(stages: cli.Stages, workdir: Path) -> None:
+    """Tries each stage on this machine with random weights, without training it (docs/launch.md).
+
+    Raises:
+        UserError: what would have stopped the run.
+    """
+    from pisces_jax.planning.preflight import preflight
+
+    cli.start()
+    cli.check_output(workdir, "--workdir", folder=True)
+    for name, config in stages.items():
+        if processes.primary():
+            cli.say(f"{name}:")
+        preflight(config, workdir, lambda line: cli.say(line) if processes.primary() else None)
 
 
 def _outlook(taken: Sequence[float], work: Sequence[float]) -> str:

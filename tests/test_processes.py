@@ -84,3 +84,17 @@ def test_whether_there_are_others(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert processes._several()
+
+
+def test_dry_run_tries_everything_and_leaves_nothing(tmp_path):
+    """One of everything, on eight devices; then nothing is there that was not there before."""
+    from pisces_jax import cli
+    from pisces_jax.planning.preflight import preflight
+
+    (config,) = cli.load_stages(str(ROOT / "tests/tiny_config.py") + ":pretrain", {}).values()
+    said = []
+    preflight(config, tmp_path / "new", said.append)
+    assert said[-1] == "go" and not (tmp_path / "new").exists()
+    text = "\n".join(said)
+    for word in ("8 cpu on 1 process", "examples a second", "peak", "collective  fsdp (2)", "read back bit for bit"):
+        assert word in text, text

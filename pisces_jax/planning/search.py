@@ -29,7 +29,7 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
             continue
         for accumulate in (1, 2, 4):
             for remat in REMAT:
-                changed = ConfigDict(config)
+                changed = config.copy_and_resolve_references()
                 changed.mesh = ConfigDict(dict(data=1, fsdp=devices // tensor, tensor=tensor))
                 changed.optimizer.accumulate = accumulate
                 if "language_model" in changed.model:
@@ -92,7 +92,7 @@ def smallest_slice(config: ConfigDict, topology: str, vocab_size: int, say: Call
     for shape in sorted(CHIPS[kind].shapes, key=chips):
         where = find_slice(f"{kind}:{shape}")
         devices = len(where.devices)
-        lean = ConfigDict(config)
+        lean = config.copy_and_resolve_references()
         lean.mesh = ConfigDict(dict(data=1, fsdp=devices, tensor=1))
         groups = config.batch_size // devices
         if config.batch_size % devices:

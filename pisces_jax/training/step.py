@@ -169,8 +169,8 @@ def _fresh(params: Any, rules: Any, tx: optax.GradientTransformation, config: Co
     return State(jnp.zeros((), jnp.int32), trained, average, tx.init(trained), frozen)
 
 
-def make_trainer(program: Program, config: ConfigDict, mesh: Mesh) -> Trainer:
-    """Shapes first, shardings from shapes; nothing is allocated.
+def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
+    """Shapes first, shardings from shapes; nothing is allocated. On an abstract mesh there is no more than that.
 
     Raises:
         UserError: a table, storage or batch size that does not fit the model or the mesh.

@@ -298,9 +298,9 @@ class PackedGroups:
             group[f"{role}_id"] = np.zeros((slots, 2), np.uint32)
         return group
 
-    def _fit(self, picture: Placed) -> np.ndarray:
-        stretch = picture.role == "read" and self.layout.read_stretch
-        return fit(picture.array(), self._size(picture.role), stretch)
+    def _fit(self, placed: Placed) -> np.ndarray:
+        stretch = placed.role == "read" and self.layout.read_stretch
+        return fit(placed.picture.array(), self._size(placed.role), stretch)
 
     def _size(self, role: str) -> int:
         return self.layout.read_size if role == "read" else self.layout.draw_size

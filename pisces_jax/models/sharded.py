@@ -32,9 +32,10 @@ def project(
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
     """The tokens' rows of a table with axes ("vocab", "embed"), in `dtype`."""
     mesh = mesh_in_force()
-    if mesh is None or not rows_divide(tokens, mesh) or spec_axes(_stored(("vocab", "embed"), table, mesh), 0):
-        return _look_up(table, tokens, dtype)
-    return _look_up_sharded(table, tokens, dtype, mesh)
+    with jax.named_scope("embedding"):
+        if mesh is None or not rows_divide(tokens, mesh) or spec_axes(_stored(("vocab", "embed"), table, mesh), 0):
+            return _look_up(table, tokens, dtype)
+        return _look_up_sharded(table, tokens, dtype, mesh)
 
 
 def rows_divide(x: Array, mesh: Any) -> bool:

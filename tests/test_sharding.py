@@ -271,8 +271,11 @@ def test_random_start_does_not_depend_on_the_mesh(alone):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "accumulate, devices, sizes",
-    [(2, 4, dict()), (4, 1, dict()), (2, 8, dict(fsdp=4, tensor=2)), (4, 8, dict(fsdp=2, tensor=4)), (8, 8, dict(fsdp=1, tensor=8))],
-)
+    [
+        (2, 4, dict()), (4, 1, dict()), (2, 8, dict(fsdp=4, tensor=2)), (4, 8, dict(fsdp=2, tensor=4)),
+        (8, 8, dict(fsdp=1, tensor=8)),
+    ],
+)  # fmt: skip
 def test_accumulated_gradients_equal_whole_ones(alone, accumulate, devices, sizes):
     mesh = make_mesh(**sizes, devices=jax.devices()[:devices])
     got = one_step(unified(32, accumulate), mesh, packed_batch(), alone(32).start)

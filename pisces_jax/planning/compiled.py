@@ -133,9 +133,9 @@ def plan_trainer(trainer: Trainer, where: Slice, options: Mapping[str, str] | No
     remat = {part: str(c.get("remat", "everything")) for part, c in config.model.items() if isinstance(c, ConfigDict)}
     bounds = None
     if chip is not None and fits:
-        frozen_again = {part: remat.get(part, "everything") for part in by_part if part in trained}
+        policies = {part: remat.get(part, "everything") for part in by_part if part in trained}
         bounds = roofline.roofline(
-            chip, roofline.executed_flops(by_part, frozen_again), _traffic(trainer, memory), found, mesh.devices,
+            chip, roofline.executed_flops(by_part, policies), _traffic(trainer, memory), found, mesh.devices,
             MESH_AXES,
         )  # fmt: skip
     return Plan(

@@ -7,8 +7,9 @@ which is calibrated on published runs (docs/scale.md); it is a prediction, not a
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,8 +17,34 @@ import numpy as np
 from pisces_jax.planning.hlo import Collective
 from pisces_jax.planning.slices import Chip
 
-# What share of the roofline published runs reach: the median of those in docs/scale.md.
-EFFICIENCY = 0.75
+# What is computed again, as a share of a trained part's model FLOPs: a forward pass is a third of them. "projections"
+# and "everything" compute no product with weights again.
+AGAIN = {"nothing": 1 / 3, "context": 1 / 3, "offload": 1 / 3, "projections": 0.0, "everything": 0.0}
+
+
+class Published(NamedTuple):
+    """A published run: its MFU, and what its rematerialisation saved, in our words. At their shapes all five are
+    bound by products, and not by the interconnect (docs/scale.md).
+    """
+
+    name: str
+    remat: str
+    mfu: float
+
+    @property
+    def share(self) -> float:
+        """Of the roofline: executed FLOPs over time and peak."""
+        return self.mfu * (1 + AGAIN[self.remat])
+
+
+PUBLISHED = (
+    Published("v5e-256, MaxText 16B", "nothing", 0.611),
+    Published("v5e-256, MaxText 32B", "nothing", 0.669),
+    Published("v4-384 x 2, MaxText 52B", "nothing", 0.589),
+    Published("v5p-128, MaxText 32B", "projections", 0.715),
+    Published("v6e-256, MaxText Llama-3.1-8B", "nothing", 0.455),
+)
+EFFICIENCY = statistics.median(run.share for run in PUBLISHED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +106,8 @@ def axis_bandwidth(chip: Chip, devices: np.ndarray, axes: Sequence[str], axis: s
 
 
 def executed_flops(by_part: Mapping[str, float], remat: Mapping[str, str]) -> float:
-    """Model FLOPs and what rematerialisation computes again: a trained part's forward pass once more, a third of it.
-
-    "projections" and "everything" compute no product again ("projections" leaves attention's own, counted as
-    nothing); "context" computes all but attention's.
-    """
-    again = {"nothing": 1 / 3, "context": 1 / 3, "offload": 1 / 3, "projections": 0.0, "everything": 0.0}
-    return sum(flops * (1 + again.get(remat.get(part, "everything"), 0.0)) for part, flops in by_part.items())
+    """Model FLOPs, and what rematerialisation computes again of trained parts (`remat` has their policies)."""
+    return sum(flops * (1 + AGAIN[remat.get(part, "everything")]) for part, flops in by_part.items())
 
 
 def hbm_traffic(memory: Mapping[str, int], weights: float) -> float:

@@ -77,13 +77,20 @@ def loss_and_gradients(function, q, k, v, weights, **arguments):
     return out, *gradients
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "splash"])
-@pytest.mark.parametrize("sizes", [None, dict(fsdp=2, tensor=4), dict(fsdp=2, tensor=2, data=2)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_backends_equal_the_reference_on_packed_rows(monkeypatch, backend, sizes, causal):
+@pytest.mark.parametrize(
+    "backend, causal, sizes",
+    [
+        ("blockwise", True, None),
+        ("blockwise", False, None),
+        ("splash", True, None),
+        ("splash", False, None),
+        pytest.param("blockwise", True, dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param("blockwise", True, dict(fsdp=2, tensor=4), marks=pytest.mark.slow),
+        pytest.param("splash", True, dict(fsdp=2, tensor=4), marks=pytest.mark.slow),
+    ],
+)
+def test_backends_equal_the_reference_on_packed_rows(monkeypatch, backend, causal, sizes):
     """200 positions, no multiple of any block; grouped queries; two key-value heads over four tensor devices, too."""
-    if sizes is not None and (not causal or (backend == "splash" and sizes["tensor"] == 2)):
-        pytest.skip("one mesh each is enough: interpreted kernels take seconds")
     rng = np.random.default_rng(0)
     rows = 2 if sizes is None else 4
     q, k, v, weights = (

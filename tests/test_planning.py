@@ -300,3 +300,29 @@ def test_a_tpu_step_reduce_scatters_and_runs_splash():
     parameters = sum(x.size for x in jax.tree.leaves(trainer.abstract.trained))
     assert scattered + reduced < 1.3 * 2 * parameters  # bfloat16, once
     assert user_mesh(trainer.mesh) == dict(data=1, fsdp=16, tensor=1)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_offloading_leaves_the_device():
+    """What the blocks save waits in the host's memory: their input and attention's result, in bfloat16."""
+    config = tiny_text(fsdp=4)
+    config.batch_size = 4
+    config.model.language_model.remat = "offload"
+    analysis = compile_step(abstract_trainer(config, slices.find_slice("v5e:2x2"), 512)).memory_analysis()
+    language = config.model.language_model
+    saved = language.layers * 512 * (language.width + language.heads * language.head_dim) * 2
+    assert analysis.host_temp_size_in_bytes >= saved
+
+
+@needs_libtpu
+def test_slices_lie_along_data():
+    """Gradients alone cross the network between slices."""
+    where = slices.find_slice("v5p:2x2x1", 2)
+    mesh = make_mesh(data=2, fsdp=4, devices=where.devices)
+    for i in range(2):
+        assert {d.slice_index for d in mesh.devices[i].reshape(-1)} == {i}
+    with pytest.raises(UserError, match="mesh data=1 over 2 slices: make data a multiple of 2"):
+        make_mesh(fsdp=8, devices=where.devices)
+    axes = tuple(mesh.shape)
+    assert roofline.axis_bandwidth(where.chip, mesh.devices, axes, "data") == where.chip.dcn_bandwidth

@@ -34,6 +34,7 @@ class RotaryScaling:
 class TransformerConfig:
     """`vocab_size` counts the tokens that exist. The two vocabulary matrices have that many rows, rounded up to a
     multiple of `vocab_multiple` so that they shard evenly; the rows of padding are zeros and are never predicted.
+    `attention` names a backend of `models/attention.py`, `remat` a policy of `layers.REMAT_POLICIES`.
     """
 
     vocab_size: int

@@ -37,6 +37,8 @@ class ViTConfig:
         post_scale: what the scales of post-norms start at; small ones let an encoder from scratch learn sooner, since
             its blocks start near the identity.
         mean, std: of the pixels, scaled to 0..1.
+        attention: a backend of `models/attention.py`.
+        remat: a policy of `layers.REMAT_POLICIES`.
     """
 
     image_size: int

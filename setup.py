@@ -33,6 +33,8 @@ REQUIRED = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    # The TPU compiler alone, which runs anywhere: for `python -m pisces_jax.plan` and the tests that compile for TPUs.
+    "plan": ["libtpu"],
     # CLU's metric writer for TensorBoard is the one thing here that needs TensorFlow.
     "tensorboard": ["tensorflow>=2.20.0", "tensorboard>=2.20.0"],
     "notebooks": ["ipykernel>=7.0.0", "nbclient>=0.10.2", "nbformat>=5.10.0"],

@@ -26,40 +26,6 @@ def next_token_targets(
     return following, counts.at[:, -1].set(False)
 
 
-def text_cross_entropy(
-    hidden: Float[Array, "B T D"],
-    matrix: Float[Array, "R D"],
-    targets: Int[Array, "B T"],
-    *,
-    chunk: int = 0,
-    vocab_size: int = 0,
-) -> Float[Array, "B T"]:
-    """−log softmax(hidden · matrixᵀ)[target] a position, in float32.
-
-    With `chunk`, positions are taken that many at a time and their logits computed again in the backward pass, so
-    that the full [B, T, V] never exists; `chunk` must divide T. Rows of `matrix` from `vocab_size` on are padding and
-    take no part (0: there is none).
-    """
-    padded = 0 < vocab_size < matrix.shape[0]
-
-    def block(h: Array, target: Array) -> Array:
-        wide = jnp.promote_types(h.dtype, jnp.float32)
-        logits = jnp.einsum("BTD,VD->BTV", h, matrix.astype(h.dtype), preferred_element_type=wide)
-        if padded:
-            logits = jnp.where(jnp.arange(matrix.shape[0]) < vocab_size, logits, jnp.finfo(logits.dtype).min)
-        right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - right
-
-    B, T, D = hidden.shape
-    if not chunk or chunk == T:
-        return block(hidden, targets)
-    if T % chunk:
-        raise ValueError(f"the cross-entropy's chunk of {chunk} positions does not divide rows of {T}")
-    pieces = hidden.reshape(B, T // chunk, chunk, D).swapaxes(0, 1)
-    losses = jax.lax.map(lambda p: jax.checkpoint(block)(*p), (pieces, targets.reshape(B, -1, chunk).swapaxes(0, 1)))
-    return losses.swapaxes(0, 1).reshape(B, T)
-
-
 def vector_error(predicted: Float[Array, "*B C"], target: Float[Array, "*B C"]) -> Float[Array, "*B"]:
     """Squared error of each vector, the mean over its dimensions, in float32."""
     return jnp.mean(jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32)), axis=-1)

@@ -17,7 +17,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pisces_jax.errors import UserError
 
@@ -31,6 +32,7 @@ BATCH_AXES = ("data", *_FSDP)
 RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "embed": _FSDP,
+    "embed_half": _FSDP[:1],  # a parameter that is being gathered, halfway
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -44,6 +46,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "modulation": (),
     "batch": BATCH_AXES,
     "length": (),
+    "stream": ("tensor",),  # positions of what passes between blocks: it is saved for the backward pass
     "width": (),
 }
 
@@ -57,6 +60,10 @@ class Fallback:
     size: int
     wanted: tuple[str, ...]
     used: tuple[str, ...]
+
+    def __str__(self) -> str:
+        used, wanted = "+".join(self.used) or "no mesh axis", "+".join(self.wanted)
+        return f"{self.name}: dimension {self.dimension} of size {self.size} lies on {used}, not {wanted}"
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -83,10 +90,40 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
         )
     inner = _inner_size(sizes["fsdp"])
     shape = (sizes["data"], sizes["fsdp"] // inner, inner, sizes["tensor"])
-    auto = (AxisType.Auto,) * len(MESH_AXES)
-    if len(devices) < jax.device_count() or devices[0].platform == "cpu":
-        return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=auto)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+    return Mesh(_lay_out(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of these sizes (none -1) without devices: enough to ask where things would lie."""
+    inner = _inner_size(fsdp)
+    shape = (data, fsdp // inner, inner, tensor)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _lay_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices as a mesh of that shape, neighbours on the wires of a TPU slice; slices apart along `data`.
+
+    Raises:
+        UserError: several slices and a size of `data` that they do not divide.
+    """
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(f"mesh data={shape[0]} over {slices} slices: make data a multiple of {slices}")
+    return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )  # fmt: skip
+
+
+def user_mesh(mesh: Any) -> dict[str, int]:
+    """The sizes as the user gives them: fsdp is one axis."""
+    return {
+        "data": mesh.shape["data"], "fsdp": mesh.shape["fsdp"] * mesh.shape["fsdp_inner"],
+        "tensor": mesh.shape["tensor"],
+    }  # fmt: skip
 
 
 def _inner_size(fsdp: int) -> int:
@@ -134,6 +171,12 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
+def spec_axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
+    """The mesh axes of one dimension."""
+    entry = spec[dimension] if dimension < len(spec) else None
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
 def path_name(path: Sequence[Any]) -> str:
     """A tree path as `a/b/c`: how parameters are named everywhere (tables, messages, files)."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
@@ -164,9 +207,54 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
+def mesh_in_force() -> Any:
+    """The abstract mesh that `jax.set_mesh` set, or None where there is none or it is one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def platform() -> str:
+    """What the program that is being traced will run on (cpu, gpu or tpu): the mesh in force says so, since a
+    program may be compiled for devices that are not here; without a mesh it is JAX's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else str(name)
+
+
+def batch_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """(i, n): this process loads the i-th of n equal parts of each batch. Processes that hold pieces of one tensor
+    group load the same part.
+
+    Raises:
+        UserError: the process's devices do not hold one run of rows; the message says what would.
+    """
+    rows = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    spans = sorted({index[0].indices(batch_size)[:2] for index in rows if index is not None})
+    start, stop = spans[0][0], spans[-1][1]
+    size = stop - start
+    if sum(b - a for a, b in spans) != size or batch_size % size or start % size:
+        raise UserError(
+            f"mesh {_show(user_mesh(mesh))}: a process's {len(mesh.local_devices)} devices must hold neighbouring rows "
+            "of the batch: make tensor divide, or be a multiple of, the devices of a process"
+        )
+    return start // size, batch_size // size
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` held to its logical axes on the mesh in force (`jax.set_mesh`); without a mesh, `x` as it is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = mesh_in_force()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def gathered(x: jax.Array, *axes: str | None) -> jax.Array:
+    """A parameter, whole over fsdp, to compute with: gathered over one of fsdp's two mesh axes after the other.
+
+    Its gradient then travels back as two reduce-scatters over a part of the devices each, which the TPU compiler
+    keeps; gathered at once, it would become an all-reduce that is sliced, twice the bytes.
+    """
+    for name in ("embed_half", "width"):
+        x = constrain(x, *(name if axis == "embed" else axis for axis in axes))
+    return x

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax import cli
+from pisces_jax import cli, processes
 from pisces_jax.errors import UserError, run_command
 from pisces_jax.files import write_atomic
 
@@ -32,7 +32,17 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE[:STAGE]", help="a file like those in configs/")
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the runs are kept")
+    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of the first of several processes")
+    parser.add_argument("--processes", type=cli.whole_number(1), default=0, help="how many processes the run has")
+    parser.add_argument("--process", type=cli.whole_number(0), default=-1, help="which of them this is, from 0")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="try one of everything on this machine, say go, and leave nothing"
+    )
     flags = parser.parse(rest)
+    processes.start(flags.coordinator, flags.processes, flags.process)
+    if flags.dry_run:
+        dry_run(cli.load_stages(flags.config, overrides), flags.workdir)
+        return
     train_stages(cli.load_stages(flags.config, overrides), flags.workdir)
 
 
@@ -54,6 +64,22 @@ def train_stages(stages: cli.Stages, workdir: Path) -> dict[str, float]:
         with _Stopwatch(workdir / config.name):
             train(config, workdir, make_sampler)
     return {name: seconds_of(workdir / config.name) for name, config in stages.items()}
+
+
+def dry_run(stages: cli.Stages, workdir: Path) -> None:
+    """Tries each stage on this machine with random weights, without training it (docs/launch.md).
+
+    Raises:
+        UserError: what would have stopped the run.
+    """
+    from pisces_jax.planning.preflight import preflight
+
+    cli.start()
+    cli.check_output(workdir, "--workdir", folder=True)
+    for name, config in stages.items():
+        if processes.primary():
+            cli.say(f"{name}:")
+        preflight(config, workdir, lambda line: cli.say(line) if processes.primary() else None)
 
 
 def _outlook(taken: Sequence[float], work: Sequence[float]) -> str:
@@ -141,7 +167,7 @@ class _Stopwatch:
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        if not self._finished and (self._run / "config.json").exists():
+        if processes.primary() and not self._finished and (self._run / "config.json").exists():
             seconds = seconds_of(self._run) + time.perf_counter() - self._start
             write_atomic(self._run / "seconds.json", json.dumps({"seconds": round(seconds, 1)}))
 

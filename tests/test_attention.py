@@ -1,14 +1,26 @@
 """Attention, its masks and the rotary embedding against loops and complex numbers in float64."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pisces_jax.models.attention import attention, cache_mask, causal_mask, segment_mask
+from pisces_jax.models import blockwise
+from pisces_jax.models.attention import (
+    attention,
+    cache_mask,
+    causal_mask,
+    choose_backend,
+    segment_mask,
+    xla_attention,
+)
 from pisces_jax.models.layers import grid_angles, grid_centres, rotate
 from pisces_jax.models.transformer import RotaryScaling, TransformerConfig, rotary_frequencies
+from pisces_jax.sharding import make_mesh
 
 B, T, H = 2, 9, 6
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 3, 3, 3, 3, 3, 3]])
@@ -45,6 +57,92 @@ def test_attention_equals_the_loops(case, heads, kv_heads):
         np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-12)
     got = attention(*map(jnp.asarray, (q, k, v)), **jax.tree.map(jnp.asarray, arguments))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def packed_rows(length):
+    """Rows of several examples of uneven lengths, with padding at the end of one of them."""
+    ids = np.zeros((2, length), np.int32)
+    for row, ends in enumerate([(3, 60, 131, 170), (90, 91, length)]):
+        for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False), 1):
+            ids[row, start:end] = number
+    return ids
+
+
+def loss_and_gradients(function, q, k, v, weights, **arguments):
+    def loss(q, k, v):
+        out = function(q, k, v, **arguments)
+        return (out * weights).sum(), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return out, *gradients
+
+
+@pytest.mark.parametrize(
+    "backend, causal, sizes",
+    [
+        ("blockwise", True, None),
+        ("blockwise", False, None),
+        ("splash", True, None),
+        ("splash", False, None),
+        pytest.param("blockwise", True, dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param("blockwise", True, dict(fsdp=2, tensor=4), marks=pytest.mark.slow),
+        pytest.param("splash", True, dict(fsdp=2, tensor=4), marks=pytest.mark.slow),
+    ],
+)
+def test_backends_equal_the_reference_on_packed_rows(monkeypatch, backend, causal, sizes):
+    """200 positions, no multiple of any block; grouped queries; two key-value heads over four tensor devices, too."""
+    rng = np.random.default_rng(0)
+    rows = 2 if sizes is None else 4
+    q, k, v, weights = (
+        jnp.asarray(rng.standard_normal((rows, 200, n, 32)), jnp.float32) for n in (4, 2, 2, 4)
+    )
+    ids = jnp.asarray(np.tile(packed_rows(200), (rows // 2, 1)))
+    arguments = dict(causal=causal, segment_ids=(ids, ids))
+    monkeypatch.setattr(blockwise, "BLOCK", 64)
+    expected = loss_and_gradients(xla_attention, q, k, v, weights, **arguments)
+    with jax.set_mesh(make_mesh(**sizes)) if sizes else contextlib.nullcontext():
+        got = loss_and_gradients(attention, q, k, v, weights, backend=backend, **arguments)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "splash"])
+def test_backends_pad_what_does_not_divide(backend):
+    """SigLIP's 729 vectors and heads of 72, without masks: nothing sees the padding."""
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 729, 2, 72)), jnp.float32) for _ in range(3))
+    np.testing.assert_allclose(
+        attention(q, k, v, backend=backend), xla_attention(q, k, v), rtol=2e-5, atol=2e-5
+    )
+
+
+def test_which_backend_runs():
+    """By the platform of the mesh in force: a program may be compiled for devices that are not here."""
+    assert choose_backend("auto", 2048, masked=False) == "xla"
+    assert choose_backend("splash", 2048, masked=False) == "splash"
+    assert choose_backend("splash", 2048, masked=True) == "xla"
+    with pytest.raises(ValueError, match="unknown attention backend 'flash'; known: auto, xla, blockwise, splash"):
+        choose_backend("flash", 2048, masked=False)
+    for platform, chosen in (("tpu", "splash"), ("cuda", "blockwise"), ("cpu", "xla")):
+        device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+        mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert choose_backend("auto", 2048, masked=False) == chosen
+            assert choose_backend("auto", 64, masked=False) == "xla"
+
+
+def test_blockwise_attention_holds_no_square():
+    """Temporaries of a gradient at 4,096 positions: less than one head's logits."""
+
+    def temporaries(backend):
+        def loss(q, k, v):
+            return attention(q, k, v, causal=True, backend=backend).sum()
+
+        shape = jax.ShapeDtypeStruct((1, 4096, 4, 8), jnp.float32)
+        return jax.jit(jax.grad(loss)).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries("xla") > 4 * 4096**2 * 4
+    assert temporaries("blockwise") < 4096**2 * 4
 
 
 def test_attention_over_a_cache_with_rows_of_different_lengths():

@@ -15,10 +15,10 @@ PACKAGE = ROOT / "pisces_jax"
 # From the bottom up: a unit (a folder, or a module at the top of the package) imports from its own layer or a
 # lower one. A module that is not named here is a command, at the top.
 LAYERS = [
-    {"__init__", "errors", "files"},
+    {"__init__", "errors", "files", "processes"},
     {"sharding"},
     {"models"},
-    {"data", "objectives", "flow"},
+    {"data", "cross_entropy", "objectives", "flow"},
     {"training", "inference", "evaluation", "weights"},
 ]
 COMMANDS = len(LAYERS)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from pisces_jax import objectives
+from pisces_jax.cross_entropy import text_cross_entropy
+from pisces_jax.sharding import make_mesh
 from pisces_jax.training.metrics import merge
 
 
@@ -26,14 +28,14 @@ def text():
     return rng.standard_normal((2, 12, 5)), rng.standard_normal((17, 5)), rng.integers(0, 17, (2, 12))
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 3, 12])
+@pytest.mark.parametrize("chunk", [0, 1, 3, 17])
 def test_cross_entropy_equals_the_loop(text, chunk):
     expected = cross_entropy_loop(*text)
-    got = objectives.text_cross_entropy(*map(jnp.asarray, text), chunk=chunk)
+    got = text_cross_entropy(*map(jnp.asarray, text), chunk=chunk)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6)
     with jax.enable_x64(True):
-        got = objectives.text_cross_entropy(*map(jnp.asarray, text), chunk=chunk)
+        got = text_cross_entropy(*map(jnp.asarray, text), chunk=chunk)
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
@@ -43,13 +45,13 @@ def test_cross_entropy_in_chunks_has_the_same_gradients(text):
 
     def gradients(chunk):
         def loss(h, m):
-            return (weights * objectives.text_cross_entropy(h, m, jnp.asarray(targets), chunk=chunk)).sum()
+            return (weights * text_cross_entropy(h, m, jnp.asarray(targets), chunk=chunk)).sum()
 
         return jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.asarray(hidden), jnp.asarray(matrix))
 
     with jax.enable_x64(True):
         whole = gradients(0)
-        for chunk in (1, 4, 6):
+        for chunk in (1, 4, 17):
             for a, b in zip(gradients(chunk), whole, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
         # d/dlogit = softmax - one-hot, summed into the matrix.
@@ -60,22 +62,40 @@ def test_cross_entropy_in_chunks_has_the_same_gradients(text):
 
 
 def test_cross_entropy_holds_no_more_logits_than_a_chunk():
-    """The compiled step's temporaries with and without: 64 positions of 4096 logits against 4."""
+    """The compiled step's temporaries with and without: 64 positions of 4096 logits against 256 each."""
 
     def temporaries(chunk):
         def loss(h, m):
-            return objectives.text_cross_entropy(h, m, jnp.zeros((1, 64), jnp.int32), chunk=chunk).sum()
+            return text_cross_entropy(h, m, jnp.zeros((1, 64), jnp.int32), chunk=chunk).sum()
 
         shapes = jax.ShapeDtypeStruct((1, 64, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32)
         return jax.jit(jax.grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(0) > 64 * 4096 * 4
-    assert temporaries(4) < 64 * 4096 * 4 / 2
+    assert temporaries(256) < 64 * 4096 * 4 / 2
 
 
-def test_chunk_that_does_not_divide_is_refused(text):
-    with pytest.raises(ValueError, match="chunk of 5 positions does not divide rows of 12"):
-        objectives.text_cross_entropy(*map(jnp.asarray, text), chunk=5)
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=2, tensor=4), dict(data=2, fsdp=2, tensor=2)])
+def test_cross_entropy_with_a_sharded_matrix(sizes):
+    """Rows over the batch axes, vocabulary over tensor: the loss and gradients of one device; 2 entries are padding."""
+    rng = np.random.default_rng(2)
+    hidden, matrix = rng.standard_normal((8, 6, 16)), rng.standard_normal((32, 16))
+    targets, weights = rng.integers(0, 30, (8, 6)), rng.standard_normal((8, 6))
+    logits = np.einsum("btd,vd->btv", hidden, matrix[:30])
+    softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    errors = weights[..., None] * (softmax - np.eye(30)[targets])
+
+    def loss(h, m):
+        each = text_cross_entropy(h, m, jnp.asarray(targets), chunk=4, vocab_size=30)
+        return (weights * each).sum(), each
+
+    with jax.enable_x64(True), jax.set_mesh(make_mesh(**sizes)):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        (dh, dm), each = gradient(jnp.asarray(hidden), jnp.asarray(matrix))
+        np.testing.assert_allclose(each, -np.log(np.take_along_axis(softmax, targets[..., None], 2))[..., 0], 1e-10)
+        np.testing.assert_allclose(dh, errors @ matrix[:30], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(dm[:30], np.einsum("btv,btd->vd", errors, hidden), rtol=1e-9, atol=1e-12)
+        np.testing.assert_array_equal(dm[30:], 0)
 
 
 def test_targets_of_a_packed_row():
@@ -107,7 +127,7 @@ def test_packed_text_loss_against_the_loop():
                 total += math.log(np.exp(logits).sum()) - logits[tokens[b, t]]
                 count += 1
     targets, counts = objectives.next_token_targets(*map(jnp.asarray, (tokens, learn, segments)))
-    losses = objectives.text_cross_entropy(jnp.asarray(hidden), jnp.asarray(matrix), targets)
+    losses = text_cross_entropy(jnp.asarray(hidden), jnp.asarray(matrix), targets)
     average = objectives.masked_average(losses, counts)
     assert float(average.count) == count
     np.testing.assert_allclose(float(average.compute()), total / count, rtol=1e-6)
@@ -176,7 +196,7 @@ def test_cross_entropy_leaves_out_the_rows_of_padding(text):
     padded = jnp.asarray(np.concatenate([matrix, 9.0 * np.ones((3, 5))]))
 
     def loss(matrix):
-        return objectives.text_cross_entropy(jnp.asarray(hidden), matrix, jnp.asarray(targets), chunk=3, vocab_size=17)
+        return text_cross_entropy(jnp.asarray(hidden), matrix, jnp.asarray(targets), chunk=3, vocab_size=17)
 
     np.testing.assert_allclose(loss(padded), cross_entropy_loop(*text), rtol=2e-6, atol=2e-6)
     gradient = jax.grad(lambda m: loss(m).sum())(padded)

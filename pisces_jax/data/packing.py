@@ -14,7 +14,7 @@ from jaxtyping import Int32, Int64
 from pisces_jax.data.binning import pack
 from pisces_jax.data.example import Picture, identity
 from pisces_jax.data.images import fit
-from pisces_jax.data.layout import LaidOut, Layout, Lengths, Source, lay_out, scan_lengths
+from pisces_jax.data.layout import LaidOut, Layout, Lengths, Placed, Source, lay_out, scan_lengths
 from pisces_jax.data.mixture import Mixture, shuffled
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
@@ -298,9 +298,9 @@ class PackedGroups:
             group[f"{role}_id"] = np.zeros((slots, 2), np.uint32)
         return group
 
-    def _fit(self, picture: Picture) -> np.ndarray:
-        stretch = picture.role == "read" and self.layout.read_stretch
-        return fit(picture.array(), self._size(picture.role), stretch)
+    def _fit(self, placed: Placed) -> np.ndarray:
+        stretch = placed.role == "read" and self.layout.read_stretch
+        return fit(placed.picture.array(), self._size(placed.role), stretch)
 
     def _size(self, role: str) -> int:
         return self.layout.read_size if role == "read" else self.layout.draw_size

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pisces_jax.models.attention import attention
@@ -119,7 +120,7 @@ class DiTBlock(nn.Module):
         def norm(name: str) -> RMSNorm:
             return RMSNorm(c.eps, dtype=self.dtype, name=name)
 
-        x = constrain(x, "batch", "length", "width")
+        x = checkpoint_name(constrain(x, "batch", "length", "width"), "block_input")
         modulation = Linear(
             (4, c.width), ("embed",), (None, "modulation"), scale=0.0, dtype=self.dtype, name="modulation"
         )

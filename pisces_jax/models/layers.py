@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pisces_jax.models.sharded import project
+
 DType = Any
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -18,12 +20,21 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
     "silu": jax.nn.silu,
 }
+_POLICIES = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Any] = {
-    # What the backward pass finds saved: everything (no rematerialisation), nothing, or the outputs of projections.
-    "everything": None,
-    "nothing": jax.checkpoint_policies.nothing_saveable,
-    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+    # What the backward pass of a block finds saved beside the block's input; the rest is computed again.
+    "everything": None,  # no rematerialisation
+    "nothing": _POLICIES.nothing_saveable,
+    "context": _POLICIES.save_only_these_names("context"),  # attention's results: its kernel runs forward once
+    "projections": _POLICIES.save_from_both_policies(  # the outputs of all matrix products with weights, too
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("context")
+    ),
+    # Like "context", but what is saved, the block's input with it, waits in the host's memory.
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input", "context"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,10 +94,7 @@ class Linear(nn.Module):
             fan_in *= d
         shape = (*in_shape, *self.out_shape)
         kernel = self.param("kernel", logical(lecun(fan_in, self.scale), *self.in_axes, *self.out_axes), shape)
-        # One leading axis: XLA's CPU compiler computes the kernel's gradient twice as fast so, others do not mind.
-        flat = x.astype(self.dtype).reshape(-1, *in_shape)
-        y = jax.lax.dot_general(flat, kernel.astype(self.dtype), ((tuple(range(1, n + 1)), tuple(range(n))), ((), ())))
-        y = y.reshape(*x.shape[:-n], *self.out_shape)
+        y = project(x.astype(self.dtype), kernel, tuple(self.in_axes), tuple(self.out_axes))
         if self.bias:
             y = y + self.param("bias", logical(nn.initializers.zeros, *self.out_axes), tuple(self.out_shape)).astype(
                 self.dtype

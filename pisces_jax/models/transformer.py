@@ -11,10 +11,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.models.attention import attention, cache_mask
+from pisces_jax.models.attention import BACKENDS, attention, cache_mask
 from pisces_jax.models.layers import Linear, RMSNorm, SwiGLU, logical, rotate, scanned
+from pisces_jax.models.sharded import look_up
 from pisces_jax.sharding import constrain
 
 
@@ -32,6 +34,7 @@ class RotaryScaling:
 class TransformerConfig:
     """`vocab_size` counts the tokens that exist. The two vocabulary matrices have that many rows, rounded up to a
     multiple of `vocab_multiple` so that they shard evenly; the rows of padding are zeros and are never predicted.
+    `attention` names a backend of `models/attention.py`, `remat` a policy of `layers.REMAT_POLICIES`.
     """
 
     vocab_size: int
@@ -45,11 +48,14 @@ class TransformerConfig:
     rotary_scaling: RotaryScaling | None = None
     eps: float = 1e-5
     tied_embedding: bool = False
+    attention: str = "auto"
     vocab_multiple: int = 1
     remat: str = "everything"
     unroll: bool = False
 
     def __post_init__(self) -> None:
+        if self.attention not in BACKENDS:
+            raise ValueError(f"attention {self.attention!r} is none of {', '.join(BACKENDS)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads are no multiple of {self.kv_heads} key-value heads")
 
@@ -104,7 +110,7 @@ class Attention(nn.Module):
         v = project("value", c.kv_heads, "kv_heads")
         if cache is None:
             ids = None if segment_ids is None else (segment_ids, segment_ids)
-            y = attention(q, k, v, causal=True, segment_ids=ids)
+            y = attention(q, k, v, causal=True, segment_ids=ids, backend=c.attention)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             k, v = (old.at[rows, positions].set(new.astype(old.dtype)) for old, new in zip(cache, (k, v), strict=True))
@@ -121,12 +127,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, cache: Any, angles: Array, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
         c = self.config
-        x = constrain(x, "batch", "length", "width")
+        x = checkpoint_name(constrain(x, "batch", "stream", "width"), "block_input")
         y = RMSNorm(c.eps, dtype=self.dtype, name="attention_norm")(x)
+        y = constrain(y, "batch", "length", "width")
         y, cache = Attention(c, self.dtype, name="attention")(y, cache, angles, positions, segment_ids)
-        x = x + y
+        x = x + constrain(y, "batch", "stream", "width")
         y = RMSNorm(c.eps, dtype=self.dtype, name="mlp_norm")(x)
-        return x + SwiGLU(c.mlp_hidden, dtype=self.dtype, name="mlp")(y), cache
+        y = constrain(y, "batch", "length", "width")
+        y = SwiGLU(c.mlp_hidden, dtype=self.dtype, name="mlp")(y)
+        return x + constrain(y, "batch", "stream", "width"), cache
 
 
 class Transformer(nn.Module):
@@ -151,10 +160,7 @@ class Transformer(nn.Module):
             self.head = self.param("head", vocabulary, (c.vocab_rows, c.width))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # The table is gathered over fsdp before the look-up: left in pieces of the width, every device would come to
-        # hold the whole batch's vectors.
-        table = constrain(self.embedding.astype(self.dtype), "vocab", "width")
-        return constrain(table[tokens], "batch", "length", "width")
+        return look_up(self.embedding, tokens, self.dtype)
 
     def __call__(
         self,

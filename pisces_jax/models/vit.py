@@ -5,9 +5,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.models.attention import attention
+from pisces_jax.models.attention import BACKENDS, attention
 from pisces_jax.models.layers import (
     MLP,
     LayerNorm,
@@ -36,6 +37,8 @@ class ViTConfig:
         post_scale: what the scales of post-norms start at; small ones let an encoder from scratch learn sooner, since
             its blocks start near the identity.
         mean, std: of the pixels, scaled to 0..1.
+        attention: a backend of `models/attention.py`.
+        remat: a policy of `layers.REMAT_POLICIES`.
     """
 
     image_size: int
@@ -56,10 +59,13 @@ class ViTConfig:
     post_scale: float = 1.0
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    attention: str = "auto"
     remat: str = "everything"
     unroll: bool = False
 
     def __post_init__(self) -> None:
+        if self.attention not in BACKENDS:
+            raise ValueError(f"attention {self.attention!r} is none of {', '.join(BACKENDS)}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
         if self.image_size < self.patch_size:
@@ -81,6 +87,7 @@ class EncoderAttention(nn.Module):
     heads: int
     biases: str
     dtype: Any
+    backend: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], mask: Any) -> Float[Array, "B T D"]:
@@ -91,7 +98,7 @@ class EncoderAttention(nn.Module):
             bias = name[0] in self.biases
             return Linear((self.heads, H), ("embed",), ("heads", "head_dim"), bias=bias, dtype=self.dtype, name=name)(x)
 
-        y = attention(project("query"), project("key"), project("value"), mask=mask)
+        y = attention(project("query"), project("key"), project("value"), mask=mask, backend=self.backend)
         return Linear((D,), ("heads", "head_dim"), ("embed",), dtype=self.dtype, name="out")(y)
 
 
@@ -106,15 +113,16 @@ class EncoderBlock(nn.Module):
     eps: float
     dtype: Any
     post_scale: float = 1.0
+    backend: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], mask: Any) -> tuple[Float[Array, "B T D"], None]:
-        attend = EncoderAttention(self.heads, self.biases, self.dtype, name="attention")
+        attend = EncoderAttention(self.heads, self.biases, self.dtype, self.backend, name="attention")
         mlp = MLP(self.mlp_hidden, self.activation, dtype=self.dtype, name="mlp")
         start = 1.0 if self.norm == "pre" else self.post_scale
         norm1 = LayerNorm(self.eps, start=start, dtype=self.dtype, name="norm1")
         norm2 = LayerNorm(self.eps, start=start, dtype=self.dtype, name="norm2")
-        x = constrain(x, "batch", "length", "width")
+        x = checkpoint_name(constrain(x, "batch", "length", "width"), "block_input")
         if self.norm == "pre":
             x = x + attend(norm1(x), mask)
             return x + mlp(norm2(x)), None
@@ -145,8 +153,9 @@ class ViT(nn.Module):
         if c.embedding_norm:
             x = LayerNorm(c.eps, dtype=self.dtype, name="embedding_norm")(x)
         blocks = scanned(EncoderBlock, c.layers, (nn.broadcast,), remat=c.remat, unroll=c.unroll)(
-            c.heads, c.mlp_hidden, c.norm, c.biases, c.activation, c.eps, self.dtype, c.post_scale, name="layers"
-        )
+            c.heads, c.mlp_hidden, c.norm, c.biases, c.activation, c.eps, self.dtype, c.post_scale, c.attention,
+            name="layers",
+        )  # fmt: skip
         x, _ = blocks(x, None)
         if c.final_norm:
             x = LayerNorm(c.eps, dtype=self.dtype, name="final_norm")(x)

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.errors import UserError
 from pisces_jax.files import write_atomic
+from pisces_jax.processes import primary, primary_first
 from pisces_jax.training import optimizer
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.input import load_tokenizer
@@ -28,7 +29,7 @@ from pisces_jax.training.step import State
 from pisces_jax.weights.folder import is_folder, read_source
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
-_FREE_KEYS = ("log", "mesh", "sampling", "data.threads", "data.workers")
+_FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers")
 
 
 def check_run(workdir: Path, config: ConfigDict) -> None:
@@ -57,13 +58,14 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
 
 def open_run(workdir: Path, config: ConfigDict) -> Path:
     """The folder of this run, checked as by `check_run`, with its config in it."""
-    check_run(workdir, config)
     run = workdir / config.name
-    if not (run / "config.json").exists():
-        try:
-            write_atomic(run / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
-        except OSError as error:
-            raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+    with primary_first("open_run"):
+        check_run(workdir, config)
+        if primary() and not (run / "config.json").exists():
+            try:
+                write_atomic(run / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
+            except OSError as error:
+                raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     return run
 
 

@@ -31,9 +31,10 @@ def run_config(**changes: Any) -> ConfigDict:
     config = ConfigDict(
         dict(
             name="",  # the run's folder below --workdir
-            program="unified",  # pretrain, decoder or unified
+            program="unified",  # pretrain, decoder, unified or text
             seed=0,
             steps=1000,
+            profile=0,  # steps to trace, after the first few, into the run's folder `profile` (TensorBoard, Perfetto)
             batch_size=1,  # groups of rows (unified) or pictures (pretrain, decoder), over all devices
             compute_dtype="float32",
             # Part of the model -> settings (models/): what a program needs and no more.
@@ -68,7 +69,7 @@ def run_config(**changes: Any) -> ConfigDict:
                 vectors=1.0,
                 contrastive=1.0,
                 reconstruction=1.0,
-                chunk=0,  # positions whose logits exist at a time; 0: all
+                chunk=0,  # entries of the vocabulary whose logits exist at a time; 0: all
                 # Standard deviation of Gaussian noise on the features that the decoder is conditioned on.
                 feature_noise=0.0,
             ),
@@ -83,7 +84,8 @@ def run_config(**changes: Any) -> ConfigDict:
                 clip=1.0,  # global norm of the gradient
                 accumulate=1,  # parts in which a batch is taken
                 average=0.0,  # decay of the averaged weights; 0: none
-                moment_dtype="float32",
+                moment_dtype="float32",  # of the first moments
+                gradient_dtype="",  # "": that of the parameters; they are summed over parts in that of the parameters
                 # (pattern over parameter names, input axes, output axes): matrices that Muon updates instead of AdamW.
                 muon=(),
                 # (pattern over parameter names, multiple of the learning rate, weight decay): the first that

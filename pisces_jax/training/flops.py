@@ -6,6 +6,7 @@ with respect to inputs and to weights), a frozen part once.
 """
 
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
-from pisces_jax.training.programs import DecoderProgram, PretrainProgram, Program, UnifiedProgram
+from pisces_jax.training.programs import DecoderProgram, PretrainProgram, Program, TextProgram, UnifiedProgram
 
 # Peak bfloat16 FLOP/s of a device, from the makers' data sheets, by the start of `device_kind`.
 PEAKS = {
@@ -80,28 +81,53 @@ def autoencoder(c: AutoencoderConfig, cells: int) -> float:
     return 2 * (total + n * c.quant_conv * 4 * c.latent_channels**2)
 
 
-def step_flops(program: Program, batch_shapes: dict[str, tuple[int, ...]], trained: set[str]) -> float:
+def projector(inputs: int, hidden: int, outputs: int) -> float:
+    """One vector, forward."""
+    return 2.0 * hidden * (inputs + outputs)
+
+
+def step_flops_by_part(
+    program: Program, batch_shapes: Mapping[str, tuple[int, ...]], trained: set[str]
+) -> dict[str, float]:
     """Model FLOPs of one training step over the global batch; `trained` are the parts with any trained parameter."""
-
-    def times(part: str) -> int:
-        return 3 if part in trained else 1
-
-    if isinstance(program, UnifiedProgram):
-        c = program.model.config
+    forward: dict[str, float]
+    if isinstance(program, TextProgram):
         groups, rows, length = batch_shapes["tokens"]
-        read, draw = batch_shapes["read_images"][1], batch_shapes["draw_images"][1]
-        total = times("language_model") * groups * rows * transformer(c.language_model, length)
-        total += groups * read * times("understanding_encoder") * vit(c.understanding_encoder)
-        return total + groups * draw * vit(c.generation_encoder)
-    pictures = batch_shapes["image"][0]
-    if isinstance(program, DecoderProgram):
+        forward = {"language_model": groups * rows * transformer(program.model.config, length)}
+    elif isinstance(program, UnifiedProgram):
+        c = program.model.config
+        width, features = c.language_model.width, c.generation_encoder.output_width
+        groups, rows, length = batch_shapes["tokens"]
+        read, draw = groups * batch_shapes["read_images"][1], groups * batch_shapes["draw_images"][1]
+        drawn = draw * c.draw_vectors
+        forward = {
+            "language_model": groups * rows * transformer(c.language_model, length),
+            "understanding_encoder": read * vit(c.understanding_encoder),
+            "generation_encoder": draw * vit(c.generation_encoder),
+            "understanding_projector": read
+            * c.read_vectors
+            * projector(c.understanding_encoder.output_width, c.projector_hidden, width),
+            "generation_projector": drawn * projector(features, c.projector_hidden, width),
+            "vector_head": drawn * projector(width, c.vector_head_hidden, features),
+        }
+    else:
+        pictures = batch_shapes["image"][0]
+        assert isinstance(program, DecoderProgram | PretrainProgram)
         r = program.reconstruction
-        latents = autoencoder(r.autoencoder.config, r.decoder.config.size) if r.autoencoder else 0.0
-        return pictures * (vit(r.encoder.config) + latents + 3 * dit(r.decoder.config))
-    assert isinstance(program, PretrainProgram)
-    r = program.reconstruction
-    once = vit(r.encoder.config) + dit(r.decoder.config) + vit(program.understanding_encoder.config)
-    return 3 * pictures * (once + text_tower(program.text_tower.config))
+        forward = {"generation_encoder": pictures * vit(r.encoder.config), "decoder": pictures * dit(r.decoder.config)}
+        if r.autoencoder is not None:
+            forward["autoencoder"] = pictures * autoencoder(r.autoencoder.config, r.decoder.config.size)
+        if isinstance(program, PretrainProgram):
+            forward["understanding_encoder"] = pictures * vit(program.understanding_encoder.config)
+            forward["text_tower"] = pictures * text_tower(program.text_tower.config)
+    # The generation encoder's features are what is predicted: it takes gradients in pretraining alone.
+    once = {"generation_encoder"} if isinstance(program, UnifiedProgram | DecoderProgram) else set()
+    return {part: (3 if part in trained - once else 1) * flops for part, flops in forward.items()}
+
+
+def step_flops(program: Program, batch_shapes: Mapping[str, tuple[int, ...]], trained: set[str]) -> float:
+    """The sum of `step_flops_by_part`."""
+    return sum(step_flops_by_part(program, batch_shapes, trained).values())
 
 
 def peak_flops() -> tuple[float, str]:

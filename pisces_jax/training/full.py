@@ -120,7 +120,7 @@ def unified_run(name: str, family: Family, start: str = "", **changes: Any) -> C
             tokenizer=weights(family.language_folder), row_length=4096, rows=1, read_slots=4, draw_slots=12,
             read_stretch=True,  # SigLIP's preprocessing
         ),
-        loss=dict(chunk=512),
+        loss=dict(chunk=16_384),
         optimizer=dict(
             warmup_steps=500, final_rate=0.1, b2=0.95, table=(*frozen, (PLAIN, 1.0, 0.0), (".*", 1.0, 0.05))
         ),

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -14,8 +13,9 @@ from pisces_jax.data.packing import PackedGroups
 from pisces_jax.data.pairs import Pairs
 from pisces_jax.data.tokenizers import Tokenizer, open_tokenizer, train_sentencepiece
 from pisces_jax.errors import UserError
+from pisces_jax.processes import primary_first
 from pisces_jax.training.config import vit_config
-from pisces_jax.training.programs import UnifiedProgram
+from pisces_jax.training.programs import TextProgram, UnifiedProgram
 from pisces_jax.weights.folder import is_folder, resolve
 
 
@@ -29,11 +29,14 @@ def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
     if is_folder(config.data.tokenizer):
         return open_tokenizer(resolve(config.data.tokenizer))
     path = workdir / config.data.tokenizer
-    if not path.exists():
-        if not config.data.tokenizer_vocabulary:
-            raise UserError(f"{path} does not exist: put a SentencePiece model there, or set data.tokenizer_vocabulary")
-        workdir.mkdir(parents=True, exist_ok=True)
-        train_sentencepiece(_texts(config), path, config.data.tokenizer_vocabulary)
+    with primary_first("tokenizer"):
+        if not path.exists():
+            if not config.data.tokenizer_vocabulary:
+                raise UserError(
+                    f"{path} does not exist: put a SentencePiece model there, or set data.tokenizer_vocabulary"
+                )
+            workdir.mkdir(parents=True, exist_ok=True)
+            train_sentencepiece(_texts(config), path, config.data.tokenizer_vocabulary)
     return open_tokenizer(path)
 
 
@@ -56,6 +59,9 @@ def _items(
         raise UserError("config key data.train names no source: give at least one")
     entries = [_entry(name, spec) for name, spec in sources.items()]
     d = config.data
+    if isinstance(program, TextProgram):
+        layout = Layout(0, 0, d.row_length, rows=d.rows, read_slots=0, draw_slots=0, read_size=0, draw_size=0)
+        return PackedGroups(entries, tokenizer, layout, config.seed, **kwargs)
     if not isinstance(program, UnifiedProgram):
         size = vit_config(config, "generation_encoder").image_size
         return Pairs(entries, tokenizer, d.text_length, size, config.seed, **kwargs)
@@ -68,25 +74,31 @@ def _items(
     return PackedGroups(entries, tokenizer, layout, config.seed, **kwargs)
 
 
-def _iterator(items: Any, config: ConfigDict, **kwargs: Any) -> pipeline.BatchIterator:
+def _iterator(items: Any, config: ConfigDict, share: tuple[int, int], **kwargs: Any) -> pipeline.BatchIterator:
     make = pipeline.pairs_iterator if isinstance(items, Pairs) else pipeline.packed_iterator
     return make(
-        items, config.batch_size, process_index=jax.process_index(), process_count=jax.process_count(), **kwargs
+        items, config.batch_size, process_index=share[0], process_count=share[1], **kwargs
     )  # fmt: skip
 
 
-def train_iterator(config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path) -> pipeline.BatchIterator:
+def train_iterator(
+    config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, share: tuple[int, int] = (0, 1)
+) -> pipeline.BatchIterator:
+    """This process's `share` of the batches: part i of n (`sharding.batch_share`)."""
     per_epoch = config.data.examples_per_epoch or None
     items = _items(config, tokenizer, program, workdir, config.data.train, examples_per_epoch=per_epoch)
-    return _iterator(items, config, threads=config.data.threads, workers=config.data.workers)
+    return _iterator(items, config, share, threads=config.data.threads, workers=config.data.workers)
 
 
-def evaluate_iterator(config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path) -> pipeline.BatchIterator:
+def evaluate_iterator(
+    config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, share: tuple[int, int] = (0, 1)
+) -> pipeline.BatchIterator:
     """The same batches in the same order at every evaluation."""
     if tuple(config.data.evaluate) != tuple(config.data.train):
         raise UserError("data.evaluate and data.train must name the same sources in the same order")
     items = _items(config, tokenizer, program, workdir, config.data.evaluate, shuffle=False)
-    return _iterator(items, config, one_pass=True, num_batches=config.log.evaluate_batches, threads=config.data.threads)
+    batches = config.log.evaluate_batches
+    return _iterator(items, config, share, one_pass=True, num_batches=batches, threads=config.data.threads)
 
 
 def evaluation_sources(config: ConfigDict) -> list[Any]:

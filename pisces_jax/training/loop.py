@@ -4,27 +4,30 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pisces_jax.errors import UserError
-from pisces_jax.sharding import make_mesh
+from pisces_jax.processes import primary
+from pisces_jax.sharding import batch_share, make_mesh
 from pisces_jax.training import flops, input, optimizer
 from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_step, is_finished, load_part, open_run
 from pisces_jax.training.config import part_settings
-from pisces_jax.training.metrics import Writer, check_finite, merge
+from pisces_jax.training.metrics import Clock, Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.weights.folder import Folder, is_folder, read_part
 
 log = logging.getLogger(__name__)
+PROFILE_AFTER = 5  # steps before a trace begins: the first ones compile and fill caches
 # Draws from a state into a file, and returns the picture uint8 [H, W, 3].
 Sampler = Callable[[State, Path], np.ndarray]
 
@@ -49,15 +52,15 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     trained = set(trainer.shardings.trained)
     parts = starting_parts(config, workdir, trainer, tokenizer.vocab_size)
     for fallback in trainer.fallbacks:
-        log.warning(
-            "%s: dimension %d of size %d lies on mesh axes %s, not %s",
-            fallback.name, fallback.dimension, fallback.size, fallback.used or "none", fallback.wanted,
-        )  # fmt: skip
+        log.warning("%s", fallback)
 
-    train_iterator = input.train_iterator(config, tokenizer, program, workdir)
-    evaluate = _evaluation(config, tokenizer, program, trainer, workdir)
+    share = batch_share(mesh, config.batch_size)
+    train_iterator = input.train_iterator(config, tokenizer, program, workdir, share)
+    evaluate = _evaluation(config, tokenizer, program, trainer, workdir, share)
     sampler = None
-    if config.log.samples_every:
+    if config.log.samples_every and jax.process_count() > 1:
+        log.warning("%s: no sample pictures in runs of several processes: draw from a checkpoint", config.name)
+    elif config.log.samples_every:
         if make_sampler is None:
             raise ValueError("log.samples_every is set: pass make_sampler")
         sampler = make_sampler(config, workdir, tokenizer, program)
@@ -71,49 +74,66 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         overview = parameter_overview.get_parameter_overview(
             optimizer.join(state.trained, state.frozen), include_stats=False
         )
-        (run / "parameters.txt").write_text(overview + "\n")
+        if primary():
+            (run / "parameters.txt").write_text(overview + "\n")
     start = int(state.step)
     writer = Writer(run, start, tensorboard=config.log.tensorboard)
     step = trainer.train_step()
     peak, _ = flops.peak_flops()
 
     pending: list[Any] = []
+    clock = Clock()
     last_step, last_time, work = start, time.perf_counter(), 0.0
     # Progress is for a person who watches; a log file gets a line now and then.
-    bar = tqdm(total=config.steps, initial=start, desc=config.name, unit="step", mininterval=1.0, dynamic_ncols=True)
+    bar = tqdm(
+        total=config.steps, initial=start, desc=config.name, unit="step", mininterval=1.0, dynamic_ncols=True,
+        disable=not primary(),
+    )  # fmt: skip
     # Whatever ends the loop, a checkpoint that is being written is finished first.
     with _signals() as stop, bar, closing(checkpoints), closing(train_iterator), closing(writer):
         for number in range(start + 1, config.steps + 1):
-            batch = next(train_iterator)
+            with clock("input"):
+                batch = next(train_iterator)
             if not work:
-                shapes = {k: (v.shape[0] * jax.process_count(), *v.shape[1:]) for k, v in batch.items()}
+                shapes = {k: (config.batch_size, *v.shape[1:]) for k, v in batch.items()}
                 work = flops.step_flops(program, shapes, trained)
-            state, metrics = step(state, trainer.put(batch))
+            if config.profile and number == start + 1 + min(PROFILE_AFTER, config.steps - start - 1):
+                jax.profiler.start_trace(run / "profile")
+            # The first call of this process waits for the compiler.
+            with clock("compilation") if number == start + 1 else nullcontext():
+                state, metrics = step(state, trainer.put(batch))
+            if config.profile and number == min(start + PROFILE_AFTER + config.profile, config.steps):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
             pending.append(metrics)
             bar.update()
             last = number == config.steps
-            stopping = stop()
+            stopping = stop(number)
             if _due(number, config.log.every) or last or stopping:
                 values = merge(pending)
                 check_finite(values, last_step, number)
                 seconds = (time.perf_counter() - last_time) / (number - last_step)
                 values |= {
                     "seconds_per_step": seconds,
-                    "examples_per_second": input.examples(batch) * jax.process_count() / seconds,
+                    "examples_per_second": input.examples(batch) * share[1] / seconds,
                     "mfu": work / seconds / peak,
+                    **clock.shares(),
                 }
                 writer.scalars(number, {f"train/{k}": v for k, v in values.items()})
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in program.weights if k in values}, refresh=False)
                 pending = []
             if evaluate and (_due(number, config.log.evaluate_every) or last):
-                held_out = evaluate(state)
+                with clock("evaluation"):
+                    held_out = evaluate(state)
                 check_finite(held_out, number, number)
                 writer.scalars(number, {f"val/{k}": v for k, v in held_out.items()})
             if sampler and (_due(number, config.log.samples_every) or last):
-                writer.picture(number, "samples", sampler(state, run / "samples" / f"{number:07d}.png"))
+                with clock("samples"):
+                    writer.picture(number, "samples", sampler(state, run / "samples" / f"{number:07d}.png"))
             if _due(number, config.log.checkpoint_every) or last or stopping:
                 check_finite(merge(pending), last_step, number)  # what is saved replaces what was good
-                checkpoints.save(number, state, train_iterator.get_state())
+                with clock("checkpoint"):
+                    checkpoints.save(number, state, train_iterator.get_state())
             if not pending:
                 last_step, last_time = number, time.perf_counter()
             if stopping and not last:
@@ -161,13 +181,13 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_si
 
 
 def _evaluation(
-    config: ConfigDict, tokenizer: Any, program: Any, trainer: Trainer, workdir: Path
+    config: ConfigDict, tokenizer: Any, program: Any, trainer: Trainer, workdir: Path, share: tuple[int, int]
 ) -> Callable[[State], dict[str, float]] | None:
     """Losses on held-out data: the same batches every time."""
     if not config.data.evaluate:
         return None
     step = trainer.evaluate_step()
-    iterator = input.evaluate_iterator(config, tokenizer, program, workdir)
+    iterator = input.evaluate_iterator(config, tokenizer, program, workdir, share)
 
     def evaluate(state: State) -> dict[str, float]:
         iterator.set_state({"next_batch": 0})
@@ -183,8 +203,14 @@ def _due(number: int, every: int) -> bool:
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether this process was asked to end: then the run saves and stops after the step in hand."""
+def _signals() -> Iterator[Callable[[int], bool]]:
+    """Whether the run was asked to end: then it saves and stops after the step in hand.
+
+    Of several processes each may be asked alone: JAX's own watch for SIGTERM makes them agree on a step.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
@@ -194,7 +220,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
     previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(asked)
+        yield lambda step: bool(asked)
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)

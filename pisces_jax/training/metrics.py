@@ -3,7 +3,8 @@
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from clu.metrics import Average
 
 from pisces_jax.errors import UserError
 from pisces_jax.files import write_atomic
+from pisces_jax.processes import primary
 
 
 def merge(parts: Sequence[Mapping[str, Average]]) -> dict[str, float]:
@@ -37,15 +39,46 @@ def check_finite(values: Mapping[str, float], first: int, last: int) -> None:
         )
 
 
+class Clock:
+    """Where the time of a run goes: what is not counted under a cause is time in steps.
+
+    Waiting for input counts whole, also where the device was still busy with the step before.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, cause: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[cause] = self._seconds.get(cause, 0.0) + time.perf_counter() - start
+
+    def shares(self) -> dict[str, float]:
+        """`goodput`, the share of the time so far that went into steps, and `lost/CAUSE`, the share of each cause."""
+        total = time.perf_counter() - self._start
+        lost = {f"lost/{cause}": seconds / total for cause, seconds in self._seconds.items()}
+        return {"goodput": 1.0 - sum(lost.values()), **lost}
+
+
 class Writer:
-    """Appends to metrics.jsonl; lines past `step` (of a run that went on from an earlier checkpoint) are dropped."""
+    """Appends to metrics.jsonl; lines past `step` (of a run that went on from an earlier checkpoint) are dropped.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, run: Path, step: int, *, tensorboard: bool) -> None:
         self._path = run / "metrics.jsonl"
+        self._summary: Any = None
+        self._writes = primary()
+        if not self._writes:
+            return
         if self._path.exists():
             kept = [json.dumps(entry) + "\n" for entry in read_metrics(run) if entry["step"] <= step]
             write_atomic(self._path, "".join(kept))
-        self._summary: Any = None
         if tensorboard:
             try:
                 from clu import metric_writers  # imports TensorFlow
@@ -57,6 +90,8 @@ class Writer:
             self._summary = metric_writers.SummaryWriter(str(run))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._writes:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
         if self._summary is not None:

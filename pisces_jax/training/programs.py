@@ -1,4 +1,4 @@
-"""The three programs: what is trained on a batch. A program is parts, losses over a batch, and their counts.
+"""The programs: what is trained on a batch. A program is parts, losses over a batch, and their counts.
 
 The loop, the state and the checkpoints know no more of it than this. Parameters are a dict from part to tree.
 
@@ -17,12 +17,14 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from pisces_jax import objectives
+from pisces_jax.cross_entropy import text_cross_entropy
 from pisces_jax.errors import UserError
 from pisces_jax.flow import FlowConfig
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT, DiTConfig
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces, PiscesConfig
+from pisces_jax.models.transformer import Transformer
 from pisces_jax.models.vit import ContrastiveHead, TextTower, TextTowerConfig, ViT, ViTConfig, pooled_features
 from pisces_jax.training import config as settings
 
@@ -216,6 +218,45 @@ class PretrainProgram:
         return losses, reported
 
 
+def text_targets(batch: Batch) -> tuple[Array, Array]:
+    """The rows of all groups, one after the other: what each position is to predict, and whether it counts [B·G, T]."""
+    flat = (-1, batch["tokens"].shape[-1])
+    return objectives.next_token_targets(*(batch[k].reshape(flat) for k in ("tokens", "learn", "segment_ids")))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextProgram:
+    """The language model alone, on packed rows of text: `UnifiedProgram` with pictures turned off."""
+
+    model: Transformer
+    weights: Mapping[str, float]
+    chunk: int
+    sources: tuple[str, ...]
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        return {"language_model": self.model.init(key, jnp.zeros((1, 8), jnp.int32), method="init_all")["params"]}
+
+    def counts(self, batch: Batch) -> dict[str, Array]:
+        return {"text": text_targets(batch)[1].sum().astype(jnp.float32)}
+
+    def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
+        del key  # nothing here is random
+        tokens, positions, segment_ids, source = (
+            batch[k].reshape(-1, batch[k].shape[-1]) for k in ("tokens", "positions", "segment_ids", "source")
+        )
+        own = params["language_model"]
+        x = apply(self.model, own, tokens, method="embed")
+        hidden, _ = apply(self.model, own, x, positions, segment_ids)
+        targets, learned = text_targets(batch)
+        with jax.named_scope("text_loss"):
+            matrix = apply(self.model, own, method="output_matrix")
+            text = text_cross_entropy(
+                hidden, matrix, targets, chunk=self.chunk, vocab_size=self.model.config.vocab_size
+            )
+        losses = {"text": objectives.masked_average(text, learned)}
+        return losses, by_source(text, learned, source, self.sources, "text")
+
+
 @dataclasses.dataclass(frozen=True)
 class UnifiedProgram:
     """The Pisces stages: next-token cross-entropy and next-vector regression in one pass over packed rows."""
@@ -234,22 +275,18 @@ class UnifiedProgram:
         images = blank(c.understanding_encoder.image_size), blank(c.generation_encoder.image_size)
         return dict(self.model.init(key, *images, jnp.zeros((1, 8), jnp.int32), method="init_all")["params"])
 
-    def _targets(self, batch: Batch) -> tuple[Array, Array]:
-        flat = (-1, batch["tokens"].shape[-1])
-        return objectives.next_token_targets(*(batch[k].reshape(flat) for k in ("tokens", "learn", "segment_ids")))
-
     def counts(self, batch: Batch) -> dict[str, Array]:
-        _, learned = self._targets(batch)
+        _, learned = text_targets(batch)
         vectors = batch["draw_valid"].sum() * self.model.config.draw_vectors
         return {"text": learned.sum().astype(jnp.float32), "vectors": vectors.astype(jnp.float32)}
 
     def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
         del key  # nothing here is random
         hidden, predicted, target = apply(self.model, params, batch)
-        targets, learned = self._targets(batch)
+        targets, learned = text_targets(batch)
         with jax.named_scope("text_loss"):
             matrix = apply(self.model, params, method="output_matrix")
-            text = objectives.text_cross_entropy(
+            text = text_cross_entropy(
                 hidden, matrix, targets, chunk=self.chunk, vocab_size=self.model.config.language_model.vocab_size
             )
         with jax.named_scope("vector_loss"):
@@ -282,8 +319,11 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
         pisces: PiscesConfig = settings.pisces_config(config, vocab_size)
         weights = {"text": config.loss.text, "vectors": config.loss.vectors}
         return UnifiedProgram(Pisces(pisces, dtype), weights, config.loss.chunk, tuple(config.data.train))
+    if config.program == "text":
+        language = Transformer(settings.transformer_config(config, vocab_size), dtype)
+        return TextProgram(language, {"text": config.loss.text}, config.loss.chunk, tuple(config.data.train))
     if config.program not in ("pretrain", "decoder"):
-        raise UserError(f"config key program: {config.program!r} is none of pretrain, decoder, unified")
+        raise UserError(f"config key program: {config.program!r} is none of pretrain, decoder, unified, text")
     dit: DiTConfig = settings.dit_config(config)
     encoder = vit("generation_encoder")
     latent = settings.autoencoder_config(config)

@@ -67,7 +67,10 @@ class Trainer:
     def put(self, batch: Mapping[str, Any]) -> Batch:
         """This process's share of a batch, on the mesh."""
         sharding = batch_sharding(self.mesh)
-        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        size = self.config.batch_size
+        return {
+            k: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:])) for k, v in batch.items()
+        }
 
     def train_step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
         return self._jit(self._train, donate_argnums=0, out=(self.shardings, None))
@@ -107,17 +110,23 @@ class Trainer:
         counts = self.program.counts(batch)
         gradient = jax.grad(self._objective, has_aux=True)
         parts = self.config.optimizer.accumulate
+        trained = state.trained
+        if self.config.optimizer.gradient_dtype:
+            # Gradients have the dtype of what they are taken of; sums over parts and the optimizer are in the masters'.
+            trained = jax.tree.map(lambda p: p.astype(self.config.optimizer.gradient_dtype), trained)
         if parts == 1:
-            return gradient(state.trained, state.frozen, batch, counts)
+            gradients, metrics = gradient(trained, state.frozen, batch, counts)
+            return jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.trained), metrics
 
         # Each part takes every parts-th element, so that a part lies on the devices as the whole batch does.
         micro = {k: v.reshape(-1, parts, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.trained, state.frozen, part, counts)), None
+            more = gradient(trained, state.frozen, part, counts)
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, more), None
 
         first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(gradient, state.trained, state.frozen, first, counts)
+        shapes = state.trained, jax.eval_shape(gradient, trained, state.frozen, first, counts)[1]
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, micro)[0]
 
@@ -165,8 +174,8 @@ def _fresh(params: Any, rules: Any, tx: optax.GradientTransformation, config: Co
     return State(jnp.zeros((), jnp.int32), trained, average, tx.init(trained), frozen)
 
 
-def make_trainer(program: Program, config: ConfigDict, mesh: Mesh) -> Trainer:
-    """Shapes first, shardings from shapes; nothing is allocated.
+def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
+    """Shapes first, shardings from shapes; nothing is allocated. On an abstract mesh there is no more than that.
 
     Raises:
         UserError: a table, storage or batch size that does not fit the model or the mesh.

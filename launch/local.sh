@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Several processes on this machine, each with its share of fake CPU devices: to try what many hosts do.
+#
+#   launch/local.sh --processes=4 --devices=8 -- --config=configs/shapes.py --workdir=runs/four --config.mesh.fsdp=4 --config.mesh.tensor=2
+
+source "$(dirname "$0")/common.sh"
+usage="usage: launch/local.sh [--dry-run] [--processes=N] [--devices=M] [--port=P] -- TRAINING FLAGS"
+
+processes=4 devices=4 port=9876
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) DRY_RUN=1 ;;
+    --processes=*) processes=$(value "$1") ;;
+    --devices=*) devices=$(value "$1") ;;
+    --port=*) port=$(value "$1") ;;
+    --help) echo "$usage"; exit 0 ;;
+    --) shift; break ;;
+    *) fail "unknown flag $1; $usage" ;;
+  esac
+  shift
+done
+[ $# -gt 0 ] || fail "no training flags: $usage"
+[ $((devices % processes)) = 0 ] || fail "--devices=$devices must be a multiple of --processes=$processes"
+
+export JAX_PLATFORMS=cpu
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$((devices / processes))"
+started=()
+trap '[ ${#started[@]} = 0 ] || kill "${started[@]}" 2>/dev/null || true' EXIT
+for ((i = 0; i < processes; i++)); do
+  command=(python -m pisces_jax.train "$@" "--coordinator=127.0.0.1:$port" "--processes=$processes" "--process=$i")
+  if [ "$DRY_RUN" = 1 ]; then
+    run "${command[@]}"
+  else
+    "${command[@]}" &
+    started+=($!)
+  fi
+done
+status=0
+for process in "${started[@]}"; do
+  wait "$process" || status=$?
+done
+exit "$status"

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# SLURM, GPUs: one process a GPU; JAX finds the others by SLURM's own variables.
+#
+#   launch/slurm.sh --nodes=4 --gpus=8 --time=24:00:00 --python=.venv/bin/python -- \
+#       --config=configs/text_8b.py --workdir=/shared/runs
+#
+# A job that is requeued continues by itself: SIGTERM comes two minutes before the end and the run saves.
+
+source "$(dirname "$0")/common.sh"
+usage="usage: launch/slurm.sh [--dry-run] --nodes=N --gpus=G [--time=T] [--partition=P] [--account=A] [--python=PY] -- TRAINING FLAGS"
+
+nodes='' gpus='' time=24:00:00 partition='' account='' python=python
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) DRY_RUN=1 ;;
+    --nodes=*) nodes=$(value "$1") ;;
+    --gpus=*) gpus=$(value "$1") ;;
+    --time=*) time=$(value "$1") ;;
+    --partition=*) partition=$(value "$1") ;;
+    --account=*) account=$(value "$1") ;;
+    --python=*) python=$(value "$1") ;;
+    --help) echo "$usage"; exit 0 ;;
+    --) shift; break ;;
+    *) fail "unknown flag $1; $usage" ;;
+  esac
+  shift
+done
+if [ -z "$nodes" ] || [ -z "$gpus" ]; then fail "--nodes and --gpus are missing; $usage"; fi
+[ $# -gt 0 ] || fail "no training flags; $usage"
+need sbatch "run this on a login node of the cluster"
+
+printf -v training '%q ' "$@"
+options=("--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus" "--time=$time" --requeue
+  --signal=TERM@120 --job-name=pisces --output=slurm-%j.log)
+[ -z "$partition" ] || options+=("--partition=$partition")
+[ -z "$account" ] || options+=("--account=$account")
+run sbatch "${options[@]}" \
+  "--wrap=export XLA_FLAGS=\"\$($python -m pisces_jax.xla_flags gpu)\"; srun --kill-on-bad-exit=1 $python -m pisces_jax.train $training"

@@ -1,0 +1,301 @@
+"""The collectives of a compiled program: kind, mesh axes, bytes on the wire, how often a step runs them.
+
+Read from the optimized program's text. Bytes are those that one device sends in a ring: an all-gather its result ×
+(n−1)/n, a reduce-scatter and an all-to-all their operand × (n−1)/n, an all-reduce twice that, a permute its operand.
+A reduce-scatter that the TPU compiler writes as a fusion of an all-reduce and a slice counts as what it is.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
+    "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
+}  # fmt: skip
+_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([^\s=]+) = (.*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Equal collectives of a program: `bytes` a device sends in each of `executions` a step.
+
+    `axis` names the mesh axes along which devices take part, joined by "+"; `scope` is the model's own name for where
+    it is.
+    """
+
+    kind: str
+    axis: str
+    bytes: float
+    executions: int
+    group: int
+    scope: str
+
+
+@dataclasses.dataclass
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    attributes: str
+    root: bool
+
+
+@dataclasses.dataclass
+class _Program:
+    computations: dict[str, dict[str, _Instruction]]
+    entry: str
+
+    def root(self, computation: str) -> _Instruction:
+        return next(i for i in self.computations[computation].values() if i.root)
+
+
+def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    """All collectives of an optimized program for a mesh whose devices are numbered in the order of its axes.
+
+    Raises:
+        ValueError: a loop whose number of trips cannot be read from the program.
+    """
+    program = _parse(text)
+    found: Counter[tuple[str, str, float, int, str]] = Counter()
+    seen: set[tuple[str, str]] = set()
+
+    def visit(name: str, times: int) -> None:
+        for i in program.computations[name].values():
+            if i.opcode == "while":
+                body = _attribute(i, "body")
+                visit(body, times * _trips(program, name, i))
+            elif i.opcode == "conditional":
+                for branch in re.findall(r"%?([\w.\-]+)", _braces(i.attributes, "branch_computations=")):
+                    visit(branch, times)
+            elif kind := next((k for k in KINDS if i.opcode in (k, f"{k}-start")), None):
+                count(name, i, kind, times)
+            else:
+                for called in re.findall(r"(?:calls|to_apply|called_computation)=%?([^\s,})]+)", i.attributes):
+                    visit(called, times)
+
+    def count(name: str, i: _Instruction, kind: str, times: int) -> None:
+        if "async_collective" in name or "async_collective" in i.attributes:
+            # An overlapped collective appears in several fusions, with one channel.
+            channel = re.search(r"channel_id=(\d+)", i.attributes)
+            key = (kind, channel.group(1) if channel else i.name)
+            if kind != "collective-permute" and key in seen:
+                return
+            seen.add(key)
+        operand = sum(_size(program.computations[name][o].shape) for o in i.operands if o in program.computations[name])
+        result = _size(i.shape)
+        if i.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+            result -= operand  # its shape is (operand, result, ...)
+        if kind == "all-reduce" and "all-reduce-scatter" in name:
+            kind = "reduce-scatter"
+        group = _group(i.attributes, kind, mesh_shape)
+        n = len(group)
+        share = (n - 1) / n
+        wire = {
+            "all-gather": result * share, "all-reduce": 2 * operand * share, "collective-permute": operand,
+        }.get(kind, operand * share)  # fmt: skip
+        scope = re.search(r'op_name="([^"]*)"', i.attributes)
+        found[kind, _axis(group, mesh_shape), wire, n, _scope(scope.group(1) if scope else "")] += times
+
+    visit(program.entry, 1)
+    return [
+        Collective(kind, axis, wire, times, n, scope) for (kind, axis, wire, n, scope), times in found.items() if wire
+    ]
+
+
+def wire_bytes(found: Sequence[Collective]) -> float:
+    """Bytes that a device sends in a step."""
+    return sum(c.bytes * c.executions for c in found)
+
+
+def _parse(text: str) -> _Program:
+    computations: dict[str, dict[str, _Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.endswith("{"):
+            head = re.match(r"(ENTRY )?%?([^\s(]+)", line)
+            if head is None or head.group(2) == "HloModule":
+                continue
+            current = computations.setdefault(head.group(2), {})
+            if head.group(1):
+                entry = head.group(2)
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            root, name, rest = match.groups()
+            shape, rest = _shape_and_rest(rest)
+            call = re.match(r"\s*([\w\-]+)\(", rest)
+            if call is None:
+                continue
+            inside, attributes = _parenthesis(rest[call.end() :])
+            # A constant's value stands where operands stand.
+            operands = [inside] if call.group(1) == "constant" else re.findall(r"%([^\s,)]+)", inside)
+            if call.group(1) == "parameter":
+                operands = [inside]
+            current[name] = _Instruction(name, shape, call.group(1), operands, attributes, bool(root))
+    return _Program(computations, entry)
+
+
+def _shape_and_rest(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    inside, rest = _parenthesis(text[1:])
+    return f"({inside})", rest
+
+
+def _parenthesis(text: str) -> tuple[str, str]:
+    """What stands before the closing parenthesis, and what comes after it."""
+    depth = 1
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return text[:i], text[i + 1 :]
+    return text, ""
+
+
+def _braces(text: str, before: str) -> str:
+    start = text.index(before) + len(before)
+    return text[start : text.index("}", start)]
+
+
+def _attribute(i: _Instruction, name: str) -> str:
+    match = re.search(rf"\b{name}=%?([^\s,}})]+)", i.attributes)
+    if match is None:
+        raise ValueError(f"{i.opcode} {i.name} has no {name}")
+    return match.group(1)
+
+
+def _size(shape: str) -> float:
+    """Bytes of a shape or of a tuple of them."""
+    return sum(
+        _BYTES.get(kind, 0) * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in _SHAPE.findall(shape)
+    )
+
+
+def _trips(program: _Program, computation: str, loop: _Instruction) -> int:
+    """(limit − start) / step of a loop that counts upwards, as the compiler writes scans."""
+    condition, body = _attribute(loop, "condition"), _attribute(loop, "body")
+    start_tuple = program.computations[computation][loop.operands[0]]
+    compare, arguments = _compare(program, condition)
+    index = _tuple_index(program, condition, arguments[0])
+    limit = _constant(program, condition, arguments[1])
+    if limit is None and (place := _tuple_index(program, condition, arguments[1])) is not None:
+        limit = _constant(program, computation, start_tuple.operands[place])
+    start = None if index is None else _constant(program, computation, start_tuple.operands[index])
+    step = None
+    if index is not None:
+        step = _increment(program, body, program.root(body).operands[index])
+    if limit is None or start is None or not step or "direction=LT" not in compare.attributes:
+        raise ValueError(f"loop {loop.name}: its number of trips cannot be read")
+    return -(-(limit - start) // step)
+
+
+def _compare(program: _Program, computation: str) -> tuple[_Instruction, list[str]]:
+    """The comparison that a condition ends in, and its arguments' names in the condition itself."""
+    root = program.root(computation)
+    if root.opcode == "compare":
+        return root, root.operands
+    if root.opcode == "fusion":
+        called = _attribute(root, "calls")
+        compare, arguments = _compare(program, called)
+        inner = program.computations[called]
+        return compare, [
+            root.operands[int(inner[a].operands[0])] if inner[a].opcode == "parameter" else f"{called}:{a}"
+            for a in arguments
+        ]
+    raise ValueError(f"condition {computation} ends in {root.opcode}")
+
+
+def _find(program: _Program, computation: str, name: str) -> tuple[str, _Instruction]:
+    """An instruction, behind copies; `computation:name` names one of another computation."""
+    if ":" in name:
+        computation, name = name.split(":")
+    i = program.computations[computation][name]
+    while i.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
+        i = program.computations[computation][i.operands[0]]
+    return computation, i
+
+
+def _constant(program: _Program, computation: str, name: str) -> int | None:
+    _, i = _find(program, computation, name)
+    return int(i.operands[0]) if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.operands[0]) else None
+
+
+def _tuple_index(program: _Program, computation: str, name: str) -> int | None:
+    _, i = _find(program, computation, name)
+    return int(_attribute(i, "index")) if i.opcode == "get-tuple-element" else None
+
+
+def _increment(program: _Program, computation: str, name: str) -> int | None:
+    """The constant that an instruction adds, also inside a fusion."""
+    where, i = _find(program, computation, name)
+    if i.opcode == "fusion":
+        called = _attribute(i, "calls")
+        inner = program.root(called)
+        if inner.opcode != "add":
+            return None
+        for operand in inner.operands:
+            argument = program.computations[called][operand]
+            outer = (where, i.operands[int(argument.operands[0])]) if argument.opcode == "parameter" else None
+            value = _constant(program, *outer) if outer else _constant(program, called, operand)
+            if value is not None:
+                return value
+        return None
+    if i.opcode != "add":
+        return None
+    return next((v for o in i.operands if (v := _constant(program, where, o)) is not None), None)
+
+
+def _group(attributes: str, kind: str, mesh_shape: Mapping[str, int]) -> list[int]:
+    """The devices of the first group, by their numbers in the mesh."""
+    total = math.prod(mesh_shape.values())
+    if kind == "collective-permute":
+        pairs = re.findall(r"\{(\d+),(\d+)\}", attributes)
+        return next(([int(a), int(b)] for a, b in pairs if a != b), [0])
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return [int(n) for n in match.group(1).split(",")]
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        groups, size, shape, order = match.groups()
+        ids = np.arange(int(groups) * int(size)).reshape([int(n) for n in shape.split(",")])
+        if order:
+            ids = ids.transpose([int(n) for n in order.split(",")])
+        return ids.reshape(int(groups), int(size))[0].tolist()
+    named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\)[^{]*)? ?\{([^}]*)\}"
+    if match := re.search(named, attributes):
+        return _mesh_group(*match.groups())
+    return list(range(total))
+
+
+def _mesh_group(sizes: str, device_ids: str | None, axes: str) -> list[int]:
+    """Of `'a'=16,'b'=4` the group along the named axes; `'a':(2)4` is the part of a of size 4 with 2 before it."""
+    names = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
+    factors: list[tuple[int, bool]] = []
+    wanted = {
+        name: (int(before or 1), int(size or names[name]))
+        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    for name, size in names.items():
+        before, part = wanted.get(name, (size, 1))
+        factors += [(before, False), (part, name in wanted), (size // before // part, False)]
+    total = math.prod(names.values())
+    ids = np.array([int(n) for n in device_ids.split(",")]) if device_ids else np.arange(total)
+    ids = ids.reshape([size for size, _ in factors])
+    return ids[tuple(slice(None) if mine else 0 for _, mine in factors)].reshape(-1).tolist()
+
+
+def _axis(group: Sequence[int], mesh_shape: Mapping[str, int]) -> str:
+    places = np.array(np.unravel_index(np.array(group), tuple(mesh_shape.values())))
+    return "+".join(n for n, row in zip(mesh_shape, places, strict=True) if len(set(row.tolist())) > 1) or "none"
+
+
+def _scope(op_name: str) -> str:
+    """The part of an operation's name that the model gave, without JAX's own words."""
+    words = [w for w in op_name.split("/") if w not in ("while", "body", "closed_call", "shard_map", "checkpoint")]
+    words = [w for w in words if not re.match(r"(jit|jvp|transpose|vmap|remat|rematted|cond|branch)", w)]
+    return "/".join(words[:3])

@@ -1,0 +1,106 @@
+"""What holds a device's memory, by formula from shapes and shardings: beside the compiler's figures, never forced to
+agree with them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pisces_jax.models.transformer import TransformerConfig
+from pisces_jax.models.vit import ViTConfig
+from pisces_jax.planning.batch import abstract_batch
+from pisces_jax.sharding import batch_shards
+from pisces_jax.training.programs import TextProgram, UnifiedProgram
+from pisces_jax.training.step import Trainer
+
+
+def shard_bytes(shape: tuple[int, ...], dtype: Any, sharding: Any) -> int:
+    """Bytes of an array on one device."""
+    return math.prod(sharding.shard_shape(shape)) * jnp.dtype(dtype).itemsize
+
+
+def tree_bytes(tree: Any, shardings: Any) -> int:
+    return sum(
+        shard_bytes(leaf.shape, leaf.dtype, sharding)
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    )
+
+
+def memory_by_part(trainer: Trainer) -> dict[str, int]:
+    """Bytes a device: parameters of each part, averaged weights, optimizer, gradients, batch, saved activations."""
+    abstract, shardings = trainer.abstract, trainer.shardings
+    parts: dict[str, int] = {}
+    for tree, where in ((abstract.trained, shardings.trained), (abstract.frozen, shardings.frozen)):
+        for part in tree:
+            name = f"parameters/{part}"
+            parts[name] = parts.get(name, 0) + tree_bytes(tree[part], where[part])
+    if abstract.average:
+        parts["average"] = tree_bytes(abstract.average, shardings.average)
+    parts["optimizer"] = tree_bytes(abstract.optimizer, shardings.optimizer)
+    gradients = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, trainer.config.optimizer.gradient_dtype or x.dtype), abstract.trained
+    )
+    parts["gradients"] = tree_bytes(gradients, shardings.trained)
+    batch = abstract_batch(trainer.config, trainer.program, trainer.mesh)
+    parts["batch"] = sum(shard_bytes(x.shape, x.dtype, x.sharding) for x in batch.values())
+    return parts | {f"activations/{k}": v for k, v in saved_activations(trainer).items()}
+
+
+def saved_activations(trainer: Trainer) -> dict[str, int]:
+    """What the blocks save for the backward pass by their rematerialisation policy, in bytes a device.
+
+    A block always has its input; "context" adds attention's result and one float32 a head for the softmax,
+    "projections" the outputs of all projections too. "offload" saves to the host, "everything" is counted like
+    "projections" with the hidden layer's activation twice more: what the compiler keeps there is its own choice.
+    """
+    config, program = trainer.config, trainer.program
+    if not isinstance(program, TextProgram | UnifiedProgram):
+        return {}
+    item = jnp.dtype(config.compute_dtype).itemsize
+    tensor = trainer.mesh.shape["tensor"]
+    shards = batch_shards(trainer.mesh) * config.optimizer.accumulate
+    groups = config.batch_size // shards
+    language = program.model.config if isinstance(program, TextProgram) else program.model.config.language_model
+    positions = groups * config.data.rows * config.data.row_length
+    found = {"language_model": language.layers * positions * _llama(language, tensor, item)}
+    if isinstance(program, UnifiedProgram) and "understanding_encoder" in trainer.abstract.trained:
+        c = program.model.config.understanding_encoder
+        vectors = groups * config.data.read_slots * (c.vectors + c.class_token)
+        found["understanding_encoder"] = c.layers * vectors * _vit(c, tensor, item)
+    return {k: int(v) for k, v in found.items()}
+
+
+def _llama(c: TransformerConfig, tensor: int, item: int) -> float:
+    """Bytes a position and layer."""
+    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    context = (heads * item + 4 * c.heads) / tensor
+    projections = ((heads + 2 * kv + 2 * c.mlp_hidden) / tensor + 2 * c.width) * item
+    return _saved(c.remat, c.width * item / tensor, context, projections, 2 * c.mlp_hidden * item / tensor)
+
+
+def _vit(c: ViTConfig, tensor: int, item: int) -> float:
+    context = (c.width * item + 4 * c.heads) / tensor
+    projections = ((3 * c.width + c.mlp_hidden) / tensor + 2 * c.width) * item
+    return _saved(c.remat, c.width * item, context, projections, c.mlp_hidden * item / tensor)
+
+
+def _saved(remat: str, block_input: float, context: float, projections: float, hidden: float) -> float:
+    return {
+        "nothing": block_input,
+        "context": block_input + context,
+        "projections": block_input + context + projections,
+        "offload": 0.0,
+        "everything": block_input + context + projections + hidden,
+    }[remat]
+
+
+def by_kind(parts: Mapping[str, int]) -> dict[str, int]:
+    """The same, parameters of all parts and activations of all parts together."""
+    kinds: dict[str, int] = {}
+    for name, size in parts.items():
+        kind = name.partition("/")[0]
+        kinds[kind] = kinds.get(kind, 0) + size
+    return kinds

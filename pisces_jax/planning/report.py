@@ -1,0 +1,89 @@
+"""A plan in words, for a person."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from pisces_jax.planning.compiled import Plan
+from pisces_jax.planning.memory import by_kind
+
+
+def describe(plan: Plan) -> str:
+    """The whole plan: memory, collectives, FLOPs, prediction, and what to change where it does not fit."""
+    lines = [
+        f"{plan.config} on {_where(plan)}, mesh {mesh_text(plan.mesh)}, batch {plan.batch_size}, "
+        f"{plan.rows_per_device:g} rows a device, remat {plan.remat}",
+        "",
+    ]
+    if plan.hbm_bytes is None:
+        lines.append(f"memory    peak {gib(plan.peak_bytes)} a device (CPU: no limit known)")
+    else:
+        word = "fits" if plan.fits else "does NOT fit"
+        spare = plan.hbm_bytes - plan.peak_bytes
+        rest = f"{gib(spare)} to spare" if spare >= 0 else f"{gib(-spare)} too much"
+        lines.append(f"memory    {word}: peak {gib(plan.peak_bytes)} of {gib(plan.hbm_bytes)} a device, {rest}")
+    figures = ", ".join(f"{name} {gib(size)}" for name, size in plan.compiler.items() if name != "peak")
+    lines.append(f"          compiler: {figures or 'no figures, since it did not compile'}")
+    lines.append("          analytic: " + ", ".join(f"{k} {gib(v)}" for k, v in by_kind(plan.memory).items()))
+    largest = sorted(plan.memory.items(), key=lambda item: -item[1])[:6]
+    lines.append("          largest:  " + ", ".join(f"{k} {gib(v)}" for k, v in largest))
+    if plan.collectives:
+        lines += ["", f"wire      {plan.wire_bytes_per_step / 1e9:.2f} GB a device and step"]
+        lines += [f"          {line}" for line in collective_lines(plan)]
+    lines += ["", f"FLOPs     {plan.model_flops_per_step / 1e12:.2f} T a device and step (model FLOPs, causal half)"]
+    if plan.model_flops_per_step_trained != plan.model_flops_per_step:
+        lines[-1] += f", {plan.model_flops_per_step_trained / 1e12:.2f} T without frozen parts"
+    lines += [f"          {part} {flops / 1e12:.3f} T" for part, flops in plan.model_flops_by_part.items()]
+    if plan.roofline_seconds and plan.predicted_step_seconds and plan.predicted_mfu and plan.mfu_bound:
+        bounds = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan.roofline_seconds.items())
+        lines += [
+            "", f"roofline  {bounds}; MFU at most {plan.mfu_bound:.1%}",
+            f"predicted {plan.predicted_step_seconds:.3f} s a step, MFU {plan.predicted_mfu:.1%} "
+            "(a prediction: docs/scale.md)",
+        ]  # fmt: skip
+    lines += ["", f"compiled in {plan.compile_seconds:.0f} s"]
+    if plan.fallbacks:
+        lines += ["", "dimensions that do not divide:", *(f"  {text}" for text in plan.fallbacks)]
+    if plan.advice:
+        lines += ["", "to make it fit, change one or more:", *(f"  {text}" for text in plan.advice)]
+    return "\n".join(lines)
+
+
+def collective_lines(plan: Plan) -> list[str]:
+    """Collectives by kind and mesh axis: gigabytes a step, and how many are run."""
+    sizes: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+    for c in plan.collectives:
+        sizes[c["kind"], c["axis"]] += c["bytes"] * c["executions"]
+        counts[c["kind"], c["axis"]] += c["executions"]
+    return [
+        f"{kind:<19} {axis:<24} {sizes[kind, axis] / 1e9:9.3f} GB in {counts[kind, axis]:>6}"
+        for kind, axis in sorted(sizes, key=lambda key: -sizes[key])
+    ]
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """A line each, for a search and for the documents."""
+    names = ("config", "topology", "mesh", "rows a device", "remat", "peak GiB", "fits", "wire GB", "predicted s")
+    lines = ["| " + " | ".join((*names, "predicted MFU", "compile s")) + " |", "|" + "---|" * (len(names) + 2)]
+    for p in plans:
+        seconds = f"{p.predicted_step_seconds:.2f}" if p.predicted_step_seconds else "–"
+        mfu = f"{p.predicted_mfu:.0%}" if p.predicted_mfu else "–"
+        wire = f"{p.wire_bytes_per_step / 1e9:.1f}" if p.collectives else "–"
+        lines.append(
+            f"| {p.config} | {_where(p)} | {mesh_text(p.mesh)} | {p.rows_per_device:g} | {p.remat} | "
+            f"{p.peak_bytes / 2**30:.2f} | {'yes' if p.fits else 'no'} | {wire} | {seconds} | {mfu} | "
+            f"{p.compile_seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def mesh_text(mesh: dict[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _where(plan: Plan) -> str:
+    return plan.topology if plan.slices == 1 else f"{plan.slices} × {plan.topology}"

@@ -1,0 +1,328 @@
+"""Plans: collectives against programs whose traffic is known, memory and FLOPs in closed form, tiny TPU programs."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pisces_jax import xla_flags
+from pisces_jax.errors import UserError
+from pisces_jax.planning import hlo, memory, report, roofline, search, slices
+from pisces_jax.planning.batch import batch_shapes
+from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan
+from pisces_jax.sharding import make_mesh, user_mesh
+from pisces_jax.training import flops
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+)
+
+
+# --- collectives
+
+
+def found_in(function, mesh, *shapes):
+    """The collectives of a function over shards, compiled for the fake CPU devices."""
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, spec)) for s, spec in shapes]
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return {(c.kind, c.axis, c.bytes): c.executions for c in hlo.collectives(text, dict(mesh.shape))}
+
+
+def sharded(mesh, in_specs, out_specs):
+    return functools.partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def test_collectives_by_kind_axis_and_bytes():
+    """A ring over n devices: (n-1)/n of the larger side, twice that for an all-reduce."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+
+    def local(x):
+        whole = jax.lax.all_gather(x, "tensor", tiled=True)  # [16, 8]: 512 bytes
+        total = jax.lax.psum(x, ("data", "fsdp"))  # 256 bytes over 4
+        part = jax.lax.psum_scatter(whole, "data", tiled=True)  # 512 bytes over 2
+        return whole.sum() + total.sum() + part.sum() + jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 0)]).sum()
+
+    run = sharded(mesh, P("tensor"), P())(local)
+    got = found_in(run, mesh, ((16, 8), P("tensor")))
+    assert got["all-gather", "tensor", 512 / 2] == 1
+    assert got["all-reduce", "data+fsdp", 2 * 256 * 3 / 4] == 1
+    assert got["reduce-scatter", "data", 512 / 2] == 1
+    assert got["collective-permute", "fsdp", 256] == 1
+
+
+def test_collectives_in_loops_count_every_trip():
+    mesh = make_mesh(fsdp=8, devices=jax.devices())
+
+    def local(x):
+        def inner(c, _):
+            return jax.lax.psum(c, "fsdp") * 0.5, None
+
+        def outer(c, _):
+            return jax.lax.all_gather(jax.lax.scan(inner, c, length=3)[0], "fsdp_inner", tiled=True)[:4], None
+
+        return jax.lax.scan(outer, x, length=5)[0]
+
+    run = sharded(mesh, P(("fsdp", "fsdp_inner")), P(("fsdp", "fsdp_inner")))(local)
+    got = found_in(run, mesh, ((32,), P(("fsdp", "fsdp_inner"))))
+    assert got["all-reduce", "fsdp", 2 * 16 / 2] == 15
+    assert got["all-gather", "fsdp_inner", 64 * 3 / 4] == 5
+
+
+@pytest.mark.parametrize(
+    "attributes, expected",
+    [
+        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups={}", list(range(8))),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2]),
+    ],
+)
+def test_replica_groups(attributes, expected):
+    assert hlo._group(attributes, "all-reduce", {"x": 2, "y": 4}) == expected
+
+
+def test_a_fused_reduce_scatter_counts_as_one():
+    """How the TPU compiler writes it: an all-reduce and a slice in a computation of that name."""
+    text = """HloModule m
+
+%all-reduce-scatter.1 (p: bf16[8,128]) -> bf16[2,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %all-reduce.1 = bf16[8,128]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = bf16[2,128]{1,0} dynamic-slice(%all-reduce.1, %c, %c), dynamic_slice_sizes={2,128}
+}
+
+ENTRY %main (a: bf16[8,128]) -> bf16[2,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  ROOT %f = bf16[2,128]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (one,) = hlo.collectives(text, {"x": 4})
+    assert (one.kind, one.axis, one.bytes, one.executions) == ("reduce-scatter", "x", 8 * 128 * 2 * 3 / 4, 1)
+
+
+# --- slices
+
+
+def test_names_of_slices():
+    assert slices.read_name("v5p:4x4x4") == ("v5p", "4x4x4")
+    assert slices.read_name("v4-128") == ("v4", "4x4x4")  # counted in cores, two a chip
+    assert slices.read_name("v5e-256") == ("v5e", "16x16")
+    assert slices.read_name("cpu:8") == ("cpu", "8")
+    for wrong in ("v5p", "v5p:4x4", "v7:4x4", "v4-100", "cpu:0", "gpu:8", ""):
+        with pytest.raises(UserError, match="write it like v5p:4x4x4, v5p-128, v5e:16x16 or cpu:8"):
+            slices.read_name(wrong)
+    for chip in slices.CHIPS.values():
+        assert all(len(s.split("x")) == chip.dimensions for s in chip.shapes)
+        assert [slices.chips(s) for s in chip.shapes] == sorted(slices.chips(s) for s in chip.shapes)
+
+
+def test_more_cpus_than_there_are():
+    with pytest.raises(UserError, match="JAX has 8 CPU devices here: set XLA_FLAGS"):
+        slices.find_slice("cpu:16")
+
+
+# --- a plan
+
+
+def unified(**changes):
+    data = dict(row_length=32, rows=2, read_slots=3, draw_slots=3, train={"a": {}})
+    config = tiny.config(program="unified", batch_size=8, model=tiny.model_settings(32), data=data)
+    config.optimizer.table = (("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
+    for key, value in changes.items():
+        config[key].update(value)
+    return config
+
+
+def test_the_planned_batch_is_what_packing_makes():
+    config = unified()
+    trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 32)
+    made = tiny.batch(*[tiny.pack([[tiny.CAPTION], [tiny.DRAW]])] * 8)
+    assert {k: (v.shape, v.dtype) for k, v in made.items()} == {
+        k: (shape, np.dtype(dtype)) for k, (shape, dtype) in batch_shapes(config, trainer.program).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(unified(mesh=dict(fsdp=4, tensor=2)), slices.find_slice("cpu:8"), 32)
+
+
+def test_a_plan_for_cpus(plan):
+    """Arguments that the compiler counts are the parameters, moments, batch and the step that the formulas count."""
+    assert plan.fits and plan.hbm_bytes is None and plan.predicted_step_seconds is None
+    assert plan.mesh == dict(data=1, fsdp=4, tensor=2) and plan.devices == 8 and plan.rows_per_device == 2
+    held = sum(v for k, v in plan.memory.items() if k.partition("/")[0] in ("parameters", "optimizer", "batch"))
+    # Frozen parts and the rest; the counters of the step and of the optimizer are left out of the formulas.
+    assert plan.compiler["arguments"] == pytest.approx(held, abs=2048)
+    assert plan.wire_bytes_per_step == pytest.approx(sum(c["bytes"] * c["executions"] for c in plan.collectives))
+    assert {"fsdp", "fsdp_inner", "tensor"} <= {a for c in plan.collectives for a in c["axis"].split("+")}
+    assert plan.model_flops_per_step == pytest.approx(sum(plan.model_flops_by_part.values()))
+    frozen = plan.model_flops_by_part["generation_encoder"]
+    assert plan.model_flops_per_step_trained == pytest.approx(plan.model_flops_per_step - frozen)
+    text = report.describe(plan)
+    assert "mesh fsdp=4,tensor=2" in text and "reduce-scatter" in text
+    names = {"fits", "peak_bytes", "hbm_bytes", "memory", "collectives", "wire_bytes_per_step", "model_flops_per_step"}
+    names |= {"predicted_step_seconds", "predicted_mfu", "compile_seconds"}
+    assert names <= json.loads(json.dumps(plan.to_json())).keys()
+
+
+def test_parts_of_the_flops_sum_to_the_step():
+    config = unified()
+    trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 32)
+    shapes = {k: s for k, (s, _) in batch_shapes(config, trainer.program).items()}
+    trained = set(trainer.shardings.trained)
+    parts = flops.step_flops_by_part(trainer.program, shapes, trained)
+    assert flops.step_flops(trainer.program, shapes, trained) == sum(parts.values())
+    c = trainer.program.model.config.language_model
+    weights = c.layers * (c.width * c.head_dim * 2 * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_hidden)
+    products = 2 * 32 * (weights + c.width * c.vocab_size) + 2 * 32**2 * c.heads * c.head_dim * c.layers
+    assert parts["language_model"] == pytest.approx(3 * 16 * products)
+
+
+def test_memory_by_formula():
+    mesh = make_mesh(fsdp=4, tensor=2)
+    assert memory.shard_bytes((64, 48), jnp.bfloat16, NamedSharding(mesh, P(("fsdp", "fsdp_inner"), "tensor"))) == 768
+    # A layer that saves its input: positions × width × bytes, for each position of this device's rows.
+    config = unified(mesh=dict(fsdp=4, tensor=2))
+    config.model.language_model.remat = "nothing"
+    trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 32)
+    c = trainer.program.model.config.language_model
+    positions = 8 // 4 * 2 * 32
+    assert memory.saved_activations(trainer)["language_model"] == c.layers * positions * c.width * 4 // 2
+
+
+def test_bandwidth_of_a_mesh_axis():
+    """A dimension of the torus that is closed to a ring gives two links; v5p's are closed from four chips on."""
+
+    class Device:
+        def __init__(self, *coords):
+            self.coords = coords
+
+    chip = slices.CHIPS["v5p"]
+    devices = np.array([[Device(x, y, 0) for y in range(2)] for x in range(4)])
+    axes = ("fsdp", "tensor")
+    assert roofline.axis_bandwidth(chip, devices, axes, "fsdp") == 2 * chip.link_bandwidth
+    assert roofline.axis_bandwidth(chip, devices, axes, "tensor") == chip.link_bandwidth
+    assert roofline.axis_bandwidth(chip, devices, axes, "fsdp+tensor") == 3 * chip.link_bandwidth
+
+
+def test_the_prediction_is_calibrated_on_published_runs():
+    """Two of the five are predicted too high and two too low, and one is the median itself."""
+    residuals = sorted(roofline.EFFICIENCY / run.share - 1 for run in roofline.PUBLISHED)
+    assert residuals[2] == pytest.approx(0) and residuals[0] > -0.15 and residuals[-1] < 0.30
+    work = roofline.executed_flops({"language_model": 3e12, "frozen": 1e12}, {"language_model": "nothing"})
+    assert work == pytest.approx(5e12)
+
+
+def test_candidates_keep_the_batch():
+    config = unified()
+    tried = list(search.candidates(config, 8))
+    assert {(c.mesh.fsdp, c.mesh.tensor) for c in tried} == {(8, 1), (4, 2), (2, 4), (1, 8)}
+    assert all(c.batch_size == config.batch_size for c in tried)
+    assert config.model.language_model.get("remat") is None  # the config itself stays
+
+
+# --- the command, and TPUs that are not there
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "pisces_jax.plan", *arguments], capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    out = tmp_path / "plan.json"
+    config = "--config=tests/tiny_config.py:unified"
+    done = command(config, "--topology=cpu:4", "--mesh=fsdp=2,tensor=2", f"--json={out}")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(out.read_text())
+    assert plan["devices"] == 4 and plan["mesh"] == dict(data=1, fsdp=2, tensor=2)
+    assert f"{plan['wire_bytes_per_step'] / 1e9:.2f} GB" in done.stdout
+    for arguments, words in (
+        (["--config=tests/tiny_config.py", "--topology=cpu:4"], "has several stages: name one"),
+        (["--config=tests/tiny_config.py:unified", "--topology=v5p"], "write it like v5p:4x4x4"),
+        (["--config=tests/tiny_config.py:unified", "--topology=cpu:4", "--mesh=fsdp:2"], "write it like data=2"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def tiny_text(**mesh):
+    config = tiny.config(program="text", batch_size=8, compute_dtype="bfloat16", mesh=mesh)
+    config.model = dict(
+        language_model=dict(
+            width=256, layers=2, heads=4, kv_heads=2, head_dim=128, mlp_hidden=512, remat="nothing"
+        )
+    )
+    config.data.row_length = 512
+    config.data.train = {"a": {}}
+    config.loss.chunk = 256
+    return config
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n, g in xla_flags.GROUPS.items() if g.variable == "LIBTPU_INIT_ARGS"])
+def test_the_tpu_compiler_knows_every_flag(name):
+    trainer = abstract_trainer(tiny_text(fsdp=4), slices.find_slice("v5e:2x2"), 512)
+    compile_step(trainer, xla_flags.GROUPS[name].flags)
+    with pytest.raises(Exception, match="xla_tpu_no_such_flag"):
+        compile_step(trainer, {"xla_tpu_no_such_flag": "true"})
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_tpu_step_reduce_scatters_and_runs_splash():
+    """Compiled for 16 chips that are not here: every gradient that counts travels as a reduce-scatter."""
+    config = tiny_text(fsdp=16)
+    config.batch_size = 16
+    where = slices.find_slice("v5e:4x4")
+    trainer = abstract_trainer(config, where, 512)
+    text = compile_step(trainer).as_text()
+    assert "tpu_custom_call" in text
+    found = hlo.collectives(text, dict(trainer.mesh.shape))
+    scattered = sum(c.bytes * c.executions for c in found if c.kind == "reduce-scatter")
+    reduced = sum(c.bytes * c.executions for c in found if c.kind == "all-reduce")
+    parameters = sum(x.size for x in jax.tree.leaves(trainer.abstract.trained))
+    assert scattered + reduced < 1.3 * 2 * parameters  # bfloat16, once
+    assert user_mesh(trainer.mesh) == dict(data=1, fsdp=16, tensor=1)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_offloading_leaves_the_device():
+    """What the blocks save waits in the host's memory: their input and attention's result, in bfloat16."""
+    config = tiny_text(fsdp=4)
+    config.batch_size = 4
+    config.model.language_model.remat = "offload"
+    analysis = compile_step(abstract_trainer(config, slices.find_slice("v5e:2x2"), 512)).memory_analysis()
+    language = config.model.language_model
+    saved = language.layers * 512 * (language.width + language.heads * language.head_dim) * 2
+    assert analysis.host_temp_size_in_bytes >= saved
+
+
+@needs_libtpu
+def test_slices_lie_along_data():
+    """Gradients alone cross the network between slices."""
+    where = slices.find_slice("v5p:2x2x1", 2)
+    mesh = make_mesh(data=2, fsdp=4, devices=where.devices)
+    for i in range(2):
+        assert {d.slice_index for d in mesh.devices[i].reshape(-1)} == {i}
+    with pytest.raises(UserError, match="mesh data=1 over 2 slices: make data a multiple of 2"):
+        make_mesh(fsdp=8, devices=where.devices)
+    axes = tuple(mesh.shape)
+    assert roofline.axis_bandwidth(where.chip, mesh.devices, axes, "data") == where.chip.dcn_bandwidth

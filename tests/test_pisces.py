@@ -262,7 +262,7 @@ def test_rows_of_the_data_layer_give_the_same_losses(params):
     groups = PackedGroups([Entry("a", 1.0, examples)], tiny.Letters(), LAYOUT, seed=0)
     program = UnifiedProgram(Pisces(tiny.PISCES), {"text": 1.0, "vectors": 1.0}, 0, ("a",))
     run = jax.jit(lambda b: program.losses(params, b, jax.random.key(0))[0])
-    packed = merge([run(tiny.batch(groups[i])) for i in range(len(groups.epoch(0)))])
+    packed = merge([run(tiny.batch(groups[i])) for i in range(groups.per_epoch)])
     alone = merge([run(tiny.batch(tiny.pack([[example]]))) for example in examples])
     assert packed == pytest.approx(alone, rel=1e-5)
 

@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from pisces_jax.data import pipeline
 from pisces_jax.data.example import Text
-from pisces_jax.data.layout import Layout
+from pisces_jax.data.layout import Entry, Layout
 from pisces_jax.data.packing import PackedGroups
 from pisces_jax.data.pairs import Pairs
+from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from pisces_jax.errors import UserError
 from pisces_jax.training.config import vit_config
@@ -38,11 +39,15 @@ def _texts(config: ConfigDict) -> Any:
         source = _entry(name, spec).source
         # Spread over the source: files are often sorted.
         for i in np.unique(np.linspace(0, len(source) - 1, config.data.tokenizer_examples).astype(int)):
-            yield from (part.text for part in source[int(i)].parts if isinstance(part, Text))
+            try:
+                parts = source[int(i)].parts
+            except UserError:
+                continue  # it is counted where lengths are read
+            yield from (part.text for part in parts if isinstance(part, Text))
 
 
-def _entry(name: str, spec: ConfigDict) -> pipeline.Entry:
-    return pipeline.make_source({"name": name, **spec})
+def _entry(name: str, spec: ConfigDict) -> Entry:
+    return make_source({"name": name, **spec})
 
 
 def _items(
@@ -52,6 +57,8 @@ def _items(
         raise UserError("config key data.train names no source: give at least one")
     entries = [_entry(name, spec) for name, spec in sources.items()]
     d = config.data
+    # Every stage of a work directory, and every worker, finds the lengths that were read once.
+    kwargs |= dict(folder=workdir / "lengths", scaled_jpeg=d.scaled_jpeg, max_broken=d.max_broken)
     if not isinstance(program, UnifiedProgram):
         size = vit_config(config, "generation_encoder").image_size
         return Pairs(entries, tokenizer, d.text_length, size, config.seed, **kwargs)
@@ -66,7 +73,8 @@ def _items(
 def _iterator(items: Any, config: ConfigDict, **kwargs: Any) -> pipeline.BatchIterator:
     make = pipeline.pairs_iterator if isinstance(items, Pairs) else pipeline.packed_iterator
     return make(
-        items, config.batch_size, process_index=jax.process_index(), process_count=jax.process_count(), **kwargs
+        items, config.batch_size, process_index=jax.process_index(), process_count=jax.process_count(),
+        max_broken=config.data.max_broken, **kwargs,
     )  # fmt: skip
 
 

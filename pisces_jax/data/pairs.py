@@ -59,9 +59,11 @@ class Pairs:
             0, 0, length, rows=1, read_slots=1, draw_slots=1, read_size=size, draw_size=size
         )
         self.left_out: dict[str, int] = {}
+        self.lengths = []
         usable = []
         for entry in self.entries:
             lengths = scan_lengths(entry.source, tokenizer, self._layout, f"{entry.name}-pairs", folder)
+            self.lengths.append(lengths)
             fits = (lengths.tokens >= 0) & (lengths.reads + lengths.draws > 0)
             fits &= lengths.tokens - 2 * lengths.draws.astype(np.int32) <= length
             usable.append(np.flatnonzero(fits).astype(np.uint32 if len(fits) < 2**32 else np.int64))

@@ -119,6 +119,12 @@ class WebDataset:
             raise BrokenExample(key, "a picture is missing", f"no .{' and .'.join(missing or PICTURES[:1])} in {path}")
         return Record(key, fields, [pictures[kind] for kind in wanted])
 
+    def problems(self) -> list[int]:
+        """How many samples have each of `PROBLEMS`."""
+        return sum(
+            np.bincount(self._load(shard).problem, minlength=len(PROBLEMS)) for shard in range(len(self.paths))
+        ).tolist()  # type: ignore[union-attr]
+
     @staticmethod
     def _read(path: str, signature: str, offset: int, size: int, key: str) -> bytes:
         try:

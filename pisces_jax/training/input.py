@@ -50,9 +50,14 @@ def _entry(name: str, spec: ConfigDict) -> Entry:
     return make_source({"name": name, **spec})
 
 
-def _items(
+def items(
     config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, sources: ConfigDict, **kwargs: Any
 ) -> Any:
+    """Packed rows or pairs of these sources, as the program reads them.
+
+    Raises:
+        UserError: no source, or one that cannot be used.
+    """
     if not sources:
         raise UserError("config key data.train names no source: give at least one")
     entries = [_entry(name, spec) for name, spec in sources.items()]
@@ -70,26 +75,26 @@ def _items(
     return PackedGroups(entries, tokenizer, layout, config.seed, **kwargs)
 
 
-def _iterator(items: Any, config: ConfigDict, **kwargs: Any) -> pipeline.BatchIterator:
-    make = pipeline.pairs_iterator if isinstance(items, Pairs) else pipeline.packed_iterator
+def _iterator(made: Any, config: ConfigDict, **kwargs: Any) -> pipeline.BatchIterator:
+    make = pipeline.pairs_iterator if isinstance(made, Pairs) else pipeline.packed_iterator
     return make(
-        items, config.batch_size, process_index=jax.process_index(), process_count=jax.process_count(),
+        made, config.batch_size, process_index=jax.process_index(), process_count=jax.process_count(),
         max_broken=config.data.max_broken, **kwargs,
     )  # fmt: skip
 
 
 def train_iterator(config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path) -> pipeline.BatchIterator:
     per_epoch = config.data.examples_per_epoch or None
-    items = _items(config, tokenizer, program, workdir, config.data.train, examples_per_epoch=per_epoch)
-    return _iterator(items, config, threads=config.data.threads, workers=config.data.workers)
+    made = items(config, tokenizer, program, workdir, config.data.train, examples_per_epoch=per_epoch)
+    return _iterator(made, config, threads=config.data.threads, workers=config.data.workers)
 
 
 def evaluate_iterator(config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path) -> pipeline.BatchIterator:
     """The same batches in the same order at every evaluation."""
     if tuple(config.data.evaluate) != tuple(config.data.train):
         raise UserError("data.evaluate and data.train must name the same sources in the same order")
-    items = _items(config, tokenizer, program, workdir, config.data.evaluate, shuffle=False)
-    return _iterator(items, config, one_pass=True, num_batches=config.log.evaluate_batches, threads=config.data.threads)
+    made = items(config, tokenizer, program, workdir, config.data.evaluate, shuffle=False)
+    return _iterator(made, config, one_pass=True, num_batches=config.log.evaluate_batches, threads=config.data.threads)
 
 
 def evaluation_sources(config: ConfigDict) -> list[Any]:

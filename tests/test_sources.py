@@ -261,7 +261,7 @@ SHAREGPT_PARTS = [
 @pytest.mark.parametrize("form", ["array", "lines"])
 def test_conversations(pictures, form):
     path = pictures / "talk.json"
-    text_only = {"conversations": LLAVA["conversations"][2:]}
+    text_only = {"texts": [{"user": "Sure?", "assistant": "Yes.", "source": "x"}]}
     if form == "array":
         path.write_text(json.dumps([LLAVA, SHAREGPT, text_only], indent=1))
     else:

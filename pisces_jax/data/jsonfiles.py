@@ -193,6 +193,7 @@ class ImageFolder:
         if fields is not None:
             recipe.check(fields)
         self.fingerprint = f"{self._records.fingerprint}/{split}/{val_share}/{recipe}"
+        self.pictures_fingerprint = f"{self._records.fingerprint}/{split}/{val_share}/{recipe.pictures}"
 
     def _fields(self, i: int) -> list[str]:
         try:

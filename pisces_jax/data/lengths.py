@@ -128,9 +128,15 @@ def _scan_span(span: tuple[int, int]) -> Lengths:
 
 
 def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
-    """Changes with whatever can change a length; a source may name its own contents by `fingerprint`."""
-    words = ["1", tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, layout.length, len(source)]
-    words += [type(source).__qualname__, getattr(source, "fingerprint", "")]
+    """Changes with whatever can change a length."""
+    words = ["1", tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, layout.length]
+    words += fingerprint_words(source)
+    return hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).hexdigest()
+
+
+def fingerprint_words(source: Source) -> list[str]:
+    """What tells a source from others: the `fingerprint` that it may have, and some of its examples."""
+    words = [str(len(source)), type(source).__qualname__, getattr(source, "fingerprint", "")]
     for i in np.linspace(0, len(source) - 1, num=min(len(source), 32)).astype(int):
         try:
             example = source[int(i)]
@@ -139,4 +145,4 @@ def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
             continue
         words.append(example.key)
         words += [part.text if isinstance(part, Text) else part.role for part in example.parts]
-    return hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).hexdigest()
+    return words

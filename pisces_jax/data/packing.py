@@ -9,8 +9,9 @@ import numpy as np
 
 from pisces_jax.data import epochs
 from pisces_jax.data.example import identity, reason_of
+from pisces_jax.data.features import FeatureCache
 from pisces_jax.data.images import fit
-from pisces_jax.data.layout import Entry, LaidOut, Layout, lay_out
+from pisces_jax.data.layout import Entry, LaidOut, Layout, Placed, lay_out
 from pisces_jax.data.lengths import Lengths, scan_lengths
 from pisces_jax.data.mixture import check_mixture, shares
 from pisces_jax.data.tokenizers import Tokenizer
@@ -85,6 +86,10 @@ class PackedGroups:
         read_id       uint32 [Pr,2]  `identity(seed, epoch, example.key, ordinal of the part)`
         draw_...      the same for the pictures to draw
 
+    With `features` (one cache an entry) there are no `draw_images` but
+
+        draw_features float32 [Pd,m,C]
+
     An example that turns out broken keeps its segment, with nothing learned and no valid slot. `folder` is where
     lengths are kept (`scan_lengths`). With `scaled_jpeg`, JPEGs are decoded no larger than needed
     (`images.load_image`).
@@ -104,7 +109,9 @@ class PackedGroups:
         folder: str | Path | None = None,
         scaled_jpeg: bool = False,
         max_broken: float = MAX_BROKEN,
+        features: Sequence[FeatureCache] | None = None,
     ):
+        self.features = features
         self.entries = [Entry(*entry) for entry in entries]
         self.tokenizer, self.layout, self.seed, self.scaled_jpeg = tokenizer, layout, seed, scaled_jpeg
         self.lengths = [scan_lengths(e.source, tokenizer, layout, e.name, folder) for e in self.entries]
@@ -191,21 +198,21 @@ class PackedGroups:
                     if span.stop > start + length:
                         raise UserError(f"{key} is longer without its caption than with it")
                 group["tokens"][row, span] = laid_out.tokens
-                images = [self._image(p.picture, self._size(p.role)) for p in laid_out.pictures]
+                pictures = [self._picture(p, s, index) for p in laid_out.pictures]
             except UserError as error:
                 broken.append(Broken(key, reason_of(error), str(error)))
-                images = None
+                pictures = None
             group["segment_ids"][row, span] = used[row]
             group["positions"][row, span] = np.arange(span.stop - start)
             group["source"][row, span] = s
-            if images is None:
+            if pictures is None:
                 continue
             group["learn"][row, span] = laid_out.learn
-            for placed, image in zip(laid_out.pictures, images, strict=True):
+            for placed, (kind, picture) in zip(laid_out.pictures, pictures, strict=True):
                 slot = taken[placed.role]
                 taken[placed.role] += 1
                 for name, value in {
-                    "images": image,
+                    kind: picture,
                     "row": row,
                     "start": start + placed.start,
                     "valid": True,
@@ -215,8 +222,11 @@ class PackedGroups:
                     group[f"{placed.role}_{name}"][slot] = value
         return Made(group, len(members.example), broken)
 
-    def _image(self, picture: Any, size: int) -> np.ndarray:
-        return fit(picture.array(size if self.scaled_jpeg else 0), size)
+    def _picture(self, placed: Placed, s: int, index: int) -> tuple[str, np.ndarray]:
+        if placed.role == "draw" and self.features is not None:
+            return "features", self.features[s][index]
+        size = self._size(placed.role)
+        return "images", fit(placed.picture.array(size if self.scaled_jpeg else 0), size)
 
     def empty(self) -> Group:
         """A group in which nothing lies."""
@@ -231,7 +241,10 @@ class PackedGroups:
         }
         for role, slots in ("read", layout.read_slots), ("draw", layout.draw_slots):
             size = self._size(role)
-            group[f"{role}_images"] = np.zeros((slots, size, size, 3), np.uint8)
+            if role == "draw" and self.features is not None:
+                group["draw_features"] = np.zeros((slots, *self.features[0].shape), np.float32)
+            else:
+                group[f"{role}_images"] = np.zeros((slots, size, size, 3), np.uint8)
             group[f"{role}_row"] = np.zeros(slots, np.int32)
             group[f"{role}_start"] = np.zeros(slots, np.int32)
             group[f"{role}_valid"] = np.zeros(slots, bool)

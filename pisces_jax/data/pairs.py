@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pisces_jax.data.example import Example, Picture, identity, reason_of
+from pisces_jax.data.features import FeatureCache
 from pisces_jax.data.images import fit
 from pisces_jax.data.layout import Entry, Layout, lay_out
 from pisces_jax.data.lengths import scan_lengths
@@ -30,6 +31,7 @@ class Pairs:
         text_mask  bool  [L]   not padding
         id         uint32 [2]  `identity(seed, epoch, example.key, 0)`
         valid      bool  []    False where the picture cannot be read (the rest is then empty)
+        features   float32 [m,C]  with `features` (one cache an entry)
 
     Examples longer than `length` tokens, or without a picture, are left out and counted in `left_out`. `folder`,
     `scaled_jpeg` and `max_broken` are as for `PackedGroups`.
@@ -50,7 +52,9 @@ class Pairs:
         folder: str | Path | None = None,
         scaled_jpeg: bool = False,
         max_broken: float = MAX_BROKEN,
+        features: Sequence[FeatureCache] | None = None,
     ):
+        self.features = features
         self.entries = [Entry(*entry) for entry in entries]
         self.tokenizer, self.length, self.size, self.seed = tokenizer, length, size, seed
         self.scaled_jpeg = scaled_jpeg
@@ -100,6 +104,8 @@ class Pairs:
             if len(ids) > self.length:
                 raise UserError(f"{key} has changed since its length was scanned")
             picture = next(part for part in example.parts if isinstance(part, Picture))
+            if self.features is not None:
+                pair["features"] = self.features[source][int(index)]
             pair["image"] = fit(picture.array(self.size if self.scaled_jpeg else 0), self.size)
         except UserError as error:
             return Made(pair, 1, [Broken(key, reason_of(error), str(error))])
@@ -115,7 +121,9 @@ class Pairs:
 
     def empty(self) -> Pair:
         """A pair that is not valid."""
+        cached = {} if self.features is None else {"features": np.zeros(self.features[0].shape, np.float32)}
         return {
+            **cached,
             "image": np.zeros((self.size, self.size, 3), np.uint8),
             "tokens": np.full(self.length, self.tokenizer.pad, np.int32),
             "text_mask": np.zeros(self.length, bool),

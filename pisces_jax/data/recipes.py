@@ -85,6 +85,11 @@ class Recipe:
                 used = (self.detailed_format,)
         return [one for many in used if many is not None for one in ([many] if isinstance(many, str) else many)]
 
+    @property
+    def pictures(self) -> str:
+        """Which picture of a record features are cached of (`features.cached_picture`)."""
+        return "second" if self.recipe == "edit" else "first"
+
     def check(self, fields: Sequence[str]) -> None:
         """Raises `UserError` where a format names a field that the records do not have."""
         for text_format in self.formats:
@@ -199,12 +204,17 @@ _SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assis
 
 
 def turns_of(record: Record) -> list[Turn]:
-    """LLaVA's and ShareGPT's `conversations` (from, value), or `messages` (role, content).
+    """LLaVA's and ShareGPT's `conversations` (from, value), `messages` (role, content), or the Cauldron's `texts`
+    (user, assistant).
 
     Raises:
         BrokenExample: neither is there, or a turn is of another form.
     """
     turns = record.fields.get("conversations") or record.fields.get("messages")
+    if turns is None and isinstance(record.fields.get("texts"), list):
+        both = {"user", "assistant"}
+        pairs = [turn for turn in record.fields["texts"] if isinstance(turn, Mapping) and both <= set(turn)]
+        turns = [{"role": role, "content": turn[role]} for turn in pairs for role in ("user", "assistant")]
     if not isinstance(turns, (list, tuple)) or not turns:
         raise BrokenExample(record.key, "no conversation")
     told = []

@@ -57,6 +57,8 @@ class Examples:
         if records.names is not None:
             recipe.check(records.names)
         self.fingerprint = f"{records.fingerprint}/{split}/{self._every}/{recipe}"
+        # Other texts of the same pictures have the same features.
+        self.pictures_fingerprint = f"{records.fingerprint}/{split}/{self._every}/{recipe.pictures}"
 
     def __len__(self) -> int:
         return self._length

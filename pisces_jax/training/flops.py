@@ -70,14 +70,16 @@ def step_flops(program: Program, batch_shapes: dict[str, tuple[int, ...]], train
     if isinstance(program, UnifiedProgram):
         c = program.model.config
         groups, rows, length = batch_shapes["tokens"]
-        read, draw = batch_shapes["read_images"][1], batch_shapes["draw_images"][1]
+        read = batch_shapes["read_images"][1]
+        draw = batch_shapes["draw_images"][1] if "draw_images" in batch_shapes else 0  # cached features: no encoder
         total = times("language_model") * groups * rows * transformer(c.language_model, length)
         total += groups * read * times("understanding_encoder") * vit(c.understanding_encoder)
         return total + groups * draw * vit(c.generation_encoder)
     pictures = batch_shapes["image"][0]
     if isinstance(program, DecoderProgram):
         r = program.reconstruction
-        return pictures * (vit(r.encoder.config) + 3 * dit(r.decoder.config))
+        encoder = 0.0 if "features" in batch_shapes else vit(r.encoder.config)
+        return pictures * (encoder + 3 * dit(r.decoder.config))
     assert isinstance(program, PretrainProgram)
     r = program.reconstruction
     once = vit(r.encoder.config) + dit(r.decoder.config) + vit(program.understanding_encoder.config)

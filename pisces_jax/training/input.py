@@ -16,6 +16,7 @@ from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from pisces_jax.errors import UserError
 from pisces_jax.training.config import vit_config
+from pisces_jax.training.features import open_caches
 from pisces_jax.training.programs import UnifiedProgram
 
 
@@ -50,6 +51,10 @@ def _entry(name: str, spec: ConfigDict) -> Entry:
     return make_source({"name": name, **spec})
 
 
+def entries_of(sources: ConfigDict) -> list[Entry]:
+    return [_entry(name, spec) for name, spec in sources.items()]
+
+
 def items(
     config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, sources: ConfigDict, **kwargs: Any
 ) -> Any:
@@ -60,10 +65,11 @@ def items(
     """
     if not sources:
         raise UserError("config key data.train names no source: give at least one")
-    entries = [_entry(name, spec) for name, spec in sources.items()]
+    entries = entries_of(sources)
     d = config.data
     # Every stage of a work directory, and every worker, finds the lengths that were read once.
     kwargs |= dict(folder=workdir / "lengths", scaled_jpeg=d.scaled_jpeg, max_broken=d.max_broken)
+    kwargs["features"] = open_caches(config, workdir, entries)
     if not isinstance(program, UnifiedProgram):
         size = vit_config(config, "generation_encoder").image_size
         return Pairs(entries, tokenizer, d.text_length, size, config.seed, **kwargs)

@@ -61,7 +61,8 @@ def load_image(
                 if at_least and image.format == "JPEG":
                     # PIL's draft looks at the smaller of both ratios, whatever way the picture lies.
                     image.draft(None, (at_least, at_least))
-                return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+                ImageOps.exif_transpose(image, in_place=True)  # copies only what has to be turned
+                return np.asarray(_rgb(image))
     except UnreadablePicture:
         raise
     # Damaged files make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
@@ -79,7 +80,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:

@@ -190,7 +190,7 @@ def _system(path: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
-        extra = " (for gs://, pip install gcsfs)" if path.startswith("gs://") else ""
+        extra = " (for gs://, pip install 'pisces-jax[gcs]')" if path.startswith("gs://") else ""
         raise UserError(f"{path} needs a package that is not installed{extra}: {error}") from error
     except ValueError as error:
         raise UserError(f"{path} is on no known kind of storage ({error}): change path") from error

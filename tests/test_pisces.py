@@ -221,8 +221,8 @@ def test_text_loss_of_packed_rows(params):
                 logits = head @ hidden[g, r, t - 1].astype(np.float64)
                 total += math.log(np.exp(logits).sum()) - logits[batch["tokens"][g, r, t]]
                 count += 1
-    # Letters of learned texts, and the [IMG] or eos that follows each at once.
-    captions, edit, chats, two = 2 * (5 + 1), 2 + 1, 2 * (3 + 3 + 1), 2 + 1 + 1 + 1
+    # Letters of learned texts, and the [IMG] or eos that follows each at once; every turn of a chat has its eos.
+    captions, edit, chats, two = 2 * (5 + 1), 2 + 1, 2 * (3 + 1 + 3 + 1), 2 + 1 + 1 + 1
     assert count == captions + edit + chats + two
     for chunk in (0, 8):
         program = UnifiedProgram(model, {"text": 1.0, "vectors": 1.0}, chunk, ("a",))

@@ -115,6 +115,8 @@ def test_folder_mistakes_are_named(folder, tmp_path):
         ('{"file_name": "../a.png", "text": "x"}', "a name outside its folder"),
         ('{"file_name": "/a.png", "text": "x"}', "a name outside its folder"),
         ('{"file_name": "0.png", "text": ""}', "an empty text"),
+        ('{"file_name": "0.png", "text": "half \\ud83d"}', "not UTF-8"),
+        ('{"file_name": "\\ud83d.png", "text": "a"}', "not UTF-8"),
     ):
         (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n' + line)
         source = image_folder(folder)
@@ -280,6 +282,8 @@ def test_conversations(pictures, form):
         (dict(conversations=["x"]), "a turn of no known form"),
         (dict(conversations=LLAVA["conversations"][:1]), "nothing that the model says"),
         (dict(image="../red.png"), "a name outside its folder"),
+        (dict(image="\ud800.png"), "not UTF-8"),
+        (dict(conversations=[{"from": "human", "value": "?"}, {"from": "gpt", "value": "\ud83d"}]), "not UTF-8"),
         (dict(image=3), "a name outside its folder"),
     ],
 )
@@ -649,7 +653,9 @@ def test_broken_pictures_are_named(tmp_path):
 
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
     bomb += chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    thread = png("RGB", (1, 2, 3), (1, 50_000))
     broken = {"cut.png": whole[: len(whole) // 2], "empty.png": b"", "text.jpg": b"hello", "bomb.png": bomb}
+    broken["thread.png"] = thread
     for name, data in broken.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UnreadablePicture, match=name):

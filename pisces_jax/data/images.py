@@ -15,6 +15,8 @@ from pisces_jax.errors import UserError
 # Larger pictures are refused before they are decoded (a small file can claim any size): 128 megapixels, above
 # any photograph of these data sets.
 MAX_PIXELS = 128 * 1024 * 1024
+# Of the longer to the shorter side: to resize a picture of one row until that row is wide enough takes all memory.
+MAX_RATIO = 100
 
 
 class UnreadablePicture(UserError):
@@ -46,7 +48,7 @@ def load_image(
     `name` is what an error calls the picture; a path names itself. With `at_least`, a JPEG is decoded at the smallest
     of 1/8, 1/4, 1/2 and 1 of its size whose sides both are that long: libjpeg-turbo leaves out the frequencies that
     resizing would, which is faster and not exact to the pixel.
-    Raises `UnreadablePicture` for whatever is missing, truncated, no picture, or above `MAX_PIXELS`.
+    Raises `UnreadablePicture` for whatever is missing, truncated, no picture, or above `MAX_PIXELS` or `MAX_RATIO`.
     """
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source))
     try:
@@ -57,6 +59,11 @@ def load_image(
                     raise UnreadablePicture(
                         f"picture {name} is {image.width} x {image.height}, above the limit of "
                         f"{MAX_PIXELS // 2**20} megapixels: make it smaller or remove it"
+                    )
+                if max(image.size) > MAX_RATIO * min(image.size):
+                    raise UnreadablePicture(
+                        f"picture {name} is {image.width} x {image.height}, longer than {MAX_RATIO} times its width: "
+                        "cut or remove it"
                     )
                 if at_least and image.format == "JPEG":
                     # PIL's draft looks at the smaller of both ratios, whatever way the picture lies.

@@ -14,7 +14,7 @@ import numpy as np
 from pisces_jax.data import storage
 from pisces_jax.data.example import BrokenExample, Example, identity
 from pisces_jax.data.images import EncodedImage
-from pisces_jax.data.recipes import Recipe, Record
+from pisces_jax.data.recipes import Recipe, Record, sound
 from pisces_jax.data.records import SPLITS, parse_json
 from pisces_jax.errors import UserError
 
@@ -93,7 +93,7 @@ def picture_files(fields: dict[str, Any], names: Sequence[str], root: str, key: 
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if one is None or one == "":
                 continue
-            if not storage.inside(one):
+            if not storage.inside(sound(one, key) if isinstance(one, str) else None):
                 raise BrokenExample(key, "a name outside its folder", str(one))
             found.append(EncodedImage(functools.partial(_read, storage.join(root, one), key), key))
     return found
@@ -178,7 +178,7 @@ class ImageFolder:
         chosen, usable = [], 0
         for i in range(len(self._records)):
             try:
-                name = str(self._records.object(i)[0].get(images[0], ""))
+                name = _printable(self._records.object(i)[0].get(images[0], ""))
                 usable += 1
             except BrokenExample:
                 name = str(i)  # it is counted where it is read
@@ -209,8 +209,12 @@ class ImageFolder:
         name = fields.get(self._records.images[0])
         if not name:
             raise BrokenExample(key, "a field is missing", self._records.images[0])
-        key = f"{Path(self.path).name}/{name}"
+        key = f"{Path(self.path).name}/{_printable(name)}"
         return self.recipe.example(Record(key, fields, self._records.pictures(fields, 0, key)))
+
+
+def _printable(name: Any) -> str:
+    return str(name).encode("utf-8", "replace").decode()
 
 
 def _share(name: str) -> float:

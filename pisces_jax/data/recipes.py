@@ -123,7 +123,16 @@ class Recipe:
             raise BrokenExample(record.key, "a field does not fit its format", str(error)) from error
         if not text:
             raise BrokenExample(record.key, "an empty text")
-        return text
+        return sound(text, record.key)
+
+
+def sound(text: str, key: str) -> str:
+    """Raises `BrokenExample` for what no tokenizer takes: JSON can spell halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BrokenExample(key, "not UTF-8", f"character {error.start}") from error
+    return text
 
 
 Parts = tuple[Part, ...]
@@ -224,7 +233,7 @@ def turns_of(record: Record) -> list[Turn]:
             content = turn["value"] if "value" in turn else turn["content"]
             if isinstance(content, (list, tuple)):  # parts: {"type": "text", "text": ...}, {"type": "image"}
                 content = " ".join(part["text"] if part["type"] == "text" else MARK for part in content)
-            told.append(Turn(_SPEAKERS[speaker], str(content)))
+            told.append(Turn(_SPEAKERS[speaker], sound(str(content), record.key)))
         except (KeyError, TypeError) as error:
             raise BrokenExample(record.key, "a turn of no known form", repr(error)) from error
     return told

@@ -25,7 +25,7 @@ from pisces_jax.training import optimizer
 from pisces_jax.training.step import State
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
-_FREE_KEYS = ("log", "mesh", "sampling", "data.threads", "data.workers")
+_FREE_KEYS = ("log", "mesh", "sampling", "data.threads", "data.workers", "data.max_broken")
 
 
 def check_run(workdir: Path, config: ConfigDict) -> None:

@@ -1,6 +1,7 @@
 """How fast the input is. Each part prints a line or a small table; see docs/data.md for measured ones.
 
     python benchmarks/input.py pictures [--torch_python=OTHER_ENV/bin/python]    decoding and resizing to 384
+    python benchmarks/input.py cpu                                               the same in CPU time, one thread
     python benchmarks/input.py packing [--examples=100000000]                    the index of an epoch
     python benchmarks/input.py rows                                              packed rows, pictures included
     python benchmarks/input.py step                                              input against one constant batch
@@ -93,6 +94,41 @@ class Alone:
 
         (picture, *_) = self.source[i % len(self.source)].parts
         return Made({"image": fit(picture.array(SIZE if self.scaled else 0), SIZE)}, 1, [])
+
+
+def plain_pil(path: Path) -> np.ndarray:
+    """What the torch data set above does to a picture, up to its tensor."""
+    from PIL import Image
+
+    image = Image.open(path).convert("RGB")
+    scale = SIZE / min(image.size)
+    image = image.resize([max(SIZE, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
+    return np.array(image.crop((left, top, left + SIZE, top + SIZE)))
+
+
+def cpu(flags: argparse.Namespace) -> None:
+    """CPU time of one picture in one thread, in turns: of use where other work disturbs the clock."""
+    from pisces_jax.data.images import fit, load_image
+
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = photographs(Path(scratch), 12)
+        ways: dict[str, Callable[[Path], np.ndarray]] = {
+            "plain PIL": plain_pil,
+            "ours, exact": lambda path: fit(load_image(path), SIZE),
+            "ours, scaled JPEG": lambda path: fit(load_image(path, at_least=SIZE), SIZE),
+        }
+        for path in paths:
+            np.testing.assert_array_equal(ways["ours, exact"](path), plain_pil(path))
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(flags.rounds):
+            for name, way in ways.items():
+                began = time.process_time()
+                for path in paths:
+                    way(path)
+                times[name].append(1000 * (time.process_time() - began) / len(paths))
+        for name, each in times.items():
+            print(f"{name:20s} {statistics.median(each):6.2f} ms of CPU a picture (least {min(each):.2f})")
 
 
 def pictures(flags: argparse.Namespace) -> None:
@@ -247,7 +283,7 @@ def step(flags: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("pictures", "packing", "rows", "step"))
+    parser.add_argument("part", choices=("pictures", "cpu", "packing", "rows", "step"))
     parser.add_argument("--cores", type=int, default=2, help="threads or processes of each loader")
     parser.add_argument("--pictures", type=int, default=240)
     parser.add_argument("--repeats", type=int, default=2)
@@ -258,7 +294,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--steps", type=int, default=20)
     flags = parser.parse_args()
-    {"pictures": pictures, "packing": packing, "rows": rows, "step": step}[flags.part](flags)
+    {"pictures": pictures, "cpu": cpu, "packing": packing, "rows": rows, "step": step}[flags.part](flags)
 
 
 if __name__ == "__main__":

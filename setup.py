@@ -17,6 +17,8 @@ REQUIRED = [
     "grain>=0.2.16",
     "array_record>=0.8.3; sys_platform != 'win32'",
     "tensorflow-datasets>=4.9.9",
+    "pyarrow>=22.0.0",
+    "fsspec>=2025.9.0",
     "clu>=0.0.12",
     "ml-collections>=1.1.0",
     "sentencepiece>=0.2.1",
@@ -35,6 +37,8 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     # The TPU compiler alone, which runs anywhere: for `python -m pisces_jax.plan` and the tests that compile for TPUs.
     "plan": ["libtpu"],
+    # What fsspec needs for gs:// paths.
+    "gcs": ["gcsfs>=2025.9.0"],
     # CLU's metric writer for TensorBoard is the one thing here that needs TensorFlow.
     "tensorboard": ["tensorflow>=2.20.0", "tensorboard>=2.20.0"],
     "notebooks": ["ipykernel>=7.0.0", "nbclient>=0.10.2", "nbformat>=5.10.0"],

@@ -86,7 +86,7 @@ def _export(workdir: Path, run: str, only: list[str], dtype: str | None, out: Pa
     from pisces_jax.inference.model import PARTS, find_run
     from pisces_jax.training.checkpoints import load_part, read_config
     from pisces_jax.training.config import part_settings
-    from pisces_jax.training.input import load_tokenizer
+    from pisces_jax.training.tokenizer import load_tokenizer
     from pisces_jax.weights.folder import export_part, new_folder
 
     cli.start()

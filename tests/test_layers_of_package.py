@@ -32,6 +32,8 @@ def layer(unit):
 
 
 def unit_of(path):
+    if path.stem == "__main__":  # the command of a package is a command
+        return f"{path.parent.name}.__main__"
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 

@@ -1,15 +1,19 @@
 """Iterators: the saved number is all there is; threads, workers and hosts change nothing."""
 
+import io
 import json
+import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pisces_jax.data.layout import Layout
 from pisces_jax.data.packing import PackedGroups
 from pisces_jax.data.pairs import Pairs
-from pisces_jax.data.pipeline import make_source, packed_iterator, pairs_iterator
+from pisces_jax.data.pipeline import packed_iterator, pairs_iterator
 from pisces_jax.data.shapes import corpus
+from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import train_sentencepiece
 from pisces_jax.errors import UserError
 
@@ -37,7 +41,7 @@ def open_iterator(request, entries, tokenizer):
     """Opens an iterator over batches of 4 whose tenth batch is well into the second epoch."""
     if request.param == "packed":
         items, iterator = PackedGroups(entries, tokenizer, LAYOUT, seed=0), packed_iterator
-        per_epoch = len(items.epoch(0))
+        per_epoch = items.per_epoch
     else:
         items, iterator = Pairs(entries, tokenizer, 48, 16, seed=0, examples_per_epoch=30), pairs_iterator
         per_epoch = items.per_epoch
@@ -73,14 +77,88 @@ def test_resumes_identically_for_any_number_of_threads(open_iterator):
             second.close()
 
 
-def test_worker_processes_give_the_same_batches(entries, tokenizer):
-    groups = PackedGroups(entries, tokenizer, LAYOUT, seed=0)
+def test_worker_processes_give_the_same_batches(entries, tokenizer, tmp_path):
+    groups = PackedGroups(entries, tokenizer, LAYOUT, seed=0, folder=tmp_path)
     whole = take(packed_iterator(groups, 4, threads=0), 9)
     iterator = packed_iterator(groups, 4, workers=2)
     iterator.set_state({"next_batch": 4})
     assert_same(take(iterator, 5), whole[4:])
     assert iterator.get_state() == {"next_batch": 9}
     iterator.close()
+    copied = pickle.dumps(groups)
+    assert b"lengths" in copied  # workers open the stored arrays; they are not sent to them
+
+
+@pytest.mark.slow
+def test_killed_at_every_tenth_position_the_tail_is_the_same(tmp_path, tokenizer):
+    """Mixing and packing on, broken pictures among them; 0, 1 and 4 workers; 1 and 2 hosts."""
+    for i in range(30):
+        (tmp_path / f"{i}.png").write_bytes(b"" if i == 7 else _png(i))
+    lines = "".join(f'{{"file_name": "{i}.png", "text": "{"number " * (i % 5)}{i}"}}\n' for i in range(30))
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    folder = dict(kind="image_folder", path=str(tmp_path), split="all", weight=3)
+    entries = [
+        make_source({**folder, "name": "read", "recipe": "caption"}),
+        make_source({**folder, "name": "draw", "recipe": "draw_caption", "drop": 0.2}),
+        make_source(dict(kind="shapes", task="question", num_examples=50, size=16, weight=4)),
+    ]
+    groups = PackedGroups(entries, tokenizer, LAYOUT, seed=3, examples_per_epoch=77)
+    assert groups.per_epoch < 40  # the tail goes through several epochs
+    whole = take(packed_iterator(groups, 2, threads=0, max_broken=1), 30)
+    other = PackedGroups(entries, tokenizer, LAYOUT, seed=3, examples_per_epoch=77)
+    for position in range(0, 30, 10):
+        first = packed_iterator(groups, 2, threads=2, max_broken=1)
+        take(first, position)
+        state = json.loads(json.dumps(first.get_state()))
+        first.close()
+        for workers, hosts in ((0, 1), (0, 2), (1, 1), (4, 1)):
+            readers = [
+                packed_iterator(other, 2, workers=workers, process_index=h, process_count=hosts, max_broken=1)
+                for h in range(hosts)
+            ]
+            for reader in readers:
+                reader.set_state(state)
+            tails = [take(reader, 30 - position) for reader in readers]
+            for reader in readers:
+                reader.close()
+            batches = zip(*tails, strict=True)
+            joined = [{name: np.concatenate([a[name] for a in parts]) for name in parts[0]} for parts in batches]
+            assert_same(joined, whole[position:])
+
+
+def _png(i):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (i, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_run_stops_with_the_counts_when_too_much_is_broken(tmp_path, tokenizer):
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(b"" if i % 2 else _png(i))
+    (tmp_path / "20.png").unlink()
+    lines = "".join(f'{{"file_name": "{i}.png", "text": "number {i}"}}\n' for i in range(40))
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    entry = make_source(dict(kind="image_folder", path=str(tmp_path), recipe="caption"))
+    groups = PackedGroups([entry], tokenizer, LAYOUT, seed=0)
+    iterator = packed_iterator(groups, 1, threads=2)
+    # A share of the first thousand may always be broken, or the first broken one would stop the run.
+    with pytest.raises(UserError, match=r"^1[0-9] of \d+ examples are broken: .*(decoded|missing) \(") as error:
+        take(iterator, 1000)
+    assert f"{tmp_path.name}/" in str(error.value) and "raise data.max_broken (now 0.01)" in str(error.value)
+    assert iterator.broken.total() <= 14 and {reason for _, reason in iterator.broken} <= {
+        "a picture cannot be decoded", "a picture is missing"
+    }
+    take(packed_iterator(groups, 1, threads=0, max_broken=1.0), 3 * groups.per_epoch)
+    # The same where texts are broken: known before the first batch.
+    (tmp_path / "metadata.jsonl").write_text(lines + "{\n" * 30)
+    entry = make_source(dict(kind="image_folder", path=str(tmp_path), recipe="caption"))
+    for make in (
+        lambda **more: PackedGroups([entry], tokenizer, LAYOUT, seed=0, **more),
+        lambda **more: Pairs([entry], tokenizer, 48, 16, seed=0, **more),
+    ):
+        with pytest.raises(UserError, match=r"30 of 70 examples are broken \(not JSON: 30\), more than 1.00%.*/41"):
+            make()
+        make(max_broken=0.5)
 
 
 def test_hosts_share_every_batch(open_iterator):
@@ -104,10 +182,10 @@ def test_one_pass_for_evaluation(entries, tokenizer):
     groups = PackedGroups(entries, tokenizer, LAYOUT, seed=0, shuffle=False)
     iterator = packed_iterator(groups, 4, one_pass=True)
     batches = list(iterator)
-    assert len(batches) == len(iterator) == -(-len(groups.epoch(0)) // 4)
+    assert len(batches) == len(iterator) == -(-groups.per_epoch // 4)
     starts = sum(int(((b["positions"] == 0) & (b["segment_ids"] > 0)).sum()) for b in batches)
-    assert starts == sum(groups.mixture.counts) == 120
-    beyond = 4 * len(batches) - len(groups.epoch(0))
+    assert starts == sum(groups.counts) == 120
+    beyond = 4 * len(batches) - groups.per_epoch
     assert not batches[-1]["segment_ids"][4 - beyond :].any()
     assert len(list(packed_iterator(groups, 4, one_pass=True, num_batches=2))) == 2
 
@@ -118,7 +196,7 @@ def test_one_pass_for_evaluation(entries, tokenizer):
 
 def test_pairs_hold_their_examples(entries, tokenizer):
     pairs = Pairs(entries, tokenizer, 48, 16, seed=0)
-    source, index = pairs.mixture.epoch(1)
+    source, index = pairs.mixture.at(1, np.arange(20))
     for i in range(20):
         example = entries[source[i]].source[int(index[i])]
         pair = pairs[pairs.per_epoch + i]

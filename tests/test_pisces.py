@@ -221,8 +221,8 @@ def test_text_loss_of_packed_rows(params):
                 logits = head @ hidden[g, r, t - 1].astype(np.float64)
                 total += math.log(np.exp(logits).sum()) - logits[batch["tokens"][g, r, t]]
                 count += 1
-    # Letters of learned texts, and the [IMG] or eos that follows each at once.
-    captions, edit, chats, two = 2 * (5 + 1), 2 + 1, 2 * (3 + 3 + 1), 2 + 1 + 1 + 1
+    # Letters of learned texts, and the [IMG] or eos that follows each at once; every turn of a chat has its eos.
+    captions, edit, chats, two = 2 * (5 + 1), 2 + 1, 2 * (3 + 1 + 3 + 1), 2 + 1 + 1 + 1
     assert count == captions + edit + chats + two
     for chunk in (0, 8):
         program = UnifiedProgram(model, {"text": 1.0, "vectors": 1.0}, chunk, ("a",))
@@ -262,7 +262,7 @@ def test_rows_of_the_data_layer_give_the_same_losses(params):
     groups = PackedGroups([Entry("a", 1.0, examples)], tiny.Letters(), LAYOUT, seed=0)
     program = UnifiedProgram(Pisces(tiny.PISCES), {"text": 1.0, "vectors": 1.0}, 0, ("a",))
     run = jax.jit(lambda b: program.losses(params, b, jax.random.key(0))[0])
-    packed = merge([run(tiny.batch(groups[i])) for i in range(len(groups.epoch(0)))])
+    packed = merge([run(tiny.batch(groups[i])) for i in range(groups.per_epoch)])
     alone = merge([run(tiny.batch(tiny.pack([[example]]))) for example in examples])
     assert packed == pytest.approx(alone, rel=1e-5)
 

@@ -1,5 +1,6 @@
 """Sources and pictures: real data where it is there, and generated folders of everything that comes in."""
 
+import gzip
 import io
 import json
 import os
@@ -7,6 +8,9 @@ import pickle
 import struct
 import subprocess
 import sys
+import tarfile
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -14,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pisces_jax.data.example import Picture, Text
+from pisces_jax.data import storage, webdataset
+from pisces_jax.data.example import BrokenExample, Picture, Text
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
-from pisces_jax.data.pipeline import make_source
-from pisces_jax.data.sources import ImageFolder, TfdsPictures
+from pisces_jax.data.recipes import Recipe
+from pisces_jax.data.sources import make_source
 from pisces_jax.errors import UserError
 
 DATA = Path(os.environ.get("PISCES_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -55,9 +60,17 @@ def folder(tmp_path):
     return tmp_path
 
 
+def source_of(kind, **spec):
+    return make_source(dict(kind=kind, **spec)).source
+
+
+def image_folder(path, split="all", recipe="pair", **spec):
+    return source_of("image_folder", path=str(path), split=split, recipe=recipe, **spec)
+
+
 def test_recipes(folder):
     def make(recipe):
-        example = ImageFolder(folder, "all", recipe, detailed_format="{text}: {tags}")[7]
+        example = image_folder(folder, "all", recipe, detailed_format="{text}: {tags}")[7]
         order = [part.role if isinstance(part, Picture) else "text" for part in example.parts]
         assert (picture(example).array() == [7, 0, 0]).all() and example.key.endswith("/7.png")
         return order, texts(example)
@@ -73,7 +86,7 @@ def test_recipes(folder):
 
 def test_folder_splits_are_disjoint_whole_and_stable(folder):
     def keys_of(split):
-        source = ImageFolder(folder, split, "pair")
+        source = image_folder(folder, split)
         return [source[i].key for i in range(len(source))]
 
     keys = {split: keys_of(split) for split in ("train", "val", "all")}
@@ -86,31 +99,40 @@ def test_folder_splits_are_disjoint_whole_and_stable(folder):
 
 def test_folder_mistakes_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="set path"):
-        ImageFolder(tmp_path / "missing", "train", "pair")
+        image_folder(tmp_path / "missing")
     with pytest.raises(UserError, match="train, val or all"):
-        ImageFolder(folder, "test", "pair")
+        image_folder(folder, "test")
     with pytest.raises(UserError, match="choose one of caption"):
-        ImageFolder(folder, "train", "draw")
+        image_folder(folder, recipe="draw")
     with pytest.raises(UserError, match="detailed_format"):
-        ImageFolder(folder, "train", "describe")
+        image_folder(folder, recipe="describe")
     with pytest.raises(UserError, match="'label', but the fields are file_name, tags, text"):
-        ImageFolder(folder, "train", "pair", caption_format="{label}")
-    for line in (
-        '{"file_name": "0.png", "te',
-        "[1]",
-        '{"text": "x"}',
-        '{"file_name": "../a.png", "text": "x"}',
+        image_folder(folder, caption_format="{label}")
+    for line, message in (
+        ('{"file_name": "0.png", "te', "not JSON"),
+        ("[1]", "no JSON object"),
+        ('{"text": "x"}', "a field is missing"),
+        ('{"file_name": "../a.png", "text": "x"}', "a name outside its folder"),
+        ('{"file_name": "/a.png", "text": "x"}', "a name outside its folder"),
+        ('{"file_name": "0.png", "text": ""}', "an empty text"),
+        ('{"file_name": "0.png", "text": "half \\ud83d"}', "not UTF-8"),
+        ('{"file_name": "\\ud83d.png", "text": "a"}', "not UTF-8"),
     ):
-        (folder / "metadata.jsonl").write_text(line)
-        with pytest.raises(UserError, match="line 1 is not a JSON object"):
-            ImageFolder(folder, "all", "pair")
-    (folder / "metadata.jsonl").write_text("")
-    with pytest.raises(UserError, match="empty"):
-        ImageFolder(folder, "all", "pair")
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n' + line)
+        source = image_folder(folder)
+        assert source[0].key.endswith("/0.png") and len(source) == 2  # the others are used
+        with pytest.raises(BrokenExample, match=message) as error:
+            source[1]
+        assert error.value.reason == message and error.value.key
+        assert pickle.loads(pickle.dumps(error.value)).reason == message
+    for text in ("", "\n \n", '{"file_name": "0.png", "te'):
+        (folder / "metadata.jsonl").write_text(text)
+        with pytest.raises(UserError, match="JSON object"):
+            image_folder(folder)
 
 
 def test_openmoji():
-    source = ImageFolder(real("openmoji64"), "all", "describe", detailed_format="{text}, {group}: {tags}")
+    source = image_folder(real("openmoji64"), "all", "describe", detailed_format="{text}, {group}: {tags}")
     assert len(source) == 1653
     assert texts(source[0])[1][0].startswith("grinning face, smileys-emotion: cheerful, cheery")
     assert picture(source[0]).role == "read" and picture(source[0]).array().shape == (64, 64, 3)
@@ -118,15 +140,9 @@ def test_openmoji():
 
 
 def test_cifar10():
-    entry = make_source(
-        {
-            "kind": "tfds",
-            "dataset": "cifar10",
-            "split": "test",
-            "data_dir": real("tfds"),
-            "recipe": "draw_caption",
-        }
-    )
+    spec = dict(kind="tfds", dataset="cifar10", data_dir=real("tfds"), recipe="draw_caption")
+    spec["caption_format"] = "a photo of a {label}"
+    entry = make_source({**spec, "split": "test"})
     source = pickle.loads(pickle.dumps(entry.source))  # as a data worker gets it
     assert entry.name == "tfds" and entry.weight == 1 and len(source) == 4000
     names = (DATA / "tfds/cifar10/3.0.2/label.labels.txt").read_text().split()
@@ -134,29 +150,463 @@ def test_cifar10():
     assert seen == {f"draw: a photo of a {name}" for name in names}
     array = picture(source[0]).array()
     assert array.shape == (32, 32, 3) and array.dtype == np.uint8 and array.std() > 5
-    assert len(TfdsPictures("cifar10/3.0.2", "train[:10%]", DATA / "tfds", "pair")) == 2000
+    assert len(make_source({**spec, "dataset": "cifar10/3.0.2", "split": "train[:10%]"}).source) == 2000
     with pytest.raises(UserError, match="its splits are train, test"):
-        TfdsPictures("cifar10", "validation", DATA / "tfds", "pair")
+        make_source({**spec, "split": "validation"})
     with pytest.raises(UserError, match="the fields are id, label"):
-        TfdsPictures("cifar10", "test", DATA / "tfds", "pair", caption_format="{name}")
+        make_source({**spec, "split": "test", "caption_format": "{name}"})
+    with pytest.raises(UserError, match="set images"):
+        make_source({**spec, "split": "test", "images": ("picture",)})
+    # The same files as plain ArrayRecord: labels are numbers there.
+    plain = source_of(
+        "array_record", path=f"{DATA}/tfds/cifar10/3.0.2/*test*", recipe="draw_caption", caption_format="{label}"
+    )
+    again = pickle.loads(pickle.dumps(plain))
+    assert len(again) == 4000
+    for i in (0, 17, 3999):
+        assert (picture(again[i]).array() == picture(source[i]).array()).all()
+        assert f"draw: a photo of a {names[int(texts(again[i])[0][0].split()[1])]}" == texts(source[i])[0][0]
 
 
 def test_a_missing_dataset_is_named_without_asking_the_network(tmp_path):
     with pytest.raises(UserError, match="no prepared dataset cifar10 in"):
-        TfdsPictures("cifar10", "train", tmp_path, "pair")
+        source_of("tfds", dataset="cifar10", split="train", data_dir=str(tmp_path), recipe="pair")
+    with pytest.raises(UserError, match="mount the bucket"):
+        source_of("tfds", dataset="cifar10", split="train", data_dir="gs://b/tfds", recipe="pair")
 
 
 def test_make_source_names_mistakes(folder):
-    with pytest.raises(UserError, match="choose one of shapes, tfds, image_folder"):
-        make_source({"kind": "webdataset"})
+    with pytest.raises(UserError, match="choose one of shapes, image_folder, tfds"):
+        make_source({"kind": "webdatasets"})
     with pytest.raises(UserError, match="takes no 'folder'"):
         make_source({"kind": "image_folder", "folder": "x"})
+    with pytest.raises(UserError, match="did you mean 'caption_format'"):
+        make_source({"kind": "json", "caption_fomat": "x"})
     with pytest.raises(UserError, match="needs 'recipe'"):
         make_source({"kind": "image_folder", "path": str(folder), "split": "all"})
+    with pytest.raises(UserError, match="source n: drop=0.1 is for drawing"):
+        make_source(dict(kind="image_folder", name="n", path=str(folder), recipe="caption", drop=0.1))
     entry = make_source(
         dict(kind="image_folder", name="n", weight=2, path=str(folder), split="all", recipe="pair")
     )
     assert entry[:2] == ("n", 2.0) and len(entry.source) == 200
+
+
+# Recipes
+
+
+def test_wordings_belong_to_the_example(folder):
+    wordings = ("a {text}", "b {text}", "c {text}")
+    source = image_folder(folder, recipe="draw_caption", caption_format=wordings, drop=0.1)
+    first = [texts(source[i])[0][0] for i in range(200)]
+    assert first == [texts(source[i])[0][0] for i in range(200)]
+    counts = [sum(text.startswith(f"draw: {letter} number") for text in first) for letter in "abc"]
+    assert sum(counts) == 200 and min(counts) > 40
+    example = source[3]
+    assert example.drop == 0.1 and [part.text for part in example.dropped[:1]] == ["draw: "]
+    times = sum(example.of_epoch(0, epoch).parts == example.dropped for epoch in range(2000))
+    assert 150 < times < 250  # 200, standard deviation 13
+    with pytest.raises(UserError, match="'tag'"):
+        image_folder(folder, caption_format=("{text}", "{tag}"))
+    with pytest.raises(UserError, match="drop=1.5"):
+        Recipe("draw_caption", drop=1.5)
+
+
+def jsonl(path, *objects):
+    path.write_text("".join(json.dumps(one) + "\n" for one in objects))
+    return str(path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name, colour in (("red", (255, 0, 0)), ("green", (0, 255, 0)), ("blue", (0, 0, 255))):
+        (tmp_path / f"{name}.png").write_bytes(png("RGB", colour))
+    return tmp_path
+
+
+def shape_of(example):
+    """Parts in short: ("read", colour), (text, learn)."""
+    return [
+        (part.text, part.learn) if isinstance(part, Text) else (part.role, part.array()[0, 0].tolist())
+        for part in example.parts
+    ]
+
+
+RED, GREEN, BLUE = ("read", [255, 0, 0]), ("read", [0, 255, 0]), ("read", [0, 0, 255])
+LLAVA = {
+    "id": "1",
+    "image": "red.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "Red."},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "Yes."},
+    ],
+}
+LLAVA_PARTS = [RED, ("What is it?", False), ("Red.", True), ("Sure?", False), ("Yes.", True)]
+SHAREGPT = {
+    "images": ["red.png", "green.png"],
+    "messages": [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "First?"}]},
+        {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": "<image>And this?"},
+        {"role": "assistant", "content": "Green."},
+    ],
+}
+SHAREGPT_PARTS = [
+    ("Be short.", False), RED, ("First?", False), ("Red.", True), ("", False), GREEN, ("And this?", False),
+    ("Green.", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_conversations(pictures, form):
+    path = pictures / "talk.json"
+    text_only = {"texts": [{"user": "Sure?", "assistant": "Yes.", "source": "x"}]}
+    if form == "array":
+        path.write_text(json.dumps([LLAVA, SHAREGPT, text_only], indent=1))
+    else:
+        jsonl(path, LLAVA, SHAREGPT, text_only)
+    source = pickle.loads(pickle.dumps(source_of("json", path=str(path), recipe="conversation")))
+    assert [shape_of(source[i]) for i in range(len(source))] == [LLAVA_PARTS, SHAREGPT_PARTS, LLAVA_PARTS[3:]]
+    assert len({source[i].key for i in range(3)}) == 3
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(conversations=[{"from": "human", "value": "<image><image>?"}]), "marks and pictures differ"),
+        (dict(conversations=[]), "no conversation"),
+        (dict(conversations=[{"from": "tool", "value": "x"}]), "a turn of no known form"),
+        (dict(conversations=["x"]), "a turn of no known form"),
+        (dict(conversations=LLAVA["conversations"][:1]), "nothing that the model says"),
+        (dict(image="../red.png"), "a name outside its folder"),
+        (dict(image="\ud800.png"), "not UTF-8"),
+        (dict(conversations=[{"from": "human", "value": "?"}, {"from": "gpt", "value": "\ud83d"}]), "not UTF-8"),
+        (dict(image=3), "a name outside its folder"),
+    ],
+)
+def test_broken_conversations_are_told_apart(pictures, change, reason):
+    path = jsonl(pictures / "talk.jsonl", LLAVA, {**LLAVA, **change})
+    source = source_of("json", path=path, recipe="conversation")
+    assert shape_of(source[0]) == LLAVA_PARTS
+    with pytest.raises(BrokenExample) as error:
+        source[1]
+    assert error.value.reason == reason and error.value.key == "talk.jsonl/2"
+
+
+def test_questions_and_edits(pictures):
+    path = jsonl(pictures / "vqa.jsonl", {"image": "red.png", "question": "Which?", "answer": "red", "answers": ["r"]})
+    parts = [RED, ("Q: Which?", False), ("r", True)]
+    source = source_of(
+        "json", path=path, recipe="question", question_format="Q: {question}", answer_format="{answers[0]}"
+    )
+    assert shape_of(source[0]) == parts
+    path = jsonl(pictures / "edits.jsonl", {"before": "red.png", "after": "blue.png", "text": "make it blue"})
+    source = source_of("json", path=path, recipe="edit", images=("before", "after"), drop=0.2)
+    assert shape_of(source[0]) == [RED, ("draw: make it blue", False), ("draw", [0, 0, 255])]
+    example = source[0]
+    assert example.dropped[0] is example.parts[0] and example.dropped[2] is example.parts[2]
+    assert example.dropped[1] == Text("draw: ") and example.drop == 0.2
+    with pytest.raises(BrokenExample, match="a picture is missing"):
+        source_of("json", path=path, recipe="edit", images=("before",))[0]
+
+
+def test_json_that_breaks_off(pictures):
+    """What can be read is used; the rest is counted."""
+    whole = json.dumps([LLAVA, LLAVA, LLAVA])
+    path = pictures / "cut.json"
+    path.write_text(whole[: len(whole) * 5 // 6])
+    source = source_of("json", path=str(path), recipe="conversation")
+    assert len(source) == 3 and shape_of(source[1]) == LLAVA_PARTS
+    with pytest.raises(BrokenExample, match="not JSON"):
+        source[2]
+    path = pictures / "cut.jsonl"
+    lines = [json.dumps(LLAVA).encode(), b'{"image": "red.png", "text": "\xff\xfe"}', json.dumps(LLAVA).encode()[:50]]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join(lines))
+    source = source_of("json", path=str(path), recipe="conversation")
+    assert len(source) == 3 and shape_of(source[0]) == LLAVA_PARTS
+    for i, reason in (1, "not UTF-8"), (2, "not JSON"):
+        with pytest.raises(BrokenExample) as error:
+            source[i]
+        assert error.value.reason == reason
+    for text in ("", "[]", "nonsense", '{"half": '):
+        path.write_text(text)
+        source = None
+        try:
+            source = source_of("json", path=str(path), recipe="conversation")
+        except UserError as error:
+            assert "no JSON object" in str(error)
+        else:
+            assert text in ("nonsense", '{"half": ') and len(source) == 1
+    with pytest.raises(UserError, match="cannot be read"):
+        source_of("json", path=str(pictures / "none.json"), recipe="conversation")
+
+
+# WebDataset
+
+
+def shard(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def jpeg(colour, size=(8, 8)):
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "JPEG")
+    return file.getvalue()
+
+
+def sample(number, text=None, **more):
+    text = text if text is not None else f"number {number}".encode()
+    return [(f"{number:05d}.jpg", jpeg((number, 0, 0))), (f"{number:05d}.txt", text), *more.items()]
+
+
+def problems(source):
+    """What each record that cannot be used is counted by."""
+    found = {}
+    for i in range(len(source)):
+        try:
+            for part in source[i].parts:
+                if isinstance(part, Picture):
+                    part.array()
+        except UserError as error:
+            found[i] = error.reason
+    return found
+
+
+def test_webdataset(tmp_path):
+    for s in range(3):
+        members = [m for i in range(4) for m in sample(4 * s + i)]
+        members += [(f"j{s}.json", json.dumps({"caption": f"from {s}", "width": 8}).encode()), (f"j{s}.webp", webp())]
+        shard(tmp_path / f"s{s:03d}.tar", members)
+    spec = dict(kind="webdataset", path=f"{tmp_path}/s{{000..002}}.tar", recipe="draw_caption")
+    source = make_source(spec).source
+    assert len(source) == 15 and {p.name for p in tmp_path.iterdir()} == {
+        name for s in range(3) for name in (f"s{s:03d}.tar", f"s{s:03d}.tar.index")
+    }
+    source = pickle.loads(pickle.dumps(source))
+    for i in (0, 6, 13):
+        number = i - i // 5
+        assert source[i].parts[0].text == f"draw: number {number}" and source[i].key == f"s00{i // 5}/{number:05d}"
+        assert abs(int(source[i].parts[1].array()[0, 0, 0]) - number) <= 2
+    with pytest.raises(BrokenExample, match="a field is missing"):
+        source[4]
+    captions = make_source({**spec, "caption_format": "{caption} {width}"}).source
+    assert captions[14].parts[0].text == "draw: from 2 8" and captions[14].parts[1].array().shape == (8, 8, 3)
+    # A part of the shards, by pattern; held out, every fifth.
+    assert len(make_source({**spec, "path": f"{tmp_path}/s*[01].tar"}).source) == 10
+    train, val = (make_source({**spec, "split": split, "val_share": 0.2}).source for split in ("train", "val"))
+    assert [val.records[i].key for i in (4, 9, 14)] == ["s000/j0", "s001/j1", "s002/j2"]
+    assert len(train) == 12 and len(val) == 3 and problems(val) == {0: "a field is missing"} | {
+        1: "a field is missing", 2: "a field is missing"
+    }
+    assert {train[i].key for i in range(12)}.isdisjoint({"s000/j0", "s001/j1", "s002/j2"})
+
+
+def webp():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(file, "WEBP")
+    return file.getvalue()
+
+
+def test_a_shard_that_changed_is_indexed_again(tmp_path):
+    path = shard(tmp_path / "a.tar", sample(1) + sample(2))
+    spec = dict(kind="webdataset", path=path, recipe="caption")
+    old = make_source(spec).source
+    made = webdataset.index_shard
+    webdataset.index_shard = lambda path: pytest.fail("indexed twice")
+    try:
+        make_source(spec)
+    finally:
+        webdataset.index_shard = made
+    shard(tmp_path / "b.tar", sample(7) + sample(8) + sample(9))
+    os.replace(tmp_path / "b.tar", path)
+    # A source that was open is not lied to: neither text nor picture is from the wrong place.
+    assert set(problems(old).values()) == {"the shard changed since it was indexed"}
+    new = make_source(spec).source
+    assert [texts(new[i])[1][0] for i in range(3)] == ["number 7", "number 8", "number 9"]
+    Path(f"{path}.index").write_bytes(b"pisces-arrays-1\nnonsense")
+    webdataset._load_index.cache_clear()
+    assert len(make_source(spec).source) == 3
+    os.remove(path)
+    assert set(problems(new).values()) == {"the shard is gone or cannot be read"}
+    assert len(make_source(spec).source) == 3  # its index is there still, so nothing moves on resuming
+    os.remove(f"{path}.index")
+    webdataset._load_index.cache_clear()
+    with pytest.raises(UserError, match=r"a\.tar cannot be read"):
+        make_source(spec)
+
+
+def test_broken_shards(tmp_path):
+    good = sample(1)
+    spec = dict(kind="webdataset", recipe="caption")
+
+    def open_shard(members, cut=None):
+        path = shard(tmp_path / f"{len(list(tmp_path.iterdir()))}.tar", members)
+        if cut is not None:
+            with open(path, "r+b") as file:
+                file.truncate(cut)
+        return make_source({**spec, "path": path}).source
+
+    picture = jpeg((1, 2, 3), (64, 64))
+    cases = {
+        "a picture cannot be decoded": [("x.jpg", picture[: len(picture) // 2]), ("x.txt", b"x")],
+        "a picture is missing": [("x.txt", b"x")],
+        "a field is missing": [("x.jpg", picture)],
+        "not UTF-8": [("x.jpg", picture), ("x.txt", b"\xff\xfe\xfa")],
+        "not JSON": [("x.jpg", picture), ("x.json", b'{"text": "x')],
+        "no JSON object": [("x.jpg", picture), ("x.json", b"[1]")],
+        "an empty text": [("x.jpg", picture), ("x.txt", b" ")],
+        "a name outside its folder": [("../x.jpg", picture), ("../x.txt", b"x")],
+        "duplicate key": [*good[:0], ("00001.jpg", picture), ("00001.txt", b"x")],
+    }
+    for reason, members in cases.items():
+        between = sample(2) if reason == "duplicate key" else []
+        source = open_shard(good + between + members + sample(3))
+        bad = len(between) // 2 + 1
+        assert problems(source) == {bad: reason}, reason
+        assert shape_of(source[0])[1:] == [("caption:", False), ("number 1", True)]
+    assert problems(open_shard([("x.jpg", b""), ("x.txt", b"x"), *good])) == {0: "a picture cannot be decoded"}
+    assert problems(open_shard([("x.jpg", b"hello"), ("x.txt", b"x"), *good])) == {0: "a picture cannot be decoded"}
+    assert problems(open_shard([("x.jpg", picture), ("x.jpg", picture), ("x.txt", b"x")])) == {
+        0: "a field is missing", 1: "duplicate key"
+    }
+    # Cut in a member's bytes, and in a header.
+    members = sample(1) + [("00002.txt", b"two"), ("00002.jpg", bytes(5000))]
+    whole = (tmp_path / "whole.tar", members)
+    shard(*whole)
+    end = os.path.getsize(whole[0])
+    assert end > 6000
+    headers = [m.offset for m in tarfile.open(whole[0])]
+    assert problems(open_shard(members, headers[3] + 1024)) == {1: "the shard is cut off"}
+    found = problems(open_shard(members, headers[3] + 100))
+    assert set(found.values()) <= {"the shard is cut off", "a picture is missing"} and 0 not in found and found
+    for data, message in (
+        (b"", "hold no sample"), (b"no tar" * 1000, "no tar file"), (gzip.compress(bytes(9999)), "is compressed")
+    ):  # fmt: skip
+        (tmp_path / "x.tar").write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            make_source({**spec, "path": str(tmp_path / "x.tar")})
+    with pytest.raises(UserError, match="no file matches"):
+        make_source({**spec, "path": f"{tmp_path}/none*.tar"})
+
+
+def test_shards_are_indexed_in_parallel_and_anywhere(tmp_path):
+    for s in range(3):
+        shard(tmp_path / f"{s}.tar", sample(s))
+    spec = dict(kind="webdataset", path=f"{tmp_path}/?.tar", recipe="caption")
+    source = make_source({**spec, "index_dir": str(tmp_path / "work"), "index_workers": 2}).source
+    assert [texts(source[i])[1][0] for i in range(3)] == ["number 0", "number 1", "number 2"]
+    assert len(list((tmp_path / "work").iterdir())) == 3 and not list(tmp_path.glob("*.index"))
+
+
+# Parquet
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "beside.png").write_bytes(png("RGB", (0, 0, 255)))
+    rows = [{"image": {"bytes": png("RGB", (i, 0, 0)), "path": None}, "text": f"number {i}"} for i in range(7)]
+    rows[3]["image"] = None
+    rows[4]["image"] = {"bytes": None, "path": "beside.png"}
+    rows[5]["image"] = {"bytes": None, "path": "../beside.png"}
+    rows[6]["image"] = {"bytes": b"", "path": None}
+    for f, part in enumerate((rows[:3], rows[3:])):
+        table = pyarrow.Table.from_pylist(part, schema=pyarrow.schema({
+            "image": pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}), "text": pyarrow.string()
+        }))  # fmt: skip
+        pyarrow.parquet.write_table(table, tmp_path / f"part-{f}.parquet", row_group_size=2)
+    spec = dict(kind="parquet", path=f"{tmp_path}/*.parquet", recipe="caption")
+    source = pickle.loads(pickle.dumps(make_source(spec).source))
+    assert len(source) == 7
+    for i in range(3):
+        assert shape_of(source[i]) == [("read", [i, 0, 0]), ("caption:", False), (f"number {i}", True)]
+    assert shape_of(source[4])[0] == BLUE and source[4].key == "part-1/1"
+    missing = "a picture is missing"
+    assert problems(source) == {3: missing, 5: "a name outside its folder", 6: missing}
+    with pytest.raises(UserError, match="has no column 'picture', only image, text: set images"):
+        make_source({**spec, "images": ("picture",)})
+    with pytest.raises(UserError, match="'caption', but the fields are text"):
+        make_source({**spec, "caption_format": "{caption}"})
+    path = tmp_path / "part-1.parquet"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="cannot be read as a Parquet file"):
+        make_source(spec)
+
+
+# Buckets
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """fsspec's memory as the bucket, with a count of requests and a way to make them fail."""
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    yield system
+    system.store.clear()
+
+
+def test_sources_on_a_bucket(bucket, tmp_path, folder):
+    members = [m for i in range(3) for m in sample(i)]
+    bucket.pipe("/data/s0.tar", Path(shard(tmp_path / "s0.tar", members)).read_bytes())
+    for path in folder.iterdir():
+        if path.is_file():
+            bucket.pipe(f"/folder/{path.name}", path.read_bytes())
+    bucket.pipe("/talk/talk.json", json.dumps([LLAVA]).encode())
+    bucket.pipe("/talk/red.png", png("RGB", (255, 0, 0)))
+    shards = source_of(
+        "webdataset", path="memory://data/*.tar", recipe="caption", index_dir=str(tmp_path / "index")
+    )
+    assert [texts(shards[i])[1][0] for i in range(3)] == ["number 0", "number 1", "number 2"] and not problems(shards)
+    pictures = image_folder("memory://folder")
+    assert len(pictures) == 200 and (picture(pictures[9]).array() == [9, 0, 0]).all()
+    assert shape_of(source_of("json", path="memory://talk/talk.json", recipe="conversation")[0]) == LLAVA_PARTS
+
+
+def test_a_bucket_that_fails_or_hangs_is_given_up(bucket, monkeypatch):
+    bucket.pipe("/a.bin", b"0123456789")
+    assert storage.read("memory://a.bin", 2, 3) == b"234" and storage.size("memory://a.bin") == 10
+    calls = []
+    real = type(bucket).cat_file
+
+    def flaky(self, path, start=None, end=None):
+        calls.append(path)
+        if len(calls) < 3:
+            raise ConnectionError("reset")
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(bucket), "cat_file", flaky)
+    assert storage.read("memory://a.bin") == b"0123456789" and len(calls) == 3
+    monkeypatch.setattr(type(bucket), "cat_file", lambda self, path, start=None, end=None: threading.Event().wait(60))
+    monkeypatch.setattr(storage, "TIME_LIMIT", 0.05)
+    began = time.monotonic()
+    with pytest.raises(storage.Unreachable, match="in 4 attempts .no answer in 0.05 s."):
+        storage.read("memory://a.bin")
+    assert time.monotonic() - began < 5
+    with pytest.raises(storage.Unreachable, match="cannot be read"):
+        storage.signature("memory://missing.bin")
+    with pytest.raises(UserError, match="no known kind of storage"):
+        storage.read("nonsense://a")
+
+
+def test_patterns(tmp_path):
+    assert storage.expand("a/{00..02}-{x,y}.tar") == [f"a/0{i}-{k}.tar" for i in range(3) for k in "xy"]
+    assert storage.expand(["b", "a"]) == ["b", "a"]
+    for name, fine in (
+        ("a.png", True), ("a/b.png", True), ("../a", False), ("a/../../b", False), ("/a", False), ("", False),
+        ("gs://b/a", False), (None, False), ("a/../b", True),
+    ):  # fmt: skip
+        assert storage.inside(name) == fine, name
 
 
 def test_every_kind_of_picture_becomes_rgb():
@@ -203,7 +653,9 @@ def test_broken_pictures_are_named(tmp_path):
 
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
     bomb += chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    thread = png("RGB", (1, 2, 3), (1, 50_000))
     broken = {"cut.png": whole[: len(whole) // 2], "empty.png": b"", "text.jpg": b"hello", "bomb.png": bomb}
+    broken["thread.png"] = thread
     for name, data in broken.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UnreadablePicture, match=name):
@@ -212,6 +664,22 @@ def test_broken_pictures_are_named(tmp_path):
             load_image(data, "key7")
     with pytest.raises(UnreadablePicture, match="missing.png"):
         load_image(tmp_path / "missing.png")
+
+
+def test_scaled_jpeg_decoding_is_near_the_exact_one(tmp_path):
+    """A smooth picture: what a quarter of the size leaves out, resizing leaves out too."""
+    x, y = np.meshgrid(np.linspace(0, 3, 640), np.linspace(0, 2, 480))
+    array = np.stack([np.sin(x), np.cos(y), np.sin(x * y)], axis=-1) * 100 + 128
+    file = io.BytesIO()
+    Image.fromarray(array.astype(np.uint8)).save(file, "JPEG", quality=95)
+    data = file.getvalue()
+    assert load_image(data).shape == (480, 640, 3)
+    assert load_image(data, at_least=240).shape == (240, 320, 3)  # exactly a half
+    assert load_image(data, at_least=241).shape == (480, 640, 3)
+    assert load_image(data, at_least=64).shape == (120, 160, 3)  # an eighth would be 60
+    exact, scaled = (fit(load_image(data, at_least=n), 64).astype(int) for n in (0, 64))
+    assert np.abs(exact - scaled).mean() < 1.5
+    assert load_image(png("RGB", (1, 2, 3), (64, 64)), at_least=8).shape == (64, 64, 3)  # JPEG alone
 
 
 def test_fit():

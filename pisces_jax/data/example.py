@@ -13,6 +13,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8, UInt32
 
+from pisces_jax.data.images import EncodedImage
+from pisces_jax.errors import UserError
+
 Role = Literal["read", "draw"]
 
 
@@ -34,7 +37,10 @@ class Picture:
     image: np.ndarray | Callable[[], np.ndarray]
     role: Role
 
-    def array(self) -> UInt8[np.ndarray, "H W 3"]:
+    def array(self, at_least: int = 0) -> UInt8[np.ndarray, "H W 3"]:
+        """Decoded; a JPEG from a file may come smaller, but not below `at_least` pixels (`images.load_image`)."""
+        if at_least and isinstance(self.image, EncodedImage):
+            return self.image(at_least)
         return self.image() if callable(self.image) else self.image
 
 
@@ -43,10 +49,41 @@ Part = Text | Picture
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Parts in order, and a `key` that names this example in messages and seeds its noise."""
+    """Parts in order, and a `key` that names this example in messages and seeds its noise.
+
+    At the rate `drop`, decided anew in every epoch, packing takes `dropped` in place of `parts`: the same pictures
+    without their caption, for guidance. `dropped` must not be longer than `parts`. With `cut`, an example that is
+    longer than a row loses the end of its last text instead of being left out.
+    """
 
     parts: tuple[Part, ...]
     key: str
+    drop: float = 0.0
+    dropped: tuple[Part, ...] = ()
+    cut: bool = False
+
+    def of_epoch(self, seed: int, epoch: int) -> "Example":
+        """As it is in that epoch: with its caption or without."""
+        if self.drop and identity(seed, epoch, self.key, "drop")[0] < self.drop * 2**32:
+            return dataclasses.replace(self, parts=self.dropped)
+        return self
+
+
+class BrokenExample(UserError):
+    """An example that cannot be used: its key, a `reason` of a few words to count by, and what exactly was found."""
+
+    def __init__(self, key: str, reason: str, found: str = ""):
+        super().__init__(f"example {key}: {reason}{f' ({found})' if found else ''}")
+        self.key, self.reason = key, reason
+        self._words = key, reason, found
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:  # exceptions pickle by what they print otherwise
+        return type(self), self._words
+
+
+def reason_of(error: UserError) -> str:
+    """What a broken example is counted by."""
+    return getattr(error, "reason", "unreadable")
 
 
 def identity(*words: object) -> UInt32[np.ndarray, "2"]:

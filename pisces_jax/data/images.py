@@ -1,8 +1,10 @@
 """Pictures from files or bytes to square `uint8` RGB arrays."""
 
+import dataclasses
 import io
 import os
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -13,17 +15,40 @@ from pisces_jax.errors import UserError
 # Larger pictures are refused before they are decoded (a small file can claim any size): 128 megapixels, above
 # any photograph of these data sets.
 MAX_PIXELS = 128 * 1024 * 1024
+# Of the longer to the shorter side: to resize a picture of one row until that row is wide enough takes all memory.
+MAX_RATIO = 100
 
 
 class UnreadablePicture(UserError):
     """A picture that cannot be decoded; the message names it. Packing masks such a picture and counts it."""
 
+    reason = "a picture cannot be decoded"
 
-def load_image(source: str | os.PathLike | bytes, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
+
+@dataclasses.dataclass(frozen=True)
+class EncodedImage:
+    """A picture as it lies in its file: its bytes, or what reads them. Calling it decodes it.
+
+    `name` is what an error calls it.
+    """
+
+    data: bytes | Callable[[], bytes]
+    name: str
+
+    def __call__(self, at_least: int = 0) -> UInt8[np.ndarray, "H W 3"]:
+        """RGB; with `at_least`, as `load_image` takes it."""
+        return load_image(self.data() if callable(self.data) else self.data, self.name, at_least)
+
+
+def load_image(
+    source: str | os.PathLike | bytes, name: str = "", at_least: int = 0
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes a picture to RGB, upright by its EXIF orientation, transparency laid over white.
 
-    `name` is what an error calls the picture; a path names itself.
-    Raises `UnreadablePicture` for whatever is missing, truncated, no picture, or above `MAX_PIXELS`.
+    `name` is what an error calls the picture; a path names itself. With `at_least`, a JPEG is decoded at the smallest
+    of 1/8, 1/4, 1/2 and 1 of its size whose sides both are that long: libjpeg-turbo leaves out the frequencies that
+    resizing would, which is faster and not exact to the pixel.
+    Raises `UnreadablePicture` for whatever is missing, truncated, no picture, or above `MAX_PIXELS` or `MAX_RATIO`.
     """
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source))
     try:
@@ -35,7 +60,16 @@ def load_image(source: str | os.PathLike | bytes, name: str = "") -> UInt8[np.nd
                         f"picture {name} is {image.width} x {image.height}, above the limit of "
                         f"{MAX_PIXELS // 2**20} megapixels: make it smaller or remove it"
                     )
-                return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+                if max(image.size) > MAX_RATIO * min(image.size):
+                    raise UnreadablePicture(
+                        f"picture {name} is {image.width} x {image.height}, longer than {MAX_RATIO} times its width: "
+                        "cut or remove it"
+                    )
+                if at_least and image.format == "JPEG":
+                    # PIL's draft looks at the smaller of both ratios, whatever way the picture lies.
+                    image.draft(None, (at_least, at_least))
+                ImageOps.exif_transpose(image, in_place=True)  # copies only what has to be turned
+                return np.asarray(_rgb(image))
     except UnreadablePicture:
         raise
     # Damaged files make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
@@ -53,7 +87,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: UInt8[np.ndarray, "H W 3"], size: int, stretch: bool = False) -> UInt8[np.ndarray, "size size 3"]:

@@ -1,4 +1,4 @@
-"""From an example to its token sequence, and the lengths of a whole source's examples.
+"""From an example to its token sequence.
 
 The sequence is `bos`, the parts in order, `eos`. A text is its ids. A picture to read is `read_vectors` times
 the `<image>` id, nothing around it. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
@@ -8,12 +8,7 @@ turn opens with its header, and every turn but the last, which `eos` ends, with 
 """
 
 import dataclasses
-import hashlib
-import io
-import os
-import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,8 +16,6 @@ from jaxtyping import Bool, Int32
 
 from pisces_jax.data.example import Example, Picture, Role, Text
 from pisces_jax.data.tokenizers import Speaker, Tokenizer
-from pisces_jax.errors import UserError
-from pisces_jax.files import write_atomic
 
 
 class Source(Protocol):
@@ -53,6 +46,14 @@ class Layout:
     read_stretch: bool = False  # pictures to read are stretched to the square, not cropped (`images.fit`)
 
 
+class Entry(NamedTuple):
+    """One source of a mixture."""
+
+    name: str
+    weight: float
+    source: Source
+
+
 class Placed(NamedTuple):
     """A picture: `start` is the position of its first `<image>`, `ordinal` its number among the parts."""
 
@@ -73,13 +74,29 @@ class LaidOut(NamedTuple):
 def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout, *, prompt: bool = False) -> LaidOut:
     """The token sequence of `example`; no picture is decoded. With `prompt` it is left open, for the model to go on.
 
-    Learned are the tokens of learned texts, and the `[IMG]` or `eos` right after one: there it was the
-    model's own decision to draw or to stop, elsewhere it is given. The state at `[IMG]` (`start - 1`)
-    predicts vector 0.
+    Learned are the tokens of learned texts, and what the model decides right after one: the `[IMG]` of a picture that
+    it draws, or the `eos` with which it stops. A learned text that another's text follows is a turn of a conversation
+    and has its own `eos`, or the tokenizer's end of turn. Elsewhere `[IMG]` and `eos` are given. The state at `[IMG]`
+    (`start - 1`) predicts vector 0.
+
+    An example with `cut` that is longer than a row loses the end of its last text, and does not learn to stop there.
     """
+    laid_out, texts = _lay_out(example, tokenizer, layout, 0, prompt)
+    surplus = len(laid_out.tokens) - layout.length
+    if example.cut and surplus > 0 and texts and texts[-1] > surplus:
+        laid_out, _ = _lay_out(example, tokenizer, layout, surplus, prompt)
+    return laid_out
+
+
+def _lay_out(
+    example: Example, tokenizer: Tokenizer, layout: Layout, cut: int, prompt: bool
+) -> tuple[LaidOut, list[int]]:
+    """With `cut` tokens taken from the end of the last text; and the number of tokens of each text."""
     tokens, learn = [tokenizer.bos], [False]
     pictures = []
+    texts: list[int] = []
     decides = False  # whether the part before was a learned text
+    last = max((i for i, part in enumerate(example.parts) if isinstance(part, Text)), default=-1)
     speaker: Speaker | None = None
 
     def put(ids: Sequence[int], learned: bool) -> None:
@@ -99,8 +116,13 @@ def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout, *, prompt: b
         made = part.learn if isinstance(part, Text) else part.role == "draw"
         turn("assistant" if made else "user")
         if isinstance(part, Text):
-            put(tokenizer.encode(part.text), part.learn)
-            decides = part.learn
+            ids = tokenizer.encode(part.text)
+            if decides and not part.learn and tokenizer.end_of_turn is None:
+                put([tokenizer.eos], True)
+            shortened = ordinal == last and cut > 0
+            put(ids[: len(ids) - cut] if shortened else ids, part.learn)
+            texts.append(len(ids))
+            decides = part.learn and not shortened
             continue
         if part.role == "draw":
             put([tokenizer.begin_image], decides)
@@ -113,74 +135,4 @@ def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout, *, prompt: b
         turn("assistant")
     else:
         put([tokenizer.eos], decides)
-    return LaidOut(np.asarray(tokens, np.int32), np.asarray(learn, bool), pictures)
-
-
-class Lengths(NamedTuple):
-    """What packing must know of every example; `tokens` is -1 where the example cannot be read."""
-
-    tokens: Int32[np.ndarray, "N"]
-    reads: Int32[np.ndarray, "N"]
-    draws: Int32[np.ndarray, "N"]
-
-
-def scan_lengths(
-    source: Source, tokenizer: Tokenizer, layout: Layout, cache: str | os.PathLike | None = None
-) -> Lengths:
-    """Reads every example's text once; with `cache` (a path) the result is kept in that npz file.
-
-    The file is used again as long as source, tokenizer and layout are the same, and is rebuilt otherwise.
-    """
-    key = _fingerprint(source, tokenizer, layout) if cache is not None else ""
-    if cache is not None and (found := _read_cache(Path(cache), key)) is not None:
-        return found
-    lengths = Lengths(*(np.zeros(len(source), np.int32) for _ in Lengths._fields))
-    for i in range(len(source)):
-        try:
-            laid_out = lay_out(source[i], tokenizer, layout)
-        except UserError:
-            lengths.tokens[i] = -1
-            continue
-        lengths.tokens[i] = len(laid_out.tokens)
-        lengths.reads[i] = sum(placed.role == "read" for placed in laid_out.pictures)
-        lengths.draws[i] = len(laid_out.pictures) - lengths.reads[i]
-    if cache is not None:
-        _write_cache(Path(cache), key, lengths)
-    return lengths
-
-
-def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
-    """Changes with whatever can change a length; a source may name its own contents by `fingerprint`."""
-    words = [tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, len(source)]
-    words += [type(source).__qualname__, getattr(source, "fingerprint", "")]
-    for i in np.linspace(0, len(source) - 1, num=min(len(source), 32)).astype(int):
-        try:
-            example = source[int(i)]
-        except UserError:
-            words.append("unreadable")
-            continue
-        words.append(example.key)
-        words += [part.text if isinstance(part, Text) else part.role for part in example.parts]
-    return hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=16).hexdigest()
-
-
-def _read_cache(path: Path, key: str) -> Lengths | None:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) == key:
-                return Lengths(*(file[name] for name in Lengths._fields))
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-    ):  # missing, damaged or of an older form: it is made again
-        pass
-    return None
-
-
-def _write_cache(path: Path, key: str, lengths: Lengths) -> None:
-    file = io.BytesIO()
-    np.savez(file, key=np.array(key), **lengths._asdict())
-    write_atomic(path, file.getvalue())
+    return LaidOut(np.asarray(tokens, np.int32), np.asarray(learn, bool), pictures), texts

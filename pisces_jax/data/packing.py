@@ -1,47 +1,40 @@
 """Packing as an index: from (seed, epoch, lengths) an epoch's rows follow, and any group is random access."""
 
-import collections
-import dataclasses
 import logging
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
 
-from pisces_jax.data.binning import pack
-from pisces_jax.data.example import Picture, identity
+from pisces_jax.data import epochs
+from pisces_jax.data.example import identity, reason_of
+from pisces_jax.data.features import FeatureCache
 from pisces_jax.data.images import fit
-from pisces_jax.data.layout import LaidOut, Layout, Lengths, Placed, Source, lay_out, scan_lengths
-from pisces_jax.data.mixture import Mixture, shuffled
+from pisces_jax.data.layout import Entry, LaidOut, Layout, Placed, lay_out
+from pisces_jax.data.lengths import Lengths, scan_lengths
+from pisces_jax.data.mixture import check_mixture, shares
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
 
 __all__ = [
+    "Broken",
     "Entry",
     "Fill",
     "LaidOut",
     "Layout",
     "LeftOut",
-    "Lengths",
+    "Made",
     "PackedGroups",
+    "check_readable",
     "lay_out",
-    "scan_lengths",
 ]
 
 logger = logging.getLogger(__name__)
 
 Group = dict[str, np.ndarray]
-
-
-class Entry(NamedTuple):
-    """One source of a mixture."""
-
-    name: str
-    weight: float
-    source: Source
+MAX_BROKEN = 0.01  # share of broken examples above which a run stops
+LEAST_SEEN = 1000  # examples that the share is taken of at least
 
 
 class LeftOut(NamedTuple):
@@ -60,23 +53,24 @@ class Fill(NamedTuple):
     draw_slots: float
 
 
-@dataclasses.dataclass(frozen=True)
-class EpochIndex:
-    """An epoch's packing, sorted by group, row and offset; group g is entries `first[g]` to `first[g+1]`."""
+class Broken(NamedTuple):
+    """An example that turned out to be unusable when it was read."""
 
-    first: Int64[np.ndarray, "groups+1"]
-    row: Int32[np.ndarray, "E"]
-    offset: Int32[np.ndarray, "E"]
-    length: Int32[np.ndarray, "E"]
-    source: Int32[np.ndarray, "E"]
-    index: Int64[np.ndarray, "E"]
+    key: str
+    reason: str
+    message: str
 
-    def __len__(self) -> int:
-        return len(self.first) - 1
+
+class Made(NamedTuple):
+    """A group or a pair, how many examples it was made of, and those that are masked in it."""
+
+    item: Group
+    examples: int
+    broken: list[Broken]
 
 
 class PackedGroups:
-    """Groups of packed rows by number; the epochs follow each other without end.
+    """Groups of packed rows by number; the epochs, `per_epoch` groups each, follow each other without end.
 
     `groups[i]` is a dict of arrays (G rows of T tokens, pools of Pr and Pd pictures):
 
@@ -92,10 +86,16 @@ class PackedGroups:
         read_id       uint32 [Pr,2]  `identity(seed, epoch, example.key, ordinal of the part)`
         draw_...      the same for the pictures to draw
 
-    An example with a picture that cannot be read keeps its segment, with nothing learned and no valid slot;
-    it is counted in `broken` and logged once.
+    With `features` (one cache an entry) there are no `draw_images` but
 
-    Raises `UserError` when a source has no example that fits the layout.
+        draw_features float32 [Pd,m,C]
+
+    An example that turns out broken keeps its segment, with nothing learned and no valid slot. `folder` is where
+    lengths are kept (`scan_lengths`). With `scaled_jpeg`, JPEGs are decoded no larger than needed
+    (`images.load_image`).
+
+    Raises:
+        UserError: a source has no example that fits the layout, or more than `max_broken` of them are unreadable.
     """
 
     def __init__(
@@ -106,51 +106,42 @@ class PackedGroups:
         seed: int,
         examples_per_epoch: int | None = None,
         shuffle: bool = True,
-        lengths_dir: str | Path | None = None,
+        folder: str | Path | None = None,
+        scaled_jpeg: bool = False,
+        max_broken: float = MAX_BROKEN,
+        features: Sequence[FeatureCache] | None = None,
     ):
+        self.features = features
         self.entries = [Entry(*entry) for entry in entries]
-        self.tokenizer = tokenizer
-        self.layout = layout
-        self.seed = seed
-        self.broken: collections.Counter[str] = collections.Counter()
+        self.tokenizer, self.layout, self.seed, self.scaled_jpeg = tokenizer, layout, seed, scaled_jpeg
+        self.lengths = [scan_lengths(e.source, tokenizer, layout, e.name, folder) for e in self.entries]
         self.left_out: dict[str, LeftOut] = {}
-        self.lengths = []
         usable = []
-        for entry in self.entries:
-            cache = None if lengths_dir is None else Path(lengths_dir) / f"{entry.name}.npz"
-            lengths = scan_lengths(entry.source, tokenizer, layout, cache)
-            self.lengths.append(lengths)
+        for entry, lengths in zip(self.entries, self.lengths, strict=True):
             usable.append(self._usable(entry, lengths))
-        self.mixture = Mixture(
-            names=[entry.name for entry in self.entries],
-            weights=[entry.weight for entry in self.entries],
-            usable=usable,
-            seed=seed,
-            examples_per_epoch=examples_per_epoch,
-            shuffle=shuffle,
-        )
-        self._ends: list[int] = []  # groups of the epochs so far, summed up
-        self._epochs: dict[int, EpochIndex] = {}  # the latest two
-        self._lock = threading.Lock()
+            check_readable(entry.name, lengths, max_broken)
+        names, weights = [entry.name for entry in self.entries], [entry.weight for entry in self.entries]
+        check_mixture(names, weights, usable)
+        self.counts = shares(weights, examples_per_epoch or sum(usable))
+        if not sum(self.counts):
+            raise UserError("an epoch of this mixture has no example: set a greater examples_per_epoch")
+        self._epochs = epochs.Epochs(self.lengths, self.counts, names, layout, seed, shuffle, folder)
+        self.per_epoch = self._epochs.per_epoch
 
-    def _usable(self, entry: Entry, lengths: Lengths) -> Int64[np.ndarray, "U"]:
-        """Indices of the examples that fit an empty group; the others are counted in `left_out`."""
+    def _usable(self, entry: Entry, lengths: Lengths) -> int:
+        """How many examples fit an empty group; the others are counted in `left_out`."""
         layout = self.layout
-        unreadable = lengths.tokens < 0
-        long = lengths.tokens > layout.length
-        many = ~long & ((lengths.reads > layout.read_slots) | (lengths.draws > layout.draw_slots))
-        self.left_out[entry.name] = left_out = LeftOut(
-            int(long.sum()), int(many.sum()), int(unreadable.sum())
-        )
+        found = epochs.fits(lengths, layout)
+        counts = np.bincount(found, minlength=4).tolist()
+        self.left_out[entry.name] = left_out = LeftOut(*counts[1:])
         if sum(left_out):
             logger.warning(
                 "source %s: of %d examples %d are longer than a row of %d tokens, %d have more pictures than "
-                "a group has slots, %d are unreadable; they are left out",
-                *(entry.name, len(long), left_out.too_long, layout.length),
-                *(left_out.too_many_pictures, left_out.unreadable),
+                "a group has slots, %d are unreadable%s; they are left out",
+                *(entry.name, len(found), left_out.too_long, layout.length, left_out.too_many_pictures),
+                *(left_out.unreadable, _listed(lengths.reasons)),
             )
-        usable = np.flatnonzero(~(unreadable | long | many))
-        if entry.weight > 0 and len(usable) == 0:
+        if entry.weight > 0 and not counts[0]:
             if left_out.too_long:
                 raise UserError(
                     f"no example of source {entry.name} fits a row of {layout.length} tokens: "
@@ -161,95 +152,39 @@ class PackedGroups:
                     f"every example of source {entry.name} has more pictures than a group has slots: "
                     f"set read_slots to {lengths.reads.max()} and draw_slots to {lengths.draws.max()} or more"
                 )
+            found_first = f" ({lengths.messages[0]})" if lengths.messages else ""
             raise UserError(
-                f"source {entry.name} has no readable example: mend it or remove it from the mixture"
+                f"source {entry.name} has no readable example{found_first}: mend it or remove it from the mixture"
             )
-        return usable
-
-    def pack_epoch(self, epoch: int) -> EpochIndex:
-        """The packing of an epoch: a pure function of seed, epoch, lengths and weights."""
-        source, index = self.mixture.epoch(epoch)
-        tokens, reads, draws = (np.empty(len(source), np.int32) for _ in range(3))
-        for s, lengths in enumerate(self.lengths):
-            mine = source == s
-            for values, known in zip((tokens, reads, draws), lengths, strict=True):
-                values[mine] = known[index[mine]]
-        bins = pack(tokens, reads, draws, self.layout)
-        group = bins.group
-        if self.mixture.shuffle:
-            # The groups that the end of the epoch left open are emptier: they go anywhere among the others.
-            moved = shuffled(np.arange(bins.num_groups), bins.num_groups, "groups", self.seed, epoch)
-            group = moved[group]
-        order = np.lexsort((bins.offset, bins.row, group))
-        return EpochIndex(
-            first=np.searchsorted(group[order], np.arange(bins.num_groups + 1)),
-            row=bins.row[order],
-            offset=bins.offset[order],
-            length=tokens[order],
-            source=source[order],
-            index=index[order],
-        )
-
-    def epoch(self, epoch: int) -> EpochIndex:
-        """`pack_epoch`, remembered for the latest two epochs."""
-        with self._lock:
-            if epoch not in self._epochs:
-                self._epochs[epoch] = self.pack_epoch(epoch)
-                while len(self._epochs) > 2:
-                    del self._epochs[next(iter(self._epochs))]
-            return self._epochs[epoch]
+        return counts[0]
 
     def locate(self, i: int) -> tuple[int, int]:
-        """The epoch of group `i` and its number in that epoch.
+        """The epoch of group `i` and its number in that epoch."""
+        return divmod(i, self.per_epoch)
 
-        How many groups an epoch has is known only from its packing, so the first call for a late group packs
-        all epochs before it.
-        """
-        while not self._ends or i >= self._ends[-1]:
-            epoch = len(self._ends)
-            end = (self._ends[-1] if self._ends else 0) + len(self.epoch(epoch))
-            with self._lock:
-                if len(self._ends) == epoch:
-                    self._ends.append(end)
-        epoch = int(np.searchsorted(self._ends, i, side="right"))
-        return epoch, i - (self._ends[epoch - 1] if epoch else 0)
+    def members(self, i: int) -> epochs.Members:
+        """The examples of group `i`."""
+        return self._epochs.members(*self.locate(i))
 
-    def fill(self, epoch: int = 0) -> Fill:
-        """Shares of the tokens and picture slots of an epoch that are in use."""
-        packed, layout = self.epoch(epoch), self.layout
-        pictures = [0, 0]
-        for s, lengths in enumerate(self.lengths):
-            mine = packed.index[packed.source == s]
-            pictures[0] += int(lengths.reads[mine].sum())
-            pictures[1] += int(lengths.draws[mine].sum())
-        slots = [len(packed) * layout.read_slots, len(packed) * layout.draw_slots]
-        return Fill(
-            int(packed.length.sum()) / (len(packed) * layout.rows * layout.length),
-            *(used / total if total else 1.0 for used, total in zip(pictures, slots, strict=True)),
-        )
+    def fill(self) -> Fill:
+        """Shares of the tokens and picture slots of an epoch that are in use, broken examples included."""
+        layout = self.layout
+        sizes = layout.rows * layout.length, layout.read_slots, layout.draw_slots
+        used = zip(self._epochs.used, sizes, strict=True)
+        return Fill(*(n / (self.per_epoch * size) if size else 1.0 for n, size in used))
 
     def __getitem__(self, i: int) -> Group:
-        group, broken = self.make(i)
-        for key in broken:
-            if not self.broken[key]:
-                logger.warning("example %s cannot be read and is masked", key)
-            self.broken[key] += 1
-        return group
+        return self.make(i).item
 
-    def make(self, i: int) -> tuple[Group, list[str]]:
-        """Group `i`, and the keys of its examples that could not be read; changes nothing in this object."""
-        epoch, g = self.locate(i)
-        packed = self.epoch(epoch)
+    def make(self, i: int) -> Made:
+        """Group `i`."""
+        epoch, _ = self.locate(i)
+        members = self.members(i)
         group, broken = self.empty(), []
         taken, used = {"read": 0, "draw": 0}, [0] * self.layout.rows
-        for entry in range(packed.first[g], packed.first[g + 1]):
-            s, index = int(packed.source[entry]), int(packed.index[entry])
-            row, start, length = int(packed.row[entry]), int(packed.offset[entry]), int(packed.length[entry])
+        for s, index, row, start, length in zip(*(values.tolist() for values in members), strict=True):
             used[row] += 1
             span = slice(start, start + length)
-            group["segment_ids"][row, span] = used[row]
-            group["positions"][row, span] = np.arange(length)
-            group["source"][row, span] = s
             key = f"{self.entries[s].name}[{index}]"
             try:
                 example = self.entries[s].source[index]
@@ -257,17 +192,27 @@ class PackedGroups:
                 laid_out = lay_out(example, self.tokenizer, self.layout)
                 if len(laid_out.tokens) != length:
                     raise UserError(f"{key} has changed since its length was scanned")
+                if example.drop:
+                    laid_out = lay_out(example.of_epoch(self.seed, epoch), self.tokenizer, self.layout)
+                    span = slice(start, start + len(laid_out.tokens))
+                    if span.stop > start + length:
+                        raise UserError(f"{key} is longer without its caption than with it")
                 group["tokens"][row, span] = laid_out.tokens
-                images = [self._fit(p.picture) for p in laid_out.pictures]
-            except UserError:
-                broken.append(key)
+                pictures = [self._picture(p, s, index) for p in laid_out.pictures]
+            except UserError as error:
+                broken.append(Broken(key, reason_of(error), str(error)))
+                pictures = None
+            group["segment_ids"][row, span] = used[row]
+            group["positions"][row, span] = np.arange(span.stop - start)
+            group["source"][row, span] = s
+            if pictures is None:
                 continue
             group["learn"][row, span] = laid_out.learn
-            for placed, image in zip(laid_out.pictures, images, strict=True):
+            for placed, (kind, picture) in zip(laid_out.pictures, pictures, strict=True):
                 slot = taken[placed.role]
                 taken[placed.role] += 1
                 for name, value in {
-                    "images": image,
+                    kind: picture,
                     "row": row,
                     "start": start + placed.start,
                     "valid": True,
@@ -275,7 +220,14 @@ class PackedGroups:
                     "id": identity(self.seed, epoch, key, placed.ordinal),
                 }.items():
                     group[f"{placed.role}_{name}"][slot] = value
-        return group, broken
+        return Made(group, len(members.example), broken)
+
+    def _picture(self, placed: Placed, s: int, index: int) -> tuple[str, np.ndarray]:
+        if placed.role == "draw" and self.features is not None:
+            return "features", self.features[s][index]
+        size = self._size(placed.role)
+        stretch = placed.role == "read" and self.layout.read_stretch
+        return "images", fit(placed.picture.array(size if self.scaled_jpeg else 0), size, stretch)
 
     def empty(self) -> Group:
         """A group in which nothing lies."""
@@ -290,7 +242,10 @@ class PackedGroups:
         }
         for role, slots in ("read", layout.read_slots), ("draw", layout.draw_slots):
             size = self._size(role)
-            group[f"{role}_images"] = np.zeros((slots, size, size, 3), np.uint8)
+            if role == "draw" and self.features is not None:
+                group["draw_features"] = np.zeros((slots, *self.features[0].shape), np.float32)
+            else:
+                group[f"{role}_images"] = np.zeros((slots, size, size, 3), np.uint8)
             group[f"{role}_row"] = np.zeros(slots, np.int32)
             group[f"{role}_start"] = np.zeros(slots, np.int32)
             group[f"{role}_valid"] = np.zeros(slots, bool)
@@ -298,15 +253,23 @@ class PackedGroups:
             group[f"{role}_id"] = np.zeros((slots, 2), np.uint32)
         return group
 
-    def _fit(self, placed: Placed) -> np.ndarray:
-        stretch = placed.role == "read" and self.layout.read_stretch
-        return fit(placed.picture.array(), self._size(placed.role), stretch)
-
     def _size(self, role: str) -> int:
         return self.layout.read_size if role == "read" else self.layout.draw_size
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+def check_readable(name: str, lengths: Lengths, max_broken: float) -> None:
+    """
+    Raises:
+        UserError: more of a source is broken than may be.
+    """
+    broken, n = sum(lengths.reasons.values()), len(lengths.tokens)
+    if broken > max_broken * max(n, LEAST_SEEN):
+        raise UserError(
+            f"source {name}: {broken} of {n} examples are broken{_listed(lengths.reasons)}, more than "
+            f"{max_broken:.2%}, the first: {lengths.messages[0]}; mend them or raise data.max_broken"
+        )
+
+
+def _listed(reasons: dict[str, int]) -> str:
+    listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1]))
+    return f" ({listed})" if listed else ""

@@ -1,58 +1,27 @@
-"""From a config's sources to batches on this host, through Grain; the state of an iterator is one number.
+"""From packed rows or pairs to batches on this host, through Grain; the state of an iterator is one number.
 
 Grain (0.2) imports JAX for its tree functions, where JAX is installed; nothing here or in Grain's reading
 asks JAX for a device, so worker processes take no accelerator. Workers are spawned, never forked.
 """
 
 import collections
-import inspect
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from pisces_jax.data.layout import Source
-from pisces_jax.data.packing import Entry, PackedGroups, logger
+from pisces_jax.data.packing import LEAST_SEEN, MAX_BROKEN, Broken, PackedGroups
 from pisces_jax.data.pairs import Pairs
-from pisces_jax.data.shapes import ShapesSource
-from pisces_jax.data.sources import ImageFolder, TfdsPictures
 from pisces_jax.errors import UserError
 
-KINDS: dict[str, Callable[..., Source]] = {
-    "shapes": ShapesSource,
-    "tfds": lambda dataset, **rest: TfdsPictures(dataset, **rest),
-    "image_folder": ImageFolder,
-}
+logger = logging.getLogger(__name__)
+
+
 Batch = dict[str, np.ndarray]
-
-
-def make_source(spec: Mapping[str, Any]) -> Entry:
-    """A mixture's entry from a config's: `kind`, `name`, `weight` (1) and the arguments of the source.
-
-    Kinds: "shapes" (`ShapesSource`), "image_folder" (`ImageFolder`), "tfds" (`TfdsPictures`, the dataset's
-    name as `dataset`). `name` is what reports call it, by default its kind. Raises `UserError` for an unknown
-    kind or argument, or as the source itself does.
-    """
-    arguments = dict(spec)
-    kind = arguments.pop("kind", None)
-    if kind not in KINDS:
-        raise UserError(f"no kind of source {kind!r}: choose one of {', '.join(KINDS)}")
-    name, weight = arguments.pop("name", kind), arguments.pop("weight", 1.0)
-    parameters = inspect.signature(TfdsPictures if kind == "tfds" else KINDS[kind]).parameters
-    known = [("dataset" if kind == "tfds" and key == "name" else key) for key in parameters]
-    required = [
-        key for key, p in zip(known, parameters.values(), strict=True) if p.default is inspect.Parameter.empty
-    ]
-    for key in arguments:
-        if key not in known:
-            raise UserError(f"source {name}: {kind} takes no {key!r}: choose among {', '.join(known)}")
-    for key in required:
-        if key not in arguments:
-            raise UserError(f"source {name}: {kind} needs {key!r}: set it")
-    return Entry(name, float(weight), KINDS[kind](**arguments))
 
 
 class _Batches:
@@ -77,29 +46,38 @@ class _Batches:
     def __len__(self) -> int:
         return 2**60 if self.end is None else math.ceil(self.end / self.batch_size)
 
-    def __getitem__(self, b: int) -> tuple[Batch, list[str]]:
-        made = []
-        for offset in self.mine:
-            i = b * self.batch_size + offset
-            made.append(
-                (self.items.empty(), []) if self.end is not None and i >= self.end else self.items.make(i)
-            )
-        batch = {name: np.stack([item[name] for item, _ in made]) for name in made[0][0]}
-        return batch, [key for _, broken in made for key in broken]
+    def __getitem__(self, b: int) -> tuple[Batch, int, list[Broken]]:
+        numbers = [b * self.batch_size + offset for offset in self.mine]
+        made = [self.items.make(i) for i in numbers if self.end is None or i < self.end]
+        items = [one.item for one in made] + [self.items.empty()] * (len(numbers) - len(made))
+        batch = {name: np.stack([item[name] for item in items]) for name in items[0]}
+        return batch, sum(one.examples for one in made), [broken for one in made for broken in one.broken]
 
 
 class BatchIterator(Iterator[Batch]):
     """Batches in order; `get_state()` is `{"next_batch": n}`, good for any threads, workers and hosts.
 
-    `broken` counts, by key, examples of this host's batches so far that could not be read and are masked.
+    `broken` counts, by (key, reason), examples of this host's batches so far that are masked. As soon as they are
+    more than `max_broken` of the `seen` examples (of a thousand at least), the next batch is a `UserError` that holds
+    the counts.
     """
 
-    def __init__(self, batches: _Batches, threads: int, workers: int, prefetch: int, num_batches: int | None):
+    def __init__(
+        self,
+        batches: _Batches,
+        threads: int,
+        workers: int,
+        prefetch: int,
+        num_batches: int | None,
+        max_broken: float = MAX_BROKEN,
+    ):
         self._batches, self._threads, self._workers, self._prefetch = batches, threads, workers, prefetch
         self._end = len(batches) if num_batches is None else min(num_batches, len(batches))
         self._next = 0
+        self._max_broken = max_broken
         self._reader: Any = None
-        self.broken: collections.Counter[str] = collections.Counter()
+        self.seen = 0
+        self.broken: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def __len__(self) -> int:
         """Batches in all (2^60 where they have no end)."""
@@ -108,15 +86,31 @@ class BatchIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._reader is None:
             self._reader = self._open()
-        batch, broken = next(self._reader)
+        batch, examples, broken = next(self._reader)
         self._next += 1
-        for key in broken:
-            if not self.broken[key]:
-                logger.warning("example %s cannot be read and is masked", key)
-            self.broken[key] += 1
+        self.seen += examples
+        for one in broken:
+            if not self.broken[one.key, one.reason]:
+                logger.warning("%s: it is masked", one.message)
+            self.broken[one.key, one.reason] += 1
+        if broken and self.broken.total() > self._max_broken * max(self.seen, LEAST_SEEN):
+            self.close()
+            raise UserError(f"{self.report()}: mend them or raise data.max_broken (now {self._max_broken:g})")
         return batch
 
-    def _open(self) -> Iterator[tuple[Batch, list[str]]]:
+    def report(self) -> str:
+        """How many examples were masked, by reason, with the first keys of each."""
+        reasons: dict[str, list[str]] = {}
+        for key, reason in self.broken:
+            reasons.setdefault(reason, []).append(key)
+        counted = [
+            f"{sum(self.broken[key, reason] for key in keys)} {reason} ({', '.join(keys[:3])}"
+            f"{', ...' if len(keys) > 3 else ''})"
+            for reason, keys in reasons.items()
+        ]
+        return f"{self.broken.total()} of {self.seen} examples are broken: {'; '.join(counted)}"
+
+    def _open(self) -> Iterator[tuple[Batch, int, list[Broken]]]:
         # Grain's own states differ with the number of workers: a reader always starts anew, at a slice.
         dataset = grain.MapDataset.source(self._batches).slice(slice(self._next, self._end))
         # Worker processes each read with one thread; the buffer is per process.
@@ -160,6 +154,7 @@ def packed_iterator(
     threads: int = 2,
     workers: int = 0,
     prefetch: int = 4,
+    max_broken: float = MAX_BROKEN,
 ) -> BatchIterator:
     """Batches of `batch_size` groups over all processes, with the keys of `PackedGroups` and a leading axis.
 
@@ -168,9 +163,9 @@ def packed_iterator(
     `num_batches` is an upper limit. Batches are made ahead (`prefetch` of them) by `threads`, or by `workers`
     processes where Python's threads are too slow; with neither, when asked for.
     """
-    end = len(groups.epoch(0)) if one_pass else None
+    end = groups.per_epoch if one_pass else None
     batches = _Batches(groups, batch_size, process_index, process_count, end)
-    return BatchIterator(batches, threads, workers, prefetch, num_batches)
+    return BatchIterator(batches, threads, workers, prefetch, num_batches, max_broken)
 
 
 def pairs_iterator(
@@ -184,7 +179,8 @@ def pairs_iterator(
     threads: int = 2,
     workers: int = 0,
     prefetch: int = 4,
+    max_broken: float = MAX_BROKEN,
 ) -> BatchIterator:
     """`batch_size` pairs over all processes, with the keys of `Pairs`; see `packed_iterator`."""
     batches = _Batches(pairs, batch_size, process_index, process_count, pairs.per_epoch if one_pass else None)
-    return BatchIterator(batches, threads, workers, prefetch, num_batches)
+    return BatchIterator(batches, threads, workers, prefetch, num_batches, max_broken)

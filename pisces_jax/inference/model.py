@@ -26,7 +26,7 @@ from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import is_finished, load_part, read_config
-from pisces_jax.training.input import load_tokenizer
+from pisces_jax.training.tokenizer import load_tokenizer
 
 PARTS = (
     "language_model",

@@ -144,8 +144,8 @@ class Pisces(nn.Module):
         x = self.language_model.embed(tokens.reshape(B * G, T)).reshape(B, G * T, -1)
         x = constrain(x, "batch", "length", "width")
 
-        def pool(role: str) -> tuple[Array, Array, Array]:
-            images = batch[f"{role}_images"]
+        def pool(role: str, kind: str = "images") -> tuple[Array, Array, Array]:
+            images = batch[f"{role}_{kind}"]
             return images.reshape(-1, *images.shape[2:]), batch[f"{role}_row"], batch[f"{role}_start"]
 
         images, row, start = pool("read")
@@ -154,11 +154,12 @@ class Pisces(nn.Module):
                 read = self.read(images).reshape(*row.shape, self.config.read_vectors, -1)
                 index = slot_positions(row, start, batch["read_valid"], self.config.read_vectors, T, G)
                 x = place_vectors(x, index, read)
-        images, row, start = pool("draw")
+        cached = "draw_features" in batch  # instead of the pictures: the encoder's features, computed before
+        images, row, start = pool("draw", "features" if cached else "images")
         index = slot_positions(row, start, batch["draw_valid"], self.config.draw_vectors, T, G)
         if images.shape[0]:
             with jax.named_scope("draw"):
-                target = self.features(images).reshape(*row.shape, self.config.draw_vectors, -1)
+                target = (images if cached else self.features(images)).reshape(*row.shape, self.config.draw_vectors, -1)
                 x = place_vectors(x, index, self.feed(target, jnp.arange(self.config.draw_vectors)))
         else:
             target = jnp.zeros((*index.shape, self.config.generation_encoder.output_width))

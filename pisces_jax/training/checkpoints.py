@@ -24,12 +24,12 @@ from pisces_jax.files import write_atomic
 from pisces_jax.processes import primary, primary_first
 from pisces_jax.training import optimizer
 from pisces_jax.training.config import part_settings
-from pisces_jax.training.input import load_tokenizer
 from pisces_jax.training.step import State
+from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.weights.folder import is_folder, read_source
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
-_FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers")
+_FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
 
 
 def check_run(workdir: Path, config: ConfigDict) -> None:

@@ -57,6 +57,10 @@ def run_config(**changes: Any) -> ConfigDict:
                 examples_per_epoch=0,  # 0: as many as the sources hold
                 threads=2,
                 workers=0,  # processes; 0: threads alone
+                # Folder below --workdir with cached features of the pictures (`pisces_jax.cache`); "": none.
+                features="",
+                max_broken=0.01,  # share of broken examples above which a run stops
+                scaled_jpeg=False,  # decode JPEGs no larger than needed: faster, not exact to the pixel
                 row_length=256,
                 rows=1,  # a group
                 read_slots=0,  # a group

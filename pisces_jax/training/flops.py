@@ -98,12 +98,14 @@ def step_flops_by_part(
         c = program.model.config
         width, features = c.language_model.width, c.generation_encoder.output_width
         groups, rows, length = batch_shapes["tokens"]
-        read, draw = groups * batch_shapes["read_images"][1], groups * batch_shapes["draw_images"][1]
+        cached = "draw_features" in batch_shapes  # then no encoder runs
+        read = groups * batch_shapes["read_images"][1]
+        draw = groups * batch_shapes["draw_features" if cached else "draw_images"][1]
         drawn = draw * c.draw_vectors
         forward = {
             "language_model": groups * rows * transformer(c.language_model, length),
             "understanding_encoder": read * vit(c.understanding_encoder),
-            "generation_encoder": draw * vit(c.generation_encoder),
+            "generation_encoder": 0.0 if cached else draw * vit(c.generation_encoder),
             "understanding_projector": read
             * c.read_vectors
             * projector(c.understanding_encoder.output_width, c.projector_hidden, width),
@@ -114,7 +116,8 @@ def step_flops_by_part(
         pictures = batch_shapes["image"][0]
         assert isinstance(program, DecoderProgram | PretrainProgram)
         r = program.reconstruction
-        forward = {"generation_encoder": pictures * vit(r.encoder.config), "decoder": pictures * dit(r.decoder.config)}
+        encoder = 0.0 if "features" in batch_shapes else vit(r.encoder.config)
+        forward = {"generation_encoder": pictures * encoder, "decoder": pictures * dit(r.decoder.config)}
         if r.autoencoder is not None:
             forward["autoencoder"] = pictures * autoencoder(r.autoencoder.config, r.decoder.config.size)
         if isinstance(program, PretrainProgram):

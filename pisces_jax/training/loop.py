@@ -139,7 +139,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
             if stopping and not last:
                 break
     if train_iterator.broken:
-        log.warning("%s: %d examples could not be read and were masked", config.name, len(train_iterator.broken))
+        log.warning("%s: %s", config.name, train_iterator.report())
     if finished_step(run) < config.steps:
         raise KeyboardInterrupt
 

@@ -121,9 +121,8 @@ class Reconstruction:
         with jax.named_scope("generation_encoder"):
             return apply(self.encoder, params["generation_encoder"], images)
 
-    def errors(self, params: Params, vectors: Array, batch: Batch, key: jax.Array) -> Array:
-        """Flow-matching error of each picture given the encoder's vectors."""
-        features = pooled_features(vectors, self.pool)
+    def errors(self, params: Params, features: Array, batch: Batch, key: jax.Array) -> Array:
+        """Flow-matching error of each picture given the encoder's pooled features."""
         if self.feature_noise:
             noise = jax.vmap(lambda k: jax.random.normal(k, features.shape[1:]))
             features = features + self.feature_noise * noise(example_keys(key, batch["id"], "feature_noise"))
@@ -148,8 +147,11 @@ class DecoderProgram:
         return {"reconstruction": batch["valid"].sum().astype(jnp.float32)}
 
     def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
-        vectors = jax.lax.stop_gradient(self.reconstruction.vectors(params, batch["image"]))
-        errors = self.reconstruction.errors(params, vectors, batch, key)
+        r = self.reconstruction
+        # Cached features were computed before, by the same frozen encoder.
+        cached = batch.get("features")
+        features = pooled_features(r.vectors(params, batch["image"]), r.pool) if cached is None else cached
+        errors = r.errors(params, jax.lax.stop_gradient(features), batch, key)
         return {"reconstruction": objectives.masked_average(errors, batch["valid"])}, {}
 
 
@@ -213,7 +215,8 @@ class PretrainProgram:
             losses[f"contrastive_{name}"] = objectives.masked_average(error, every)
             nearest = jnp.argmax(pictures @ text.T, axis=1) == jnp.arange(text.shape[0])
             reported[f"matched_{name}"] = objectives.masked_average(nearest.astype(jnp.float32), every)
-        errors = self.reconstruction.errors(params, drawn, batch, key)
+        features = pooled_features(drawn, self.reconstruction.pool)
+        errors = self.reconstruction.errors(params, features, batch, key)
         losses["reconstruction"] = objectives.masked_average(errors, every)
         return losses, reported
 

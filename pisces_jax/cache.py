@@ -1,0 +1,49 @@
+"""Caches the generation encoder's features of a config's pictures.
+
+python -m pisces_jax.cache --config=configs/X.py[:stage] --workdir=DIR [--config.key=value ...]
+"""
+
+from pathlib import Path
+
+from pisces_jax import cli
+from pisces_jax.errors import UserError, run_command
+
+
+def main() -> None:
+    rest, overrides = cli.split_overrides(cli.arguments())
+    parser = cli.Parser(
+        "cache",
+        "Writes the pooled features of every picture that a stage trains and evaluates on, sharded over processes. "
+        "The same command continues what was interrupted. The stage then reads them with data.features set.",
+        [
+            "--config=configs/shapes.py:stage1 --workdir=runs/shapes",
+            "--config=configs/mixed_small.py:stage1 --workdir=runs/mixed --dtype=float32 --batch_size=256",
+        ],
+    )
+    parser.add_argument("--config", required=True, metavar="FILE:STAGE", help="a stage with a frozen encoder")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the encoder's run is")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    parser.add_argument("--batch_size", type=cli.whole_number(1), default=64, help="pictures at a time (default 64)")
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="that decode pictures (default 2)")
+    flags = parser.parse(rest)
+    stages = cli.load_stages(flags.config, overrides)
+    if len(stages) > 1:
+        raise UserError(f"--config={flags.config} has several stages: name one, such as :{list(stages)[-1]}")
+    from pisces_jax.training.features import cache_features
+    from pisces_jax.training.tokenizer import entries_of
+
+    cli.start()
+    (config,) = stages.values()
+    for sources in (config.data.train, config.data.evaluate):
+        if not sources:
+            continue
+        entries = entries_of(sources)
+        broken = cache_features(config, flags.workdir, entries, flags.dtype, flags.batch_size, flags.threads)
+        for entry in entries:
+            words = f", {broken[entry.name]} of them not readable" if broken[entry.name] else ""
+            cli.say(f"{entry.name}: features of {len(entry.source)} examples{words}")
+    cli.say(f"to train on them: --config.data.features={config.data.features or 'features'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,154 @@
+"""Cached features of pictures, in ArrayRecord shards: what a frozen encoder makes of them, read in their place.
+
+One record an example, by its number in the source: the features of the picture that the example draws, or where it
+draws none of its first. An example without a readable picture has an empty record.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from pisces_jax.data.example import BrokenExample, Example, Picture
+from pisces_jax.data.images import UnreadablePicture
+from pisces_jax.data.layout import Entry, Source
+from pisces_jax.data.lengths import fingerprint_words
+from pisces_jax.errors import UserError
+from pisces_jax.files import write_atomic
+
+SHARD = 4096  # records
+# NumPy has no bfloat16: its bits are kept.
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
+
+
+def cached_picture(example: Example) -> Picture:
+    """The picture whose features are kept.
+
+    Raises:
+        BrokenExample: the example has no picture.
+        UserError: it draws several.
+    """
+    pictures = [part for part in example.parts if isinstance(part, Picture)]
+    drawn = [picture for picture in pictures if picture.role == "draw"]
+    if len(drawn) > 1:
+        raise UserError(f"example {example.key} draws {len(drawn)} pictures: features are kept of one alone")
+    if not pictures:
+        raise BrokenExample(example.key, "a picture is missing")
+    return (drawn or pictures)[0]
+
+
+class FeatureCache:
+    """A source's features, whole or being written. `encoder` says what they are from: any JSON, compared as a whole.
+
+    Raises:
+        UserError: the folder holds features of another encoder.
+    """
+
+    def __init__(self, folder: str | os.PathLike, entry: Entry, encoder: Mapping[str, Any]):
+        digest = hashlib.blake2b("\0".join(map(str, picture_words(entry.source))).encode(), digest_size=8).hexdigest()
+        self.folder = Path(folder) / f"{entry.name}-{digest}"
+        self.name, self.count = entry.name, len(entry.source)
+        self.encoder = json.loads(json.dumps(dict(encoder)))
+        self._about: dict[str, Any] | None = None
+        self._records: Any = None
+        try:
+            about = json.loads((self.folder / "about.json").read_text())
+        except (OSError, ValueError):
+            return
+        if about["encoder"] != self.encoder:
+            raise UserError(f"{self.folder} holds features of another encoder or pooling: remove it and cache again")
+        self._about = about
+
+    @property
+    def shards(self) -> list[Path]:
+        n = math.ceil(self.count / SHARD)
+        return [self.folder / f"{shard:05d}-of-{n:05d}.array_record" for shard in range(n)]
+
+    def todo(self, process_index: int, process_count: int) -> list[int]:
+        """Shards that are still to be written by this process."""
+        return [s for s, path in enumerate(self.shards) if s % process_count == process_index and not path.exists()]
+
+    def describe(self, shape: Sequence[int], dtype: str) -> None:
+        """Says of what form the records are, before the first shard."""
+        about = {"encoder": self.encoder, "shape": list(shape), "dtype": dtype}
+        if self._about is not None and self._about != about:
+            raise UserError(
+                f"{self.folder} was begun as {self._about['dtype']} {self._about['shape']} and not as {dtype} "
+                f"{list(shape)}: remove it or go on as it was begun"
+            )
+        self._about = about
+        write_atomic(self.folder / "about.json", json.dumps(about))
+
+    def write(self, shard: int, records: Sequence[bytes]) -> None:
+        """A whole shard or none of it."""
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        path = self.shards[shard]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record is read at a time
+            for record in records:
+                writer.write(record)
+            writer.close()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def open(self) -> "FeatureCache":
+        """To be called before reading.
+
+        Raises:
+            UserError: it is missing or not finished.
+        """
+        missing = [path for path in self.shards if not path.exists()]
+        if self._about is None or missing:
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} of {len(self.shards)} shards of cached features: run "
+                "python -m pisces_jax.cache with this config and workdir first"
+            )
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        assert self._about is not None
+        vectors, width = self._about["shape"]
+        return vectors, width
+
+    def __getitem__(self, i: int) -> Float32[np.ndarray, "m C"]:
+        """The features of example `i`.
+
+        Raises:
+            BrokenExample: its picture could not be read when they were made, or the record cannot be read now.
+        """
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        assert self._about is not None
+        if self._records is None:
+            self._records = ArrayRecordDataSource([str(path) for path in self.shards])
+        key = f"{self.name}[{i}]"
+        try:
+            (data,) = self._records.__getitems__([i])
+        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            raise BrokenExample(key, "cached features cannot be read", str(error)) from error
+        if not data:
+            raise BrokenExample(key, UnreadablePicture.reason, "when its features were cached")
+        stored = np.frombuffer(data, DTYPES[self._about["dtype"]])
+        if stored.dtype == np.uint16:
+            stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return stored.reshape(self.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_records": None}
+
+
+def picture_words(source: Source) -> list[Any]:
+    """What the features of a source depend on: not its texts, where the source knows its pictures apart from them."""
+    known = getattr(source, "pictures_fingerprint", None)
+    return fingerprint_words(source) if known is None else [len(source), known]

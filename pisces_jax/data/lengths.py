@@ -1,0 +1,148 @@
+"""The lengths of a source's examples: read once, by several processes where it is worth it, and stored."""
+
+import collections
+import concurrent.futures
+import hashlib
+import logging
+import multiprocessing
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Shaped
+
+from pisces_jax.data.arrays import read_arrays, write_arrays
+from pisces_jax.data.example import Text, reason_of
+from pisces_jax.data.layout import Layout, Source, lay_out
+from pisces_jax.data.tokenizers import Tokenizer
+from pisces_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+WORTH_PROCESSES = 200_000  # examples
+KEPT_MESSAGES = 100
+
+
+class Lengths(NamedTuple):
+    """What packing must know of every example; `tokens` is -1 where the example cannot be used.
+
+    `reasons` counts those by reason, and `messages` has what was found in the first of them.
+    """
+
+    tokens: Int32[np.ndarray, "N"]
+    reads: Shaped[np.ndarray, "N"]  # uint16
+    draws: Shaped[np.ndarray, "N"]  # uint16
+    reasons: dict[str, int]
+    messages: Sequence[str]
+
+
+def scan_lengths(
+    source: Source,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    name: str = "source",
+    folder: str | os.PathLike | None = None,
+    workers: int | None = None,
+) -> Lengths:
+    """Reads every example's text once, and decodes no picture.
+
+    With `folder` the result is kept there, in a file whose name holds a hash of all that it depends on, and the arrays
+    are views of that file: a later run, another stage and worker processes share it. Large sources are read by
+    `workers` processes (by default as many as there are cores).
+    """
+    path = None
+    if folder is not None:
+        path = Path(folder) / f"{name}-{_fingerprint(source, tokenizer, layout)}.lengths"
+        if (found := _load(path, len(source))) is not None:
+            return found
+    workers = 1 if len(source) < WORTH_PROCESSES else workers or os.cpu_count() or 1
+    bounds = np.linspace(0, len(source), 1 if workers == 1 else 16 * workers + 1, dtype=np.int64)
+    if workers == 1:
+        parts = [_scan(source, tokenizer, layout, 0, len(source))]
+    else:
+        logger.info("source %s: reading the lengths of %d examples", name, len(source))
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, context, initializer=_start, initargs=(source, tokenizer, layout)
+        ) as pool:
+            spans = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+            parts = list(pool.map(_scan_span, spans))
+    reasons = collections.Counter[str]()
+    for part in parts:
+        reasons.update(part.reasons)
+    lengths = Lengths(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        reads=np.concatenate([part.reads for part in parts]),
+        draws=np.concatenate([part.draws for part in parts]),
+        reasons=dict(reasons),
+        messages=[message for part in parts for message in part.messages][:KEPT_MESSAGES],
+    )
+    if path is None:
+        return lengths
+    about = {"reasons": lengths.reasons, "messages": list(lengths.messages)}
+    write_arrays(path, about, {"tokens": lengths.tokens, "reads": lengths.reads, "draws": lengths.draws})
+    return _load(path, len(source)) or lengths
+
+
+def _load(path: Path, length: int) -> Lengths | None:
+    found = read_arrays(path)
+    if found is None or len(found[1]["tokens"]) != length:
+        return None
+    about, arrays = found
+    return Lengths(**arrays, reasons=about["reasons"], messages=about["messages"])
+
+
+def _scan(source: Source, tokenizer: Tokenizer, layout: Layout, start: int, stop: int) -> Lengths:
+    tokens = np.zeros(stop - start, np.int32)
+    reads, draws = np.zeros(stop - start, np.uint16), np.zeros(stop - start, np.uint16)
+    reasons, messages = collections.Counter[str](), list[str]()
+    for i in range(start, stop):
+        try:
+            laid_out = lay_out(source[i], tokenizer, layout)
+        except UserError as error:
+            tokens[i - start] = -1
+            reasons[reason_of(error)] += 1
+            if len(messages) < KEPT_MESSAGES:
+                messages.append(str(error))
+            continue
+        tokens[i - start] = len(laid_out.tokens)
+        reads[i - start] = sum(placed.role == "read" for placed in laid_out.pictures)
+        draws[i - start] = len(laid_out.pictures) - reads[i - start]
+    return Lengths(tokens, reads, draws, dict(reasons), messages)
+
+
+# A worker process gets the source once.
+_work: tuple[Source, Tokenizer, Layout] | None = None
+
+
+def _start(*work: object) -> None:
+    global _work
+    _work = work  # type: ignore[assignment]
+
+
+def _scan_span(span: tuple[int, int]) -> Lengths:
+    assert _work is not None
+    return _scan(*_work, *span)
+
+
+def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
+    """Changes with whatever can change a length."""
+    words = ["1", tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, layout.length]
+    words += fingerprint_words(source)
+    return hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).hexdigest()
+
+
+def fingerprint_words(source: Source) -> list[str]:
+    """What tells a source from others: the `fingerprint` that it may have, and some of its examples."""
+    words = [str(len(source)), type(source).__qualname__, getattr(source, "fingerprint", "")]
+    for i in np.linspace(0, len(source) - 1, num=min(len(source), 32)).astype(int):
+        try:
+            example = source[int(i)]
+        except UserError:
+            words.append("unreadable")
+            continue
+        words.append(example.key)
+        words += [part.text if isinstance(part, Text) else part.role for part in example.parts]
+    return words

@@ -1,0 +1,179 @@
+"""ArrayRecord files: datasets that TensorFlow Datasets prepared, and plain ones. Read without TensorFlow."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pisces_jax.data import storage
+from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.images import EncodedImage
+from pisces_jax.data.jsonfiles import picture_files
+from pisces_jax.data.recipes import Record
+from pisces_jax.data.records import encoded, parse_json
+from pisces_jax.errors import UserError
+
+
+class Tfds:
+    """Records of a dataset that TensorFlow Datasets prepared in ArrayRecord files.
+
+    `dataset` is a name below `data_dir`, with or without configuration and version ("cifar10", "cifar10/3.0.2");
+    `split` is in TFDS's notation, slices included ("train[:90%]"). Labels go by their names.
+
+    Raises:
+        UserError: the dataset, the split or a picture's field is missing, or the files are on a bucket.
+    """
+
+    def __init__(self, dataset: str, split: str, data_dir: str | os.PathLike, images: Sequence[str] = ("image",)):
+        import tensorflow_datasets as tfds  # here, as it takes a second and most runs have no such source
+
+        _refuse_remote(os.fspath(data_dir))
+        self.dataset, self.split, self.images = dataset, split, tuple(images)
+        folder = _prepared_folder(Path(data_dir), dataset)
+        builder = tfds.builder_from_directory(folder)
+        features = builder.info.features
+        for field in self.images:
+            if field not in features:
+                raise UserError(f"dataset {dataset} has no {field!r}, only {', '.join(features)}: set images")
+        self._labels = {
+            field: feature.names
+            for field, feature in features.items()
+            if isinstance(feature, tfds.features.ClassLabel)
+        }
+        try:
+            decoders = dict.fromkeys(self.images, tfds.decode.SkipDecoding())
+            self._records = builder.as_data_source(split, decoders=decoders)
+            self._length = len(self._records)
+        except (ValueError, OSError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"split {split!r} of dataset {dataset} in {data_dir} cannot be opened ({reason}): "
+                f"its splits are {', '.join(builder.info.splits)}"
+            ) from error
+        self.names = [field for field in features if field not in self.images]
+        self.fingerprint = f"{folder}/{split}/{self.images}"
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> Record:
+        key = f"{self.dataset}/{self.split}/{int(i)}"
+        try:
+            record = dict(self._records[int(i)])
+        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
+        pictures = [encoded(record.pop(field), key) for field in self.images]
+        return Record(key, {field: self._plain(field, value) for field, value in record.items()}, pictures)
+
+    def _plain(self, field: str, value: Any) -> Any:
+        if field in self._labels and value >= 0:  # TFDS marks a hidden label by -1
+            return self._labels[field][int(value)].replace("_", " ")
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _prepared_folder(data_dir: Path, name: str) -> Path:
+    """The newest version's folder: found without TFDS's own search, which asks the network."""
+    found = sorted(path.parent for path in (data_dir / name).glob("**/dataset_info.json"))
+    if not found:
+        raise UserError(f"no prepared dataset {name} in {data_dir}: set data_dir to where TFDS has prepared it")
+    return max(found, key=lambda path: [int(word) if word.isdigit() else 0 for word in path.name.split(".")])
+
+
+def _refuse_remote(path: str) -> None:
+    if storage.is_remote(path):
+        raise UserError(
+            f"ArrayRecord files cannot be read from {path} directly: mount the bucket (gcsfuse) and give that folder"
+        )
+
+
+class ArrayRecords:
+    """Records of plain ArrayRecord files, each a serialized `tf.train.Example` or a JSON object.
+
+    `path` is a pattern or a list of them; `images` names the features that hold encoded pictures. In JSON a picture
+    cannot be, so there `images` names paths of files below `image_root`.
+
+    Raises:
+        UserError: a file is missing, on a bucket or no ArrayRecord file.
+    """
+
+    names = None
+
+    def __init__(self, path: str | Sequence[str], images: Sequence[str] = ("image",), image_root: str | None = None):
+        self.paths, self.images, self.image_root = storage.expand(path), tuple(images), image_root
+        for one in self.paths:
+            _refuse_remote(one)
+        signatures = [storage.signature(one) for one in self.paths]
+        self._open()
+        if not self._length:
+            raise UserError(f"{self.paths[0]} holds no record: change path")
+        self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
+
+    def _open(self) -> None:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        try:
+            self._source = ArrayRecordDataSource(self.paths)
+            self._length = len(self._source)
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{self.paths[0]} cannot be read as ArrayRecord ({reason}): change path") from error
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> Record:
+        key = f"{Path(self.paths[0]).name}/{int(i)}"
+        try:
+            (data,) = self._source.__getitems__([int(i)])
+        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
+        if data[:1] == b"{":
+            fields = parse_json(data, key)
+            return Record(key, fields, picture_files(fields, self.images, self.image_root or ".", key))
+        fields = parse_example(data, key)
+        pictures: list[EncodedImage] = []
+        for name in self.images:
+            value = fields.pop(name, None)
+            pictures += [encoded(one, key) for one in (value if isinstance(value, list) else [value])]
+        return Record(key, {name: _text(value) for name, value in fields.items()}, pictures)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_source"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def parse_example(data: bytes, key: str) -> dict[str, Any]:
+    """The features of a serialized `tf.train.Example`; of one value that value, of several a list.
+
+    Raises:
+        BrokenExample: the bytes are none.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2  # its messages without TensorFlow
+
+    try:
+        features = tf_example_pb2.Example.FromString(data).features.feature
+    except DecodeError as error:
+        raise BrokenExample(key, "no tf.train.Example", str(error)) from error
+    if not features:
+        raise BrokenExample(key, "no tf.train.Example", "no feature in it")
+    fields: dict[str, Any] = {}
+    for name, feature in features.items():
+        kind = feature.WhichOneof("kind")
+        values = list(getattr(feature, kind).value) if kind else []
+        fields[name] = values[0] if len(values) == 1 else values
+    return fields
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_text(one) for one in value]
+    if isinstance(value, (bytes, np.bytes_)):
+        return bytes(value).decode("utf-8", "replace")
+    return value

@@ -1,0 +1,254 @@
+"""From a record (a key, fields, pictures) to an example: what is read, what is learned, what is drawn."""
+
+import dataclasses
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pisces_jax.data.example import BrokenExample, Example, Part, Picture, Role, Text, identity
+from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
+from pisces_jax.errors import UserError
+
+Image = Callable[[], np.ndarray]
+
+
+class Record(NamedTuple):
+    """What a file holds of one example: `pictures` in order, each decoded when it is called."""
+
+    key: str
+    fields: Mapping[str, Any]
+    pictures: Sequence[Image]
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation; what the `model` says is learned."""
+
+    model: bool
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How records become examples.
+
+    | recipe | example |
+    |---|---|
+    | caption, describe | read; caption or detailed text learned |
+    | draw_caption, draw_details | caption or detailed text; draw |
+    | draw_described | caption; detailed text learned; draw |
+    | question | read (all pictures); question; answer learned |
+    | conversation | turns in order, each picture where its mark `<image>` stands; the model's turns learned |
+    | edit | read the first picture; caption as the instruction; draw the second |
+    | pair | picture and caption, for encoders |
+
+    Formats are Python's, over the record's fields ("{text}"). A format that is a tuple is one of several wordings: an
+    example keeps the one that its key chooses. `drop` is the rate at which drawing goes without its caption.
+
+    Raises:
+        UserError: an unknown recipe, a missing format, or a rate that is none.
+    """
+
+    recipe: str
+    caption_format: str | Sequence[str] = "{text}"
+    detailed_format: str | Sequence[str] | None = None
+    question_format: str | Sequence[str] = "{question}"
+    answer_format: str | Sequence[str] = "{answer}"
+    drop: float = 0.0
+    cut: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recipe not in MAKERS:
+            raise UserError(f"no recipe {self.recipe!r}: choose one of {', '.join(MAKERS)}")
+        if self.recipe in NEED_DETAILS and self.detailed_format is None:
+            raise UserError(
+                f"the recipe {self.recipe!r} needs a detailed text: set detailed_format, such as '{{text}}: {{tags}}'"
+            )
+        if not 0 <= self.drop < 1:
+            raise UserError(f"drop={self.drop} is no rate: give a number from 0 to below 1")
+        if self.drop and self.recipe not in DRAWING:
+            raise UserError(f"drop={self.drop} is for drawing and {self.recipe!r} draws nothing: remove it")
+
+    @property
+    def formats(self) -> list[str]:
+        """All formats that this recipe uses."""
+        used: Sequence[str | Sequence[str] | None] = (self.caption_format,)
+        if self.recipe == "question":
+            used = self.question_format, self.answer_format
+        elif self.recipe == "conversation":
+            used = ()
+        elif self.recipe in NEED_DETAILS:
+            used = self.caption_format, self.detailed_format
+            if self.recipe != "draw_described":
+                used = (self.detailed_format,)
+        return [one for many in used if many is not None for one in ([many] if isinstance(many, str) else many)]
+
+    @property
+    def pictures(self) -> str:
+        """Which picture of a record features are cached of (`features.cached_picture`)."""
+        return "second" if self.recipe == "edit" else "first"
+
+    def check(self, fields: Sequence[str]) -> None:
+        """Raises `UserError` where a format names a field that the records do not have."""
+        for text_format in self.formats:
+            for _, name, _, _ in string.Formatter().parse(text_format):
+                first = re.split(r"[.\[]", name)[0] if name is not None else None
+                if first is not None and first not in fields:
+                    raise UserError(
+                        f"{text_format!r} names the field {first!r}, but the fields are "
+                        f"{', '.join(sorted(fields))}: change the format"
+                    )
+
+    def example(self, record: Record) -> Example:
+        """
+        Raises:
+            BrokenExample: a field or a picture is missing, or a field does not fit its format.
+        """
+        parts, dropped = MAKERS[self.recipe](self, record)
+        return Example(parts, record.key, self.drop if dropped else 0.0, dropped, self.cut)
+
+    def text(self, record: Record, text_format: str | Sequence[str] | None) -> str:
+        """One field's wording; no caption is empty."""
+        if text_format is None:
+            raise ValueError("no format")
+        if not isinstance(text_format, str):
+            text_format = text_format[int(identity(record.key, "wording")[0]) % len(text_format)]
+        try:
+            text = text_format.format(**record.fields).strip()
+        except (KeyError, IndexError) as error:
+            raise BrokenExample(record.key, "a field is missing", str(error.args[0])) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise BrokenExample(record.key, "a field does not fit its format", str(error)) from error
+        if not text:
+            raise BrokenExample(record.key, "an empty text")
+        return sound(text, record.key)
+
+
+def sound(text: str, key: str) -> str:
+    """Raises `BrokenExample` for what no tokenizer takes: JSON can spell halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BrokenExample(key, "not UTF-8", f"character {error.start}") from error
+    return text
+
+
+Parts = tuple[Part, ...]
+
+
+def _picture(record: Record, number: int, role: Role) -> Picture:
+    if number >= len(record.pictures):
+        raise BrokenExample(record.key, "a picture is missing", f"it has {len(record.pictures)}")
+    return Picture(record.pictures[number], role)
+
+
+def _caption(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
+    details = recipe.recipe == "describe"
+    learned = recipe.text(record, recipe.detailed_format if details else recipe.caption_format)
+    instruction = Text(DESCRIBE_INSTRUCTION if details else CAPTION_INSTRUCTION)
+    return (_picture(record, 0, "read"), instruction, Text(learned, learn=True)), ()
+
+
+def _draw(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
+    details = recipe.recipe == "draw_details"
+    prompt = recipe.text(record, recipe.detailed_format if details else recipe.caption_format)
+    picture = _picture(record, 0, "draw")
+    return (Text(draw_instruction(prompt)), picture), (Text(draw_instruction("")), picture)
+
+
+def _draw_described(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
+    prompt = Text(draw_instruction(recipe.text(record, recipe.caption_format)))
+    picture = _picture(record, 0, "draw")
+    description = Text(recipe.text(record, recipe.detailed_format), learn=True)
+    return (prompt, description, picture), (Text(draw_instruction("")), picture)
+
+
+def _edit(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
+    before, after = _picture(record, 0, "read"), _picture(record, 1, "draw")
+    wanted = recipe.text(record, recipe.caption_format)
+    return (before, Text(draw_instruction(wanted)), after), (before, Text(draw_instruction("")), after)
+
+
+def _question(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
+    pictures = tuple(_picture(record, i, "read") for i in range(len(record.pictures)))
+    question = Text(recipe.text(record, recipe.question_format))
+    return (*pictures, question, Text(recipe.text(record, recipe.answer_format), learn=True)), ()
+
+
+def _pair(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
+    return (_picture(record, 0, "read"), Text(recipe.text(record, recipe.caption_format))), ()
+
+
+MARK = "<image>"
+
+
+def _conversation(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
+    turns = turns_of(record)
+    marks = sum(turn.text.count(MARK) for turn in turns)
+    pictures = list(range(len(record.pictures)))
+    parts: list[Part] = []
+    if not marks:  # LLaVA's older files leave the mark out
+        parts += [_picture(record, i, "read") for i in pictures]
+    elif marks != len(pictures):
+        raise BrokenExample(record.key, "marks and pictures differ", f"{marks} {MARK}, {len(pictures)} pictures")
+    taken = 0
+    for turn in turns:
+        spoken = bool(parts) and isinstance(parts[-1], Text) and parts[-1].learn
+        if spoken and not turn.model and turn.text.lstrip().startswith(MARK):
+            parts.append(Text(""))  # a picture alone would not end the model's turn before it
+        for i, piece in enumerate(turn.text.split(MARK)):
+            if i:
+                parts.append(_picture(record, taken, "read"))
+                taken += 1
+            if piece.strip():
+                parts.append(Text(piece.strip(), learn=turn.model))
+    if not any(isinstance(part, Text) and part.learn for part in parts):
+        raise BrokenExample(record.key, "nothing that the model says")
+    return tuple(parts), ()
+
+
+_SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assistant": True, "model": True}
+
+
+def turns_of(record: Record) -> list[Turn]:
+    """LLaVA's and ShareGPT's `conversations` (from, value), `messages` (role, content), or the Cauldron's `texts`
+    (user, assistant).
+
+    Raises:
+        BrokenExample: neither is there, or a turn is of another form.
+    """
+    turns = record.fields.get("conversations") or record.fields.get("messages")
+    if turns is None and isinstance(record.fields.get("texts"), list):
+        both = {"user", "assistant"}
+        pairs = [turn for turn in record.fields["texts"] if isinstance(turn, Mapping) and both <= set(turn)]
+        turns = [{"role": role, "content": turn[role]} for turn in pairs for role in ("user", "assistant")]
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise BrokenExample(record.key, "no conversation")
+    told = []
+    for turn in turns:
+        try:
+            speaker = turn["from"] if "from" in turn else turn["role"]
+            content = turn["value"] if "value" in turn else turn["content"]
+            if isinstance(content, (list, tuple)):  # parts: {"type": "text", "text": ...}, {"type": "image"}
+                content = " ".join(part["text"] if part["type"] == "text" else MARK for part in content)
+            told.append(Turn(_SPEAKERS[speaker], sound(str(content), record.key)))
+        except (KeyError, TypeError) as error:
+            raise BrokenExample(record.key, "a turn of no known form", repr(error)) from error
+    return told
+
+
+MAKERS: dict[str, Callable[[Recipe, Record], tuple[Parts, Parts]]] = {
+    "caption": _caption,
+    "describe": _caption,
+    "draw_caption": _draw,
+    "draw_details": _draw,
+    "draw_described": _draw_described,
+    "question": _question,
+    "conversation": _conversation,
+    "edit": _edit,
+    "pair": _pair,
+}
+NEED_DETAILS = ("describe", "draw_details", "draw_described")
+DRAWING = ("draw_caption", "draw_details", "draw_described", "edit")

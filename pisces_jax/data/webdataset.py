@@ -1,0 +1,318 @@
+"""WebDataset: tar shards in which neighbouring files of one name are one sample, with random access.
+
+An index of offsets is built once for each shard, in parallel, and kept in a small file beside the shard (or, where
+nothing can be written there, in the user's cache). It belongs to the shard's size and time: a shard that changed is
+indexed again.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import io
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pisces_jax.data import storage
+from pisces_jax.data.arrays import read_arrays, write_arrays
+from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.images import EncodedImage
+from pisces_jax.data.recipes import Record
+from pisces_jax.data.records import PICTURES, parse_json, parse_text
+from pisces_jax.errors import UserError
+
+VERSION = 1  # of the index
+TEXTS = ("txt", "text", "caption")
+CUT = "the shard is cut off"
+_WHOLE = ""
+PROBLEMS = (_WHOLE, "duplicate key", "a name outside its folder", CUT, "a member that is no file")
+OPEN_INDICES = 256
+
+
+class Index(NamedTuple):
+    """One shard: samples N, their members M in file order, and the kinds (names after the first dot) of members."""
+
+    signature: str
+    kinds: Sequence[str]
+    first: np.ndarray  # int64 [N+1]: sample i has members first[i] to first[i+1]
+    problem: np.ndarray  # uint8 [N], into PROBLEMS
+    key_start: np.ndarray  # int64 [N+1], into `keys`
+    keys: np.ndarray  # uint8: all keys in UTF-8, one after the other
+    kind: np.ndarray  # uint16 [M], into `kinds`
+    offset: np.ndarray  # int64 [M]: where the member's bytes start
+    size: np.ndarray  # int64 [M]
+
+    def key(self, i: int) -> str:
+        return bytes(self.keys[self.key_start[i] : self.key_start[i + 1]]).decode("utf-8", "replace")
+
+
+class WebDataset:
+    """Records of WebDataset shards. `path` is a pattern or a list of them (`storage.expand`).
+
+    A `.txt` is the field `text`, a `.json` gives its own fields, other small members go by their names. `images`
+    names the members that are pictures ("jpg", "input.png"), in the order that a recipe takes them; by default every
+    picture of a sample. `index_dir` is where the indices go, by default beside the shards.
+
+    Raises:
+        UserError: no shard, a missing one that was never indexed, a compressed one, or no sample at all.
+    """
+
+    names = None
+
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        images: Sequence[str] | None = None,
+        index_dir: str | None = None,
+        index_workers: int | None = None,
+    ):
+        self.paths = storage.expand(path)
+        self.images = tuple(images) if images is not None else None
+        self._index_paths = index_shards(self.paths, index_dir, index_workers)
+        counts, signatures = [], []
+        for shard in range(len(self.paths)):
+            index = self._load(shard)
+            counts.append(len(index.problem))
+            signatures.append(index.signature)
+        self._ends = np.cumsum(counts)
+        if not self._ends[-1]:
+            raise UserError(f"{self.paths[0]}{' and its like' if len(counts) > 1 else ''} hold no sample: change path")
+        self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Record:
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        path, index = self.paths[shard], self._load(shard)
+        i -= int(self._ends[shard - 1]) if shard else 0
+        key = f"{Path(path).stem}/{index.key(i)}"
+        if index.problem[i]:
+            raise BrokenExample(key, PROBLEMS[index.problem[i]], path)
+        fields: dict[str, Any] = {}
+        pictures = {}
+        for m in range(int(index.first[i]), int(index.first[i + 1])):
+            kind = index.kinds[index.kind[m]]
+            read = functools.partial(
+                self._read, path, index.signature, int(index.offset[m]), int(index.size[m]), key
+            )
+            if kind.rpartition(".")[2] in PICTURES:
+                pictures[kind] = EncodedImage(read, key)
+            elif kind in TEXTS:
+                fields["text"] = parse_text(read(), key)
+            elif kind == "json":
+                fields.update(parse_json(read(), key))
+            elif index.size[m] < 2**16:  # whatever else is text is a field; arrays and the like are left alone
+                try:
+                    fields[kind] = parse_text(read(), key)
+                except BrokenExample as error:
+                    if error.reason != "not UTF-8":
+                        raise
+        wanted = self.images if self.images is not None else tuple(pictures)
+        missing = [kind for kind in wanted if kind not in pictures]
+        if missing or not pictures:
+            raise BrokenExample(key, "a picture is missing", f"no .{' and .'.join(missing or PICTURES[:1])} in {path}")
+        return Record(key, fields, [pictures[kind] for kind in wanted])
+
+    def problems(self) -> list[int]:
+        """How many samples have each of `PROBLEMS`."""
+        return sum(
+            np.bincount(self._load(shard).problem, minlength=len(PROBLEMS)) for shard in range(len(self.paths))
+        ).tolist()  # type: ignore[union-attr]
+
+    @staticmethod
+    def _read(path: str, signature: str, offset: int, size: int, key: str) -> bytes:
+        try:
+            if not storage.is_remote(path) and storage.signature(path) != signature:
+                raise BrokenExample(key, "the shard changed since it was indexed", path)
+            data = storage.read(path, offset, size)
+        except storage.Unreachable as error:
+            raise BrokenExample(key, "the shard is gone or cannot be read", str(error)) from error
+        if len(data) < size:
+            raise BrokenExample(key, CUT, path)
+        return data
+
+    def _load(self, shard: int) -> Index:
+        index = _load_index(str(self._index_paths[shard]))
+        if index is None:
+            raise UserError(f"the index {self._index_paths[shard]} is gone: start again, and it is made again")
+        return index
+
+
+@functools.lru_cache(OPEN_INDICES)
+def _load_index(path: str) -> Index | None:
+    found = read_arrays(path)
+    if found is None or found[0].get("version") != VERSION:
+        return None
+    about, arrays = found
+    return Index(about["signature"], about["kinds"], **arrays)
+
+
+def index_shards(paths: Sequence[str], index_dir: str | None = None, workers: int | None = None) -> list[Path]:
+    """The index file of every shard; those that are missing or belong to an older state of a shard are made.
+
+    Raises:
+        UserError: a shard is missing and has no index, is compressed, or its index can be written nowhere.
+    """
+    places = [_place(path, index_dir) for path in paths]
+    todo = []
+    for path, place in zip(paths, places, strict=True):
+        known = _load_index(str(place))
+        try:
+            current = storage.signature(path)
+        except storage.Unreachable:
+            if known is None:
+                raise
+            continue  # gone since it was indexed: its samples are counted as they are met
+        if known is None or known.signature != current:
+            todo.append((path, place))
+    workers = min(len(todo), workers or os.cpu_count() or 1)
+    if workers < 2:
+        for path, place in todo:
+            _write_index(path, place)
+    else:
+        # Spawned, as everything here: the caller may have started JAX. Threads would wait for one another.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+            for done in [pool.submit(_write_index, path, place) for path, place in todo]:
+                done.result()
+    if todo:
+        _load_index.cache_clear()
+    return places
+
+
+def _place(path: str, index_dir: str | None) -> Path:
+    digest = hashlib.blake2b(os.path.abspath(path).encode(), digest_size=6).hexdigest()
+    if index_dir is None:
+        beside = Path(f"{path}.index")
+        if not storage.is_remote(path) and (beside.exists() or os.access(beside.parent, os.W_OK)):
+            return beside
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        index_dir = str(Path(cache) / "pisces_jax" / "index")
+    return Path(index_dir) / f"{Path(path).name}-{digest}.index"
+
+
+def _write_index(path: str, place: Path) -> None:
+    index = index_shard(path)
+    about = {"version": VERSION, "signature": index.signature, "kinds": list(index.kinds)}
+    try:
+        write_arrays(place, about, {name: getattr(index, name) for name in Index._fields[2:]})
+    except OSError as error:
+        raise UserError(f"the index {place} cannot be written ({error.strerror}): set index_dir") from error
+
+
+def index_shard(path: str) -> Index:
+    """Reads through one shard's headers.
+
+    Raises:
+        UserError: it cannot be read, is compressed, or is no tar file.
+    """
+    signature, total = storage.signature(path), storage.size(path)
+    start = storage.read(path, 0, 4)
+    if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\x28\xb5\x2f\xfd" or start[:4] == b"\xfd7zX":
+        raise UserError(f"{path} is compressed, and random access is not possible in it: unpack it to a plain .tar")
+    samples: list[tuple[str, int]] = []  # key, problem
+    first, kinds, rows = [0], dict[str, int](), list[tuple[int, int, int]]()
+    seen: set[str] = set()
+    current: dict[str, None] = {}  # kinds of the sample in hand
+
+    def begin(key: str, problem: str = _WHOLE) -> None:
+        if samples:
+            first.append(len(rows))
+        samples.append((key, PROBLEMS.index(problem)))
+        current.clear()
+
+    def spoil(problem: str) -> None:
+        samples[-1] = samples[-1][0], PROBLEMS.index(problem)
+
+    last = None
+    try:
+        for member in _members(path, total):
+            if member.isdir():
+                continue
+            folder, _, name = member.name.rpartition("/")
+            stem, _, kind = name.partition(".")
+            key, kind = (f"{folder}/{stem}" if folder else stem), kind.lower()
+            if key != last or kind in current:
+                begin(key, PROBLEMS[1] if key in seen else _WHOLE)
+            last = key
+            seen.add(key)
+            current[kind] = None
+            if not storage.inside(member.name):
+                spoil(PROBLEMS[2])
+            elif not member.isreg():
+                spoil(PROBLEMS[4])
+            elif member.offset_data + member.size > total:
+                spoil(CUT)
+                break
+            rows.append((kinds.setdefault(kind, len(kinds)), member.offset_data, member.size))
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        if not samples and total:
+            raise UserError(f"{path} is no tar file ({error}): remove it from path") from error
+        if samples:
+            begin(f"after {samples[-1][0]}", CUT)
+    if not samples and total and not _is_empty_tar(path):
+        raise UserError(f"{path} is no tar file: remove it from path")
+    if samples:
+        first.append(len(rows))
+    keys = [key.encode("utf-8", "surrogateescape") for key, _ in samples]
+    table = np.array(rows, np.int64).reshape(-1, 3)
+    return Index(
+        signature=signature,
+        kinds=list(kinds),
+        first=np.array(first, np.int64),
+        problem=np.array([problem for _, problem in samples], np.uint8),
+        key_start=np.cumsum([0, *map(len, keys)]).astype(np.int64),
+        keys=np.frombuffer(b"".join(keys), np.uint8),
+        kind=table[:, 0].astype(np.uint16),
+        offset=table[:, 1],
+        size=table[:, 2],
+    )
+
+
+def _members(path: str, total: int) -> Iterator[tarfile.TarInfo]:
+    with tarfile.TarFile(path, fileobj=io.BufferedReader(_Reader(path, total), 2**16)) as archive:
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined] # or it remembers them all
+            yield member
+
+
+def _is_empty_tar(path: str) -> bool:
+    return not any(storage.read(path, 0, 1024))
+
+
+class _Reader(io.RawIOBase):
+    """A shard as a file that can seek; a remote one is fetched some megabytes at a time."""
+
+    def __init__(self, path: str, total: int):
+        self._path, self._total, self._at = path, total, 0
+        self._block = 2**22 if storage.is_remote(path) else 2**16
+        self._start, self._data = 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._total}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._start <= self._at < self._start + len(self._data):
+            self._start, self._data = self._at, storage.read(self._path, self._at, self._block)
+        piece = self._data[self._at - self._start :][: len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+

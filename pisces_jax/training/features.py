@@ -1,0 +1,117 @@
+"""Writes the generation encoder's pooled features of a config's pictures, to be trained on in place of the pictures."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.features import DTYPES, SHARD, FeatureCache, cached_picture
+from pisces_jax.data.images import UnreadablePicture, fit
+from pisces_jax.data.layout import Entry
+from pisces_jax.errors import UserError
+from pisces_jax.models.layers import apply
+from pisces_jax.models.vit import ViT, pooled_features
+from pisces_jax.training import config as settings
+from pisces_jax.training.checkpoints import load_part
+
+PART = "generation_encoder"
+
+
+def encoder_of(config: ConfigDict) -> dict[str, Any]:
+    """What cached features are from: the run of the encoder, its settings and the pooling."""
+    start = config.parts.get(PART, "")
+    if not start:
+        raise UserError(f"config key parts.{PART} is not set: features are cached of an encoder that was trained")
+    return {
+        "start": start,
+        "settings": dataclasses.asdict(settings.vit_config(config, PART)),
+        "pool": config.model.pool,
+    }
+
+
+def open_caches(config: ConfigDict, workdir: Path, entries: list[Entry]) -> list[FeatureCache] | None:
+    """The caches that a config reads, or None where it reads pictures.
+
+    Raises:
+        UserError: one is missing or unfinished.
+    """
+    if not config.data.features:
+        return None
+    folder, encoder = workdir / config.data.features, encoder_of(config)
+    return [FeatureCache(folder, entry, encoder).open() for entry in entries]
+
+
+def cache_features(
+    config: ConfigDict, workdir: Path, entries: list[Entry], dtype: str, batch_size: int, threads: int = 2
+) -> Mapping[str, int]:
+    """Writes the features of every source that are not there yet; how many pictures could not be read, by source.
+
+    Every process writes shards of its own, on its own devices; what an interruption leaves is whole shards, and the
+    same call goes on with the others.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
+    folder = workdir / (config.data.features or "features")
+    caches = [FeatureCache(folder, entry, encoder_of(config)) for entry in entries]
+    work = {cache.name: cache.todo(jax.process_index(), jax.process_count()) for cache in caches}
+    broken = dict.fromkeys(work, 0)
+    if not any(work.values()):
+        return broken
+    encode, size = _encoder(config, workdir, dtype)
+    devices = jax.local_device_count()
+    batch_size = -(-batch_size // devices) * devices
+    bar = tqdm(total=sum(map(len, work.values())), desc="features", unit="shard", mininterval=1.0)
+    with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for entry, cache in zip(entries, caches, strict=True):
+
+            def load(i: int, entry: Entry = entry) -> np.ndarray | None:
+                try:
+                    example = entry.source[i]
+                    return fit(cached_picture(example).array(), size)
+                except (BrokenExample, UnreadablePicture):
+                    return None
+
+            for shard in work[cache.name]:
+                records: list[bytes] = []
+                numbers = range(shard * SHARD, min((shard + 1) * SHARD, cache.count))
+                for start in range(0, len(numbers), batch_size):
+                    images = list(pool.map(load, numbers[start : start + batch_size]))
+                    blank = np.zeros((size, size, 3), np.uint8)
+                    filled = [blank if image is None else image for image in images]
+                    features = encode(np.stack(filled + [blank] * (batch_size - len(filled))))
+                    if not records:
+                        cache.describe(features.shape[1:], dtype)
+                    broken[cache.name] += sum(image is None for image in images)
+                    pairs = zip(images, features[: len(images)], strict=True)
+                    records += [b"" if image is None else each.tobytes() for image, each in pairs]
+                cache.write(shard, records)
+                bar.update()
+    return broken
+
+
+def _encoder(config: ConfigDict, workdir: Path, dtype: str) -> tuple[Any, int]:
+    """A function from uint8 pictures [B, S, S, 3] to the stored form of their features [B, m, C], and S."""
+    vit = ViT(settings.vit_config(config, PART), jnp.dtype(config.compute_dtype))
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    storage = jnp.dtype(config.storage.get(PART, "float32"))
+    params = load_part(workdir, config.parts[PART], PART)
+    params = jax.device_put(jax.tree.map(lambda x: x.astype(storage), params), whole)
+
+    @jax.jit
+    def features(params: Any, images: jax.Array) -> jax.Array:
+        return pooled_features(apply(vit, params, images), config.model.pool).astype(jnp.dtype(dtype))
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        return np.asarray(features(params, jax.device_put(images, split))).view(DTYPES[dtype])
+
+    return encode, vit.config.image_size

@@ -1,0 +1,56 @@
+"""The tokenizer of a config, and the sources that one can be trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from pisces_jax.data.example import Text
+from pisces_jax.data.layout import Entry
+from pisces_jax.data.sources import make_source
+from pisces_jax.data.tokenizers import Tokenizer, open_tokenizer, train_sentencepiece
+from pisces_jax.errors import UserError
+from pisces_jax.processes import primary_first
+from pisces_jax.weights.folder import is_folder, resolve
+
+
+def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
+    """The config's tokenizer: of a published folder, or of the work directory, where it is trained on the config's own
+    sources if it is not there yet.
+
+    Raises:
+        UserError: it is not there and the config does not say how large a vocabulary to train.
+    """
+    if is_folder(config.data.tokenizer):
+        return open_tokenizer(resolve(config.data.tokenizer))
+    path = workdir / config.data.tokenizer
+    with primary_first("tokenizer"):
+        if not path.exists():
+            if not config.data.tokenizer_vocabulary:
+                raise UserError(
+                    f"{path} does not exist: put a SentencePiece model there, or set data.tokenizer_vocabulary"
+                )
+            workdir.mkdir(parents=True, exist_ok=True)
+            train_sentencepiece(_texts(config), path, config.data.tokenizer_vocabulary)
+    return open_tokenizer(path)
+
+
+def _texts(config: ConfigDict) -> Any:
+    for name, spec in config.data.train.items():
+        source = _entry(name, spec).source
+        # Spread over the source: files are often sorted.
+        for i in np.unique(np.linspace(0, len(source) - 1, config.data.tokenizer_examples).astype(int)):
+            try:
+                parts = source[int(i)].parts
+            except UserError:
+                continue  # it is counted where lengths are read
+            yield from (part.text for part in parts if isinstance(part, Text))
+
+
+def _entry(name: str, spec: ConfigDict) -> Entry:
+    return make_source({"name": name, **spec})
+
+
+def entries_of(sources: ConfigDict) -> list[Entry]:
+    return [_entry(name, spec) for name, spec in sources.items()]

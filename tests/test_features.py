@@ -1,0 +1,152 @@
+"""Cached features: the same numbers as from pictures, whole shards or none, the same by any processes."""
+
+import jax
+import numpy as np
+import pytest
+import tiny_config
+
+from pisces_jax.data import features as cached
+from pisces_jax.data.example import Example, Picture, Text
+from pisces_jax.data.images import UnreadablePicture
+from pisces_jax.data.layout import Entry
+from pisces_jax.errors import UserError
+from pisces_jax.models.layers import apply
+from pisces_jax.models.vit import ViT, pooled_features
+from pisces_jax.training import features, input, programs
+from pisces_jax.training.config import vit_config
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random parameters of every part, the encoder's the same in both programs."""
+    made = {}
+    for stage in ("decoder", "unified"):
+        program = programs.make_program(tiny_config.get_config(stage), 300)
+        made[stage] = jax.tree.map(np.asarray, jax.jit(program.init)(jax.random.key(0)))
+        made[stage] = jax.tree.map(lambda x: getattr(x, "value", x), made[stage], is_leaf=lambda x: hasattr(x, "value"))
+    made["unified"]["generation_encoder"] = made["decoder"]["generation_encoder"]
+    return made
+
+
+@pytest.fixture
+def run(monkeypatch, params):
+    monkeypatch.setattr(features, "load_part", lambda workdir, name, part: params["decoder"][part])
+    monkeypatch.setattr(features, "SHARD", 16)
+    monkeypatch.setattr(cached, "SHARD", 16)
+
+    def make(stage, **data):
+        config = tiny_config.get_config(stage)
+        config.data.update(data)
+        return config
+
+    return make
+
+
+def expected(config, params, entry, i):
+    vit = ViT(vit_config(config, "generation_encoder"))
+    image = cached.cached_picture(entry.source[i]).array()
+    return np.asarray(pooled_features(apply(vit, params["decoder"]["generation_encoder"], image[None]), 2)[0])
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_features_are_the_encoders_and_survive_interruption(run, params, tmp_path, monkeypatch):
+    config = run("decoder", features="features")
+    entries = input.entries_of(config.data.train)
+    features.cache_features(config, tmp_path / "a", entries, "float32", 8)
+    (cache,) = features.open_caches(config, tmp_path / "a", entries)
+    for i in (0, 1, 15, 16, 63):
+        np.testing.assert_allclose(cache[i], expected(config, params, entries[0], i), atol=1e-5)
+    # Stopped in its third shard, and begun again: nothing half-written, nothing done twice, the same end.
+    write, written = cached.FeatureCache.write, []
+
+    def stop(self, shard, records):
+        if shard == 2 and len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(shard)
+        write(self, shard, records)
+
+    monkeypatch.setattr(cached.FeatureCache, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        features.cache_features(config, tmp_path / "b", entries, "float32", 8)
+    with pytest.raises(UserError, match="lacks 2 of 4 shards of cached features: run python -m pisces_jax.cache"):
+        features.open_caches(config, tmp_path / "b", entries)
+    written.append("again")
+    features.cache_features(config, tmp_path / "b", entries, "float32", 8)
+    assert written == [0, 1, "again", 2, 3]
+    # Two processes, each with its own shards.
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        features.cache_features(config, tmp_path / "c", entries, "float32", 8)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+    assert len(contents(tmp_path / "a")) == 5
+
+
+def test_another_encoder_or_form_is_refused(run, tmp_path):
+    config = run("decoder", features="features")
+    entries = input.entries_of(config.data.train)
+    with pytest.raises(UserError, match="lacks 4 of 4"):
+        features.open_caches(config, tmp_path, entries)
+    features.cache_features(config, tmp_path, entries, "bfloat16", 8)
+    for change, message in ((dict(pool=4), "another encoder or pooling"),):
+        config.model.update(change)
+        with pytest.raises(UserError, match=message):
+            features.open_caches(config, tmp_path, entries)
+    with pytest.raises(UserError, match="choose one of float32, bfloat16"):
+        features.cache_features(config, tmp_path, entries, "float8", 8)
+    config = run("decoder", features="features")
+    (cache,) = features.open_caches(config, tmp_path, entries)
+    cache.shards[0].unlink()
+    with pytest.raises(UserError, match="was begun as bfloat16"):
+        features.cache_features(config, tmp_path, entries, "float32", 8)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_path, dtype, tolerance):
+    """bfloat16 keeps 8 bits: a relative error of 2^-9 a number."""
+    from pisces_jax.training.tokenizer import load_tokenizer
+
+    for stage in ("decoder", "unified"):
+        config = run(stage)
+        entries = input.entries_of(config.data.train)
+        features.cache_features(config, tmp_path, entries, dtype, 64)
+        tokenizer = load_tokenizer(config, tmp_path)
+        losses = []
+        for folder in ("", "features"):
+            config = run(stage, features=folder)
+            program = programs.make_program(config, tokenizer.vocab_size)
+            made = input.items(config, tokenizer, program, tmp_path, config.data.train)
+            batch = {name: np.stack([made.make(i).item[name] for i in range(8)]) for name in made.empty()}
+            if folder:
+                assert ("draw_images" not in batch) if stage == "unified" else ("features" in batch)
+            got = jax.jit(program.losses)(params[stage], batch, jax.random.key(0))[0]
+            losses.append({name: float(value.compute()) for name, value in got.items()})
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+        assert all(value > 0 for value in losses[0].values())
+
+
+def test_a_broken_picture_is_masked_with_features_too(run, tmp_path):
+    def broken():
+        raise UnreadablePicture("picture 3 cannot be read: replace it")
+
+    class Source:
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            image = broken if i == 3 else np.full((16, 16, 3), i, np.uint8)
+            return Example((Text("a" * (i % 4 + 1)), Picture(image, "draw")), f"k{i}")
+
+    config = run("unified", features="features")
+    entries = [Entry("s", 1.0, Source())]
+    assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"s": 1}
+    (cache,) = features.open_caches(config, tmp_path, entries)
+    assert np.isfinite(cache[2]).all()
+    with pytest.raises(UserError, match="cannot be decoded"):
+        cache[3]
+    twice = Example((Picture(np.zeros((2, 2, 3), np.uint8), "draw"),) * 2, "k")
+    with pytest.raises(UserError, match="draws 2 pictures"):
+        cached.cached_picture(twice)

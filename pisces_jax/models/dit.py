@@ -164,14 +164,14 @@ class DiT(nn.Module):
         h = h + pooled
 
         # A grid of vectors says nearly all: the noisy picture starts small beside it, so that noise does not drown it.
-        scale = 0.1 if c.local_condition else 1.0
-        z = Linear((c.width,), ("patch",), ("embed",), scale=scale, dtype=self.dtype, name="patch_embedding")(
+        small = 0.1 if c.local_condition else 1.0
+        z = Linear((c.width,), ("patch",), ("embed",), scale=small, dtype=self.dtype, name="patch_embedding")(
             patchify(x.astype(self.dtype), c.patch_size)
         )
         head_width = c.width // c.heads
         angles = grid_angles(*grid_centres(c.side), head_width, c.rotary_base)
         y_angles = None
-        estimate = 0.0
+        estimate: Array | float = 0.0
         if c.local_condition:
             ratio = c.side // c.condition_side
 

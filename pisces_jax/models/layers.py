@@ -169,17 +169,25 @@ class SwiGLU(nn.Module):
 
 
 class Projector(nn.Module):
-    """The two-layer GELU MLP from one representation to another: encoder to language model, and back."""
+    """The two-layer GELU MLP from one representation to another: encoder to language model, and back.
+
+    With `places` it adds a learned embedding of each vector's `place`.
+    """
 
     width: int
     hidden: int
     dtype: DType = jnp.float32
+    places: int = 0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B C"], place: Int[Array, "m"] | None = None) -> Float[Array, "*B D"]:
         h = Linear((self.hidden,), ("embed",), ("mlp",), dtype=self.dtype, name="up")(x)
         h = ACTIVATIONS["gelu"](h)
-        return Linear((self.width,), ("mlp",), ("embed",), dtype=self.dtype, name="down")(h)
+        y = Linear((self.width,), ("mlp",), ("embed",), dtype=self.dtype, name="down")(h)
+        if self.places:
+            init = logical(nn.initializers.normal(0.5), "position", "embed")
+            y = y + self.param("place_embedding", init, (self.places, self.width)).astype(y.dtype)[place]
+        return y
 
 
 def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "#B T Half"]) -> Float[Array, "B T N H"]:

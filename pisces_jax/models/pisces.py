@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.models.layers import Projector, logical
+from pisces_jax.models.layers import Projector
 from pisces_jax.models.transformer import Cache, Transformer, TransformerConfig
 from pisces_jax.models.vit import ViT, ViTConfig, pooled_features
 from pisces_jax.sharding import constrain
@@ -72,20 +72,6 @@ def take_states(x: Float[Array, "B GT D"], index: Int[Array, "B P n"]) -> Float[
     return taken.reshape(*index.shape, x.shape[-1])
 
 
-class DrawnProjector(Projector):
-    """Drawn vectors as the language model's inputs: with `places` each gets an embedding of its place too."""
-
-    places: int = 0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B m C"], place: Int[Array, "m"]) -> Float[Array, "*B m D"]:
-        y = super().__call__(x)
-        if self.places:
-            init = logical(nn.initializers.normal(0.5), "position", "embed")
-            y = y + self.param("place_embedding", init, (self.places, self.width)).astype(y.dtype)[place]
-        return y
-
-
 class Pisces(nn.Module):
     """The parts and how they join; each public method is an entry for `apply(..., method=...)`."""
 
@@ -100,7 +86,7 @@ class Pisces(nn.Module):
         self.generation_encoder = ViT(c.generation_encoder, self.dtype)
         self.understanding_projector = Projector(width, c.projector_hidden, self.dtype)
         places = c.draw_vectors if c.place_embedding else 0
-        self.generation_projector = DrawnProjector(width, c.projector_hidden, self.dtype, places)
+        self.generation_projector = Projector(width, c.projector_hidden, self.dtype, places)
         self.vector_head = Projector(c.generation_encoder.output_width, c.vector_head_hidden, self.dtype)
 
     def read(self, images: Int[Array, "B S S 3"]) -> Float[Array, "B n D"]:

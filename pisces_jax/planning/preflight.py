@@ -22,6 +22,7 @@ from pisces_jax.training.checkpoints import Checkpoints
 from pisces_jax.training.metrics import check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import State, Trainer, make_trainer
+from pisces_jax.training.tokenizer import load_tokenizer
 
 BATCHES, STEPS = 3, 3
 MESSAGE = 2**24  # bytes of a timed collective on each device
@@ -50,7 +51,7 @@ def preflight(config: ConfigDict, workdir: Path, say: Callable[[str], None]) -> 
 def _try_all(config: ConfigDict, workdir: Path, scratch: Path, say: Callable[[str], None]) -> None:
     mesh = make_mesh(**config.mesh)
     home = workdir if (workdir / config.data.tokenizer).exists() else scratch
-    tokenizer = input.load_tokenizer(config, home)
+    tokenizer = load_tokenizer(config, home)
     program = make_program(config, tokenizer.vocab_size)
     trainer = make_trainer(program, config, mesh)
     sizes = ", ".join(f"{axis} {size}" for axis, size in user_mesh(mesh).items())

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from pisces_jax.data import pipeline
@@ -14,7 +15,7 @@ from pisces_jax.errors import UserError
 from pisces_jax.training.config import vit_config
 from pisces_jax.training.features import open_caches
 from pisces_jax.training.programs import TextProgram, UnifiedProgram
-from pisces_jax.training.tokenizer import entries_of
+from pisces_jax.training.tokenizer import entries_of, open_entry
 
 
 def items(
@@ -78,7 +79,7 @@ def evaluate_iterator(
 def evaluation_sources(config: ConfigDict) -> list[Any]:
     if not config.data.evaluate:
         raise UserError("config key data.evaluate names no source: give at least one")
-    return [_entry(name, spec).source for name, spec in config.data.evaluate.items()]
+    return [open_entry(name, spec).source for name, spec in config.data.evaluate.items()]
 
 
 def examples(batch: dict[str, np.ndarray]) -> int:

@@ -24,6 +24,7 @@ from pisces_jax.training.config import part_settings
 from pisces_jax.training.metrics import Clock, Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import State, Trainer, make_trainer
+from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.weights.folder import Folder, is_folder, read_part
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         print(f"{config.name}: finished already ({config.steps} steps)")
         return
     mesh = make_mesh(**config.mesh)
-    tokenizer = input.load_tokenizer(config, workdir)
+    tokenizer = load_tokenizer(config, workdir)
     program = make_program(config, tokenizer.vocab_size)
     trainer = make_trainer(program, config, mesh)
     trained = set(trainer.shardings.trained)

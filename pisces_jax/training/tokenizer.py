@@ -38,7 +38,7 @@ def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
 
 def _texts(config: ConfigDict) -> Any:
     for name, spec in config.data.train.items():
-        source = _entry(name, spec).source
+        source = open_entry(name, spec).source
         # Spread over the source: files are often sorted.
         for i in np.unique(np.linspace(0, len(source) - 1, config.data.tokenizer_examples).astype(int)):
             try:
@@ -48,9 +48,9 @@ def _texts(config: ConfigDict) -> Any:
             yield from (part.text for part in parts if isinstance(part, Text))
 
 
-def _entry(name: str, spec: ConfigDict) -> Entry:
+def open_entry(name: str, spec: ConfigDict) -> Entry:
     return make_source({"name": name, **spec})
 
 
 def entries_of(sources: ConfigDict) -> list[Entry]:
-    return [_entry(name, spec) for name, spec in sources.items()]
+    return [open_entry(name, spec) for name, spec in sources.items()]

@@ -49,7 +49,7 @@ def get_config(stage: str = "") -> ConfigDict:
         picture_run("pretrain", "pretrain", SIZE, data("pair"), steps=600, log=LOG, optimizer=rate),
         picture_run("decoder", "decoder", SIZE, data("pair"), steps=200, log=LOG, optimizer=dict(rate, average=0.99)),
         unified_run(
-            "stage1", "", SIZE, data("caption", "draw_caption", rows=4, row_length=256, read_slots=10, draw_slots=12),
+            "stage1", "", SIZE, data("caption", "draw_caption", rows=4, row_length=256, read_slots=15, draw_slots=15),
             steps=300, log=LOG, optimizer=rate,
         ),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from pisces_jax.training.small import picture_run, unified_run
 
 SIZE = 32
-LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=650)
+LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
 
 def data(**weights: float) -> dict:
@@ -45,12 +45,12 @@ def get_config(stage: str = "") -> ConfigDict:
             log=LOG,
         ),
         unified_run(
-            "stage2", "stage1", SIZE, data(describe=0.5, draw_details=1.0, draw_described=1.0), steps=650,
-            optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
+            "stage2", "stage1", SIZE, data(question=0.8, describe=0.5, draw_details=1.0, draw_described=1.0),
+            steps=750, optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(question=2.5, caption=0.1, describe=0.3, draw_details=0.7, draw_described=2.0), steps=750,
+            data(question=2.5, caption=0.1, describe=0.2, draw_details=0.5, draw_described=2.2), steps=900,
             optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

@@ -11,10 +11,12 @@ import plain
 import pytest
 import tiny
 
+from pisces_jax import objectives
+from pisces_jax.cross_entropy import text_cross_entropy
 from pisces_jax.data.packing import Entry, PackedGroups
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training.metrics import merge
-from pisces_jax.training.programs import UnifiedProgram
+from pisces_jax.training.programs import UnifiedProgram, text_targets
 
 LAYOUT, n, m, T = tiny.LAYOUT, tiny.LAYOUT.read_vectors, tiny.LAYOUT.draw_vectors, tiny.LAYOUT.length
 ROWS = [[[tiny.EDIT, tiny.DRAW], [tiny.CHAT, tiny.CAPTION]], [[tiny.TWO], [tiny.CAPTION, tiny.CHAT]]]
@@ -58,15 +60,12 @@ def given_batch():
 def outputs(params):
     """Batch to hidden [B, G, T, D], text loss of each position [B, G, T] and vector errors [B, P, m]."""
     model = GivenVectors(tiny.PISCES)
-    program = UnifiedProgram(model, {"text": 1.0, "vectors": 1.0}, 0, ("a",))
 
     @jax.jit
     def run(batch):
-        from pisces_jax import objectives
-
         hidden, predicted, target = model.apply({"params": params}, batch)
-        targets, learned = program._targets(batch)
-        text = objectives.text_cross_entropy(hidden, params["language_model"]["head"], targets)
+        targets, learned = text_targets(batch)
+        text = text_cross_entropy(hidden, params["language_model"]["head"], targets)
         text = jnp.where(learned, text, 0)
         shape = batch["tokens"].shape
         return hidden.reshape(*shape, -1), text.reshape(shape), objectives.vector_error(predicted, target)

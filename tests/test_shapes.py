@@ -140,7 +140,7 @@ def test_detailed_caption_is_true_and_in_reading_order():
                 and abs(o.x - SIZES[0] / 2 - (COLUMNS.index(column) + 0.5) * step) <= step / 2 + 1e-6
             ]
             assert (o.shape, o.color) == (shape, color)
-            assert SIZE_WORDS.index(size) == min(int((o.size - 6.5) / (5 / 3)), 2)
+            assert SIZE_WORDS.index(size) == min(int((o.size - SIZES[0]) / ((SIZES[1] - SIZES[0]) / 3)), 2)
 
 
 def read_groups(text):

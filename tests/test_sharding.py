@@ -252,6 +252,8 @@ def test_picture_programs_on_eight_devices(program):
     expected = one_step(config, single_device(), batch, start)
     mesh = make_mesh(**MESHES["all"])
     got = one_step(config, mesh, batch, expected.start)
+    # Adam's first update is each gradient over its own size: of those that are nearly zero it shows the rounding.
+    assert got.losses.pop("norm/update") == pytest.approx(expected.losses.pop("norm/update"), rel=1e-4)
     assert got.losses == pytest.approx(expected.losses, rel=1e-5)
     assert not far_off(got.gradient, expected.gradient)
 

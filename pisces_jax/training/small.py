@@ -63,7 +63,7 @@ def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **c
 def unified_run(name: str, start: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
     """A unified stage that goes on from run `start` ("": a new language model on the pretrained encoders)."""
     config = run_config(name=name, program="unified", decoder="decoder", batch_size=2)
-    merge(config, dict(data=dict(row_length=160, rows=8, read_slots=12, draw_slots=24)))
+    merge(config, dict(data=dict(row_length=160, rows=8, read_slots=15, draw_slots=18)))
     merge(config, dict(data=data))
     # A vector's error is about a hundredth of a token's: brought to the same size.
     config.loss.vectors = 200.0

@@ -188,7 +188,7 @@ def test_matrices_of_the_muon_table_take_its_direction():
         grads = {"lm": {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}}
         updates, state = update(grads, state, params)
         expected, plain_state = update_plain(grads, plain_state, params)
-        np.testing.assert_allclose(updates["lm"]["head"], expected["lm"]["head"], rtol=1e-6)
+        np.testing.assert_allclose(updates["lm"]["head"], expected["lm"]["head"], rtol=2e-5)
         rate = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 10))
         for k, matrix in (("query", (6, 8)), ("out", (8, 6))):
             g, p = (np.asarray(x["lm"][k], float).reshape(2, *matrix) for x in (grads, params))
@@ -414,7 +414,8 @@ def assert_same_end(run, other):
         """By (step, kind); what a clock says is left out."""
         found = {}
         for entry in read_metrics(folder):
-            values = {k: v for k, v in entry.items() if not k.endswith(("_per_step", "_per_second", "/mfu", "step"))}
+            clocks = ("_per_step", "_per_second", "/mfu", "step", "goodput")
+            values = {k: v for k, v in entry.items() if not k.endswith(clocks) and "lost/" not in k}
             key = (entry["step"], *{k.split("/")[0] for k in values})
             assert key not in found, f"{key} is there twice"
             found[key] = values
@@ -531,7 +532,7 @@ def test_refusals_leave_no_run_behind(finished, begun):
     with_encoder = dict(generation_encoder="decoder")
     for config, message in (
         (unified(name="foreign"), "holds files that are no run of ours: choose another --workdir"),
-        (unified(parts={}), "part generation_encoder is frozen and starts from random numbers: name a run in parts"),
+        (unified(parts={}), "part generation_encoder is frozen and starts from random numbers: name its start in"),
         (unified(parts=dict(generation_encoder="stage9")), "stage9 holds no run"),
         (unified(parts=dict(**with_encoder, texttower="decoder")), "parts.texttower: the model's parts are"),
         (unified(model=other), r"decoder does not fit model.generation_encoder: .*\(16,\) for \(8,\)"),

@@ -199,9 +199,10 @@ def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
 
 
 def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
+    language_model = transformer_config(config, vocab_size)
     hidden = _part(config, "hidden")
     return PiscesConfig(
-        language_model=transformer_config(config, vocab_size),
+        language_model=language_model,
         understanding_encoder=vit_config(config, "understanding_encoder"),
         generation_encoder=vit_config(config, "generation_encoder"),
         pool=config.model.pool,

@@ -73,9 +73,11 @@ def resize(images: Array, size: int) -> Array:
     """uint8 pictures [B, S, S, 3] to `size`: bicubic, as the pipeline does for the unified stages."""
     if images.shape[1] == size:
         return images
-    shape = (images.shape[0], size, size, images.shape[3])
-    resized = jax.image.resize(images.astype(jnp.float32), shape, "cubic")
-    return jnp.round(jnp.clip(resized, 0, 255)).astype(jnp.uint8)
+    for axis in (2, 1):  # as PIL: whole numbers between the passes
+        shape = (*images.shape[:axis], size, *images.shape[axis + 1 :])
+        resized = jax.image.resize(images.astype(jnp.float32), shape, "cubic")
+        images = jnp.round(jnp.clip(resized, 0, 255)).astype(jnp.uint8)
+    return images
 
 
 def by_source(values: Array, mask: Array, source: Array, names: tuple[str, ...], prefix: str) -> dict[str, Average]:

@@ -218,18 +218,6 @@ def _failed(path: str, error: Exception) -> UserError:
     return UserError(f"{path} fails{where} with {type(error).__name__}: {reason}: mend the file")
 
 
-def _in_order(path: str, stages: Stages) -> Stages:
-    """A ConfigDict sorts its keys: what takes weights from another stage says what comes first."""
-    waiting, ordered = dict(stages), {}
-    while waiting:
-        names = {config.name for config in waiting.values()}
-        ready = next((s for s, c in waiting.items() if not names & {*c.parts.values(), c.decoder} - {c.name}), None)
-        if ready is None:
-            raise UserError(f"{path}: stages {', '.join(waiting)} take their weights in a circle: change their parts")
-        ordered[ready] = waiting.pop(ready)
-    return ordered
-
-
 def _flat(config: ConfigDict, prefix: str = "") -> list[str]:
     keys = []
     for key, value in config.items():

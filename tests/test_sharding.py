@@ -239,7 +239,8 @@ def test_picture_programs_on_eight_devices(program):
     config = tiny.config(
         program=program, batch_size=8, model=tiny.model_settings(32), data=dict(text_length=12),
         flow=dict(drop=0.3, zero_share=0.2), loss=dict(feature_noise=0.1),
-        optimizer=dict(b1=0.9, clip=0.0, table=((".*", 1.0, 0.0),)),
+        # Adam's first update is each gradient over its own size: `eps` keeps the rounding of near zeros out of it.
+        optimizer=dict(b1=0.9, eps=1e-3, clip=0.0, table=((".*", 1.0, 0.0),)),
     )  # fmt: skip
     batch = pairs_batch(16)
     if program == "decoder":
@@ -252,8 +253,6 @@ def test_picture_programs_on_eight_devices(program):
     expected = one_step(config, single_device(), batch, start)
     mesh = make_mesh(**MESHES["all"])
     got = one_step(config, mesh, batch, expected.start)
-    # Adam's first update is each gradient over its own size: of those that are nearly zero it shows the rounding.
-    assert got.losses.pop("norm/update") == pytest.approx(expected.losses.pop("norm/update"), rel=1e-4)
     assert got.losses == pytest.approx(expected.losses, rel=1e-5)
     assert not far_off(got.gradient, expected.gradient)
 

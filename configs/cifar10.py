@@ -18,13 +18,16 @@ LOG = dict(every=20, evaluate_every=100, checkpoint_every=200, samples_every=200
 
 
 def data(*recipes: str) -> dict:
-    def sources(split: str) -> dict:
+    def sources(split: str, *recipes: str) -> dict:
         common = dict(
             kind="tfds", dataset="cifar10", data_dir=DATA_DIR, split=split, caption_format="a photo of a {label}"
         )
         return {recipe: dict(common, recipe=recipe) for recipe in recipes}
 
-    return dict(tokenizer_vocabulary=384, train=sources("train"), evaluate=sources("test"), text_length=16)
+    return dict(
+        tokenizer_vocabulary=384, tokenizer_sources=sources("train", "caption", "draw_caption"),
+        train=sources("train", *recipes), evaluate=sources("test", *recipes), text_length=16,
+    )  # fmt: skip
 
 
 def get_config(stage: str = "") -> ConfigDict:

@@ -7,6 +7,7 @@ The two real sets lie below the folder that PISCES_DATA names (docs/data.md says
 """
 
 import os
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -20,7 +21,7 @@ LOG = dict(every=20, evaluate_every=100, checkpoint_every=100, samples_every=0)
 def data(*tasks: str, **settings: object) -> dict:
     """Every task from all three sources, 4 : 3 : 3; `drop` leaves some drawn pictures without their caption."""
 
-    def sources(cifar: str, emoji: str, shapes: dict) -> dict:
+    def sources(cifar: str, emoji: str, shapes: dict, tasks: Sequence[str] = tasks) -> dict:
         each = {}
         for task in tasks:
             drop = dict(drop=0.1) if task.startswith("draw") else {}
@@ -33,9 +34,11 @@ def data(*tasks: str, **settings: object) -> dict:
             each[f"shapes_{task}"] = dict(kind="shapes", task=task, size=SIZE, weight=3, **shapes)
         return each
 
+    made = dict(split="train", num_examples=20_000)
     return dict(
         tokenizer_vocabulary=1024,
-        train=sources("train", "train", dict(split="train", num_examples=20_000)),
+        tokenizer_sources=sources("train", "train", made, ("caption", "draw_caption")),
+        train=sources("train", "train", made),
         evaluate=sources("test[:256]", "val", dict(split="val", num_examples=64)),
         examples_per_epoch=20_000,
         **settings,

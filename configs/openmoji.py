@@ -18,13 +18,16 @@ LOG = dict(every=20, evaluate_every=100, checkpoint_every=200, samples_every=200
 
 
 def data(*recipes: str) -> dict:
-    def sources(split: str) -> dict:
+    def sources(split: str, *recipes: str) -> dict:
         common = dict(
             kind="image_folder", path=FOLDER, split=split, caption_format="{text}", detailed_format="{text}: {tags}"
         )
         return {recipe: dict(common, recipe=recipe) for recipe in recipes}
 
-    return dict(tokenizer_vocabulary=1024, train=sources("train"), evaluate=sources("val"))
+    return dict(
+        tokenizer_vocabulary=1024, tokenizer_sources=sources("train", "caption", "describe", "draw_caption"),
+        train=sources("train", *recipes), evaluate=sources("val", *recipes),
+    )  # fmt: skip
 
 
 def get_config(stage: str = "") -> ConfigDict:

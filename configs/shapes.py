@@ -7,6 +7,7 @@ python -m pisces_jax.train --config=configs/shapes.py:stage1 --workdir=runs/shap
 
 from ml_collections import ConfigDict
 
+from pisces_jax.data.shapes import TASKS
 from pisces_jax.training.small import picture_run, unified_run
 
 SIZE = 32
@@ -21,6 +22,7 @@ def data(**weights: float) -> dict:
 
     return dict(
         tokenizer_vocabulary=512,
+        tokenizer_sources={task: source(task, 1.0, 2000, "train") for task in TASKS if task != "pair"},
         train={task: source(task, weight, 40_000, "train") for task, weight in weights.items()},
         evaluate={task: source(task, weight, 64, "val") for task, weight in weights.items()},
         examples_per_epoch=40_000,

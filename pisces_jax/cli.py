@@ -120,11 +120,12 @@ def add_amount_flags(parser: Parser) -> None:
         "images": "pictures a prompt",
         "per_kind": "questions of each kind",
         "held_out": "prompts and questions of each kind about what is held out of training; 0: none",
+        "spread": "prompts drawn eight times each, to see how much their pictures differ; 0: none",
         "pictures": "pictures to reconstruct; real pictures to read and draw",
         "seed": "another seed, other prompts, questions and noise",
     }
     for field in dataclasses.fields(Amount):
-        least = 0 if field.name in ("held_out", "seed") else 1
+        least = 0 if field.name in ("held_out", "spread", "seed") else 1
         text = f"{helps[field.name]} (default {field.default})"
         parser.add_argument(f"--{field.name}", type=whole_number(least), default=field.default, help=text)
 

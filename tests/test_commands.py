@@ -138,6 +138,12 @@ def test_evaluate_writes_what_it_prints(trained, call, tmp_path):
     assert shown["overall"] == pytest.approx(scores["reading"]["overall"], abs=5e-4)
 
 
+def test_evaluate_shows_what_it_drew(trained, call, tmp_path):
+    flags = [f"--workdir={trained / 'run'}", "--task=geneval", "--per_task=1", "--images=1", "--held_out=0"]
+    assert call("evaluate", *flags, f"--grid={tmp_path / 'drawn.png'}")[0] == 0
+    assert Image.open(tmp_path / "drawn.png").width > 500
+
+
 # What they refuse
 
 
@@ -180,8 +186,9 @@ BAD = [
     ("answer --workdir=RUN --image=SYNTAX", "cannot be read"),
     ("answer --workdir=RUN --image=PICTURE --question=", "--question is empty"),
     ("answer --workdir=FOREIGN --image=PICTURE", "holds no finished unified run"),
-    ("evaluate --workdir=RUN --task=painting", "none of geneval, reading, reconstruction, pictures, all"),
+    ("evaluate --workdir=RUN --task=painting", "none of geneval, spread, reading, reconstruction, pictures, all"),
     ("evaluate --workdir=RUN --task=pictures", "does not fit this run"),
+    ("evaluate --workdir=RUN --task=reading --grid=NEW", "draws none"),
     ("evaluate --workdir=RUN --task=all --per_kind=-1", "at least 1"),
     ("evaluate --workdir=RUN --task=all --out=FOREIGN", "is a folder"),
     ("evaluate --workdir=NEW --task=all", "does not exist"),

@@ -1,6 +1,8 @@
 """Scores: perfect fake models get 1, wrong ones 0, and what lies between is counted by hand."""
 
 import dataclasses
+import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +15,15 @@ from pisces_jax.data.shapes import (
     HELD_OUT_TAGS,
     QUESTION_KINDS,
     TAGS,
+    Object,
     Scene,
     detailed_caption,
     geneval_prompts,
     questions,
     render,
 )
-from pisces_jax.evaluation import charts, drawing, grids, pictures, reading, reconstruction, report, suite
+from pisces_jax.data.shapes_text import metadata, prompt_space, scene_for
+from pisces_jax.evaluation import charts, drawing, grids, pictures, reading, reconstruction, report, spread, suite
 from pisces_jax.evaluation.detection import Detection
 
 SIZE = 32
@@ -76,7 +80,7 @@ class Oracle:
         return np.stack([self.blank if self.wrong(i) else image for i, image in enumerate(images)])
 
 
-AMOUNT = suite.Amount(per_task=3, images=2, per_kind=3, held_out=2, pictures=6)
+AMOUNT = suite.Amount(per_task=3, images=2, per_kind=3, held_out=2, spread=0, pictures=6)
 HOW = dict(describe=True, most=8, temperature=1.0, guidance=None)
 
 
@@ -122,6 +126,40 @@ def test_how_to_draw_reaches_the_model():
     model = Oracle()
     suite.evaluate(model, ("geneval",), dataclasses.replace(AMOUNT, held_out=0), HOW, both=True)
     assert [call["describe"] for call in model.calls] == [True, False] and model.calls[0]["most"] == 8
+
+
+def test_spread_of_a_model_that_draws_one_picture_and_of_one_that_draws_as_the_world_does():
+    class Same(Oracle):
+        def draw(self, prompts, **how):
+            return [Drawing(self._picture(prompt[0].text, 0), "a red circle") for prompt in prompts]
+
+        def _picture(self, instruction, seed):
+            return render(one, SIZE)
+
+    class World(Same):
+        def draw(self, prompts, **how):
+            made = [self._scene(prompt[0].text, random.Random(f"any/{i}")) for i, prompt in enumerate(prompts)]
+            return [Drawing(render(scene, SIZE), detailed_caption(scene)) for scene in made]
+
+        def _scene(self, instruction, rng):
+            for tag in spread.OPEN_TAGS:
+                for arguments in prompt_space(tag, held_out=False):
+                    if draw_instruction(metadata(tag, *arguments)["prompt"]) == instruction:
+                        return scene_for(rng, tag, arguments)
+            raise AssertionError(instruction)
+
+    one = Scene((Object("circle", "red", 12.0, 20.0, 9.0, (214, 28, 34)),), (128.0, 128.0, 128.0))
+    same = spread.spread(Same(), prompts=4, images=3, size=SIZE, **HOW)
+    none = dict(descriptions=0.0, places=0.0, colours=0.0, pixels=0.0)
+    assert same["model"] == pytest.approx(none, abs=1e-9)
+    varied = spread.spread(World(), prompts=12, images=16, size=SIZE, **HOW)
+    for name, of_world in varied["world"].items():
+        assert varied["model"][name] == pytest.approx(of_world, rel=0.12), name
+    # One object's place is uniform over a length of 20 to 24 (its size is 8 to 12), whose deviation is that over √12;
+    # several keep apart and lie further out.
+    assert 22 / 12**0.5 < varied["world"]["places"] < 32 / 12**0.5
+    blank = spread.spread(Oracle(lambda i: True), prompts=4, images=3, size=SIZE, **HOW)["model"]
+    assert blank["places"] is None and blank["colours"] is None and blank["pixels"] == 0
 
 
 def test_a_reconstruction_must_hold_just_the_same_objects():
@@ -186,6 +224,33 @@ def test_real_pictures_are_read_and_drawn_from_the_sources_that_have_them():
     assert shown["drawing"]["true"].shape == shown["drawing"]["drawn"].shape == (10, SIZE, SIZE, 3)
 
 
+def test_what_is_drawn_is_read_and_compared_with_the_training_pictures():
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (12, SIZE, SIZE, 3), np.uint8)
+    read = [Example((Picture(i, "read"), Text("caption:"), Text("a photo of a cat", learn=True)), "r") for i in images]
+    prompts = ["draw: a photo of a cat"] * 9 + ["draw: a photo of a dog"] * 3
+    draw = [Example((Text(p), Picture(i, "draw")), "d") for p, i in zip(prompts, images, strict=True)]
+    training = [Example((Text("draw: x"), Picture(i, "draw")), "t") for i in rng.permutation(images)]
+    model = Captioner()  # draws grey, reads cats everywhere
+    scores, shown = pictures.evaluate_pictures(model, [read, draw], pictures=12, size=SIZE, training=[training])
+    assert scores["drawing"]["read_as_asked"] == dict(true=0.75, true_vectors=0.75, drawn=0.75)
+    near = scores["drawing"]["nearest"]
+    assert near["distance_true"] < 1e-6 and near["ratio_true"] < 1e-6 and near["training_pictures"] == 12
+    assert near["ratio_drawn"] > 0.95  # all are as far from grey
+    sheet = np.asarray(report.pictures_sheet(shown)).reshape(-1, 3)
+    assert (sheet == grids.GREEN).all(1).any() and (sheet == grids.RED).all(1).any()
+
+
+def test_nearest_is_what_a_double_loop_finds():
+    rng = np.random.default_rng(2)
+    images, known = (rng.integers(0, 256, (n, 4, 4, 3), np.uint8) for n in (5, 40))
+    index, distance, ratio = pictures.nearest(images, known, neighbours=7)
+    for i, image in enumerate(images):
+        away = [np.sqrt(np.mean(((image.astype(float) - k) / 255) ** 2)) for k in known]
+        assert index[i] == np.argmin(away) and distance[i] == pytest.approx(min(away))
+        assert ratio[i] == pytest.approx(min(away) / np.mean(sorted(away)[:7]))
+
+
 # What is made of them
 
 
@@ -198,11 +263,26 @@ def test_report_and_sheet_show_prompts_reasons_and_curves(tmp_path):
     page = report.write_html("A <title>", results.scores, results, {"stage": tmp_path}, {"stage": lines})
     assert "A &lt;title&gt;" in page and "&lt;b&gt;\N{REPLACEMENT CHARACTER} &amp; so on" in page
     assert page.count("<polyline") == 3 and "expected" in page and "src=" in page and "http" not in page
+    wrong = sum("found 0" in j.reason for j in results.drawn["described"] if j.metadata["tag"] == "single_object")
+    table = page.split("<h3>single_object")[1].split("</table>")[0]
+    assert sum(map(int, re.findall(r'number">(\d+)<', table))) == wrong == 3
     sheet = report.samples_sheet(results)
     assert sheet.width > 1000 and sheet.height > 500
     pixels = np.asarray(sheet).reshape(-1, 3)
     assert (pixels == grids.GREEN).all(1).any() and (pixels == grids.RED).all(1).any()
     assert f"{results.scores['geneval']['described']['overall']:.3f}" in report.summary(results.scores)
+
+
+def test_confusion_counts_right_answers_down_and_given_ones_across():
+    told = [("red", "red"), ("red", "Red."), ("red", "blue"), ("blue", "red"), ("blue", "a dog")]
+    asked = [reading.Answered(np.zeros((2, 2, 3), np.uint8), "colour", "?", *pair) for pair in told]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in report._confusion(asked).split("<tr>")[1:]]
+    assert rows == [
+        ["right ↓ given →", "blue", "red", "other"],
+        ["blue", "", "1", "1"],
+        ["red", "1", "2", ""],
+        ["other", "", "", ""],
+    ]
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-0.003, 0.002), (17, 4000), (0.5, 0.5001)])

@@ -13,7 +13,7 @@ import pytest
 from pisces_jax.data import shapes
 from pisces_jax.data.example import Picture, Text
 from pisces_jax.data.relations import relations
-from pisces_jax.data.shapes_questions import ask
+from pisces_jax.data.shapes_questions import ask, sample_conversation
 from pisces_jax.data.shapes_scene import CANVAS, GAP, SIZES, coverage
 from pisces_jax.data.shapes_text import possible_prompts
 from pisces_jax.errors import UserError
@@ -21,8 +21,14 @@ from pisces_jax.evaluation.detection import Detection
 from pisces_jax.evaluation.geneval import judge
 
 SIZE_WORDS = ["small", "medium", "large"]
-ROWS = ["top", "high", "upper", "middle", "lower", "low", "bottom"]
-COLUMNS = ["far left", "left", "centre left", "centre", "centre right", "right", "far right"]
+ROWS = [
+    "extremely high", "very high", "clearly high", "fairly high", "slightly high", "barely high",
+    "barely low", "slightly low", "fairly low", "clearly low", "very low", "extremely low",
+]  # fmt: skip
+COLUMNS = [
+    "furthest left", "far left", "well left", "rather left", "somewhat left", "just left",
+    "just right", "somewhat right", "rather right", "well right", "far right", "furthest right",
+]  # fmt: skip
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 EXAMPLES = 1_000_000 if os.environ.get("PISCES_LONG_TESTS") else 20_000
 
@@ -120,7 +126,7 @@ def test_coverage_adds_up_to_the_area(shape, area):
 
 def read_details(caption):
     """(size word, colour, shape, row, column) of each object, by a grammar of its own."""
-    pattern = rf"an? ({'|'.join(SIZE_WORDS)}) (\w+) (\w+) at the ({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})"
+    pattern = rf"an? ({'|'.join(SIZE_WORDS)}) (\w+) (\w+) ({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})"
     found = [re.fullmatch(pattern, piece) for piece in caption.split(", ")]
     assert all(found), caption
     return [match.groups() for match in found]
@@ -131,7 +137,7 @@ def test_detailed_caption_is_true_and_in_reading_order():
         told = read_details(shapes.detailed_caption(scene))
         places = [(ROWS.index(row), COLUMNS.index(column)) for *_, row, column in told]
         assert places == sorted(set(places)) and len(told) == len(scene.objects)
-        step = (CANVAS - SIZES[0]) / 7
+        step = (CANVAS - SIZES[0]) / 12
         for size, color, shape, row, column in told:
             (o,) = [
                 o
@@ -276,6 +282,18 @@ def test_questions_are_answered_truly_and_balanced(held_out):
         assert abs(answers["yes"] / answers.total() - 0.5) < 0.13  # 5 sigma of 400, 3.5 of 200
 
 
+def test_conversations_are_true_and_of_different_questions():
+    kinds = collections.Counter()
+    for i in range(400):
+        scene, answered = sample_conversation(random.Random(i), "train")
+        asked = [question for question, _ in answered]
+        assert len(set(asked)) == len(asked) and 1 <= len(asked) <= 6
+        assert all(answer(scene, question) == told for question, told in answered)
+        kinds.update(question.split()[0] for question in asked)
+    # what colour, what is where; how many; is there, is the; which is larger
+    assert min(kinds[word] for word in ("what", "how", "is", "which")) > 0.09 * kinds.total()
+
+
 def test_a_no_is_hard():
     for scene in scenes(500):
         if answered := ask("existence", scene, random.Random(1)):
@@ -379,6 +397,7 @@ def test_parts_of_each_task():
 
     assert parts("caption") == parts("describe") == parts("question") == ["read", "text", "learn"]
     assert parts("draw_caption") == parts("draw_details") == parts("draw_prompt") == ["text", "draw"]
+    assert set(zip(*[iter(parts("conversation")[1:])] * 2, strict=True)) == {("text", "learn")}
     assert parts("draw_described") == ["text", "learn", "draw"]
     assert parts("pair") == ["read", "text"]
     assert texts(shapes.ShapesSource("describe")[0])[0] == "describe:"

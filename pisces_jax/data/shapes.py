@@ -16,6 +16,7 @@ from pisces_jax.data.shapes_questions import (
     QUESTION_KINDS,
     question_for,
     questions,
+    sample_conversation,
     sample_question,
 )
 from pisces_jax.data.shapes_scene import (
@@ -23,6 +24,7 @@ from pisces_jax.data.shapes_scene import (
     HELD_OUT_COUNTS,
     HELD_OUT_PAIRS,
     HELD_OUT_RELATIONS,
+    MAX_OBJECTS,
     SHAPES,
     SPLITS,
     Object,
@@ -75,6 +77,7 @@ TASKS = (
     "caption",
     "describe",
     "question",
+    "conversation",
     "draw_caption",
     "draw_details",
     "draw_prompt",
@@ -88,19 +91,28 @@ class ShapesSource:
 
     Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
     distribution with other random numbers; every example of "held_out" holds something that neither of them
-    does.
+    does. Scenes that no question and no prompt asks for have up to `most_objects` objects.
 
-    Raises `UserError` for an unknown task or split.
+    Raises `UserError` for an unknown task or split, or a number of objects that the world does not have.
     """
 
     def __init__(
-        self, task: str, split: str = "train", num_examples: int = 1_000_000, seed: int | str = 0, size: int = 32
+        self,
+        task: str,
+        split: str = "train",
+        num_examples: int = 1_000_000,
+        seed: int | str = 0,
+        size: int = 32,
+        most_objects: int = MAX_OBJECTS,
     ):
         if task not in TASKS:
             raise UserError(f"the shapes world has no task {task!r}: choose one of {', '.join(TASKS)}")
         if split not in SPLITS:
             raise UserError(f"the shapes world has no split {split!r}: choose one of {', '.join(SPLITS)}")
+        if not 1 <= most_objects <= MAX_OBJECTS:
+            raise UserError(f"the shapes world has scenes of 1 to {MAX_OBJECTS} objects, not of {most_objects}")
         self.task, self.split, self.num_examples, self.seed, self.size = task, split, num_examples, seed, size
+        self.most_objects = most_objects
 
     def __len__(self) -> int:
         return self.num_examples
@@ -116,6 +128,10 @@ class ShapesSource:
         if self.task == "question":
             scene, _, question, answer = sample_question(rng, self.split)
             return self._picture(scene, "read"), Text(question), Text(answer, learn=True)
+        if self.task == "conversation":
+            scene, answered = sample_conversation(rng, self.split)
+            turns = [part for question, answer in answered for part in (Text(question), Text(answer, learn=True))]
+            return self._picture(scene, "read"), *turns
         if self.task == "draw_prompt":
             line, scene = sample_for_prompt(rng, self.split)
             return Text(draw_instruction(line["prompt"])), self._picture(scene, "draw")
@@ -124,11 +140,11 @@ class ShapesSource:
                 line, scene = sample_for_prompt(rng, self.split)
                 prompt = line["prompt"]
             else:
-                scene = sample_scene(rng, self.split)
+                scene = sample_scene(rng, self.split, self.most_objects)
                 prompt = short_caption(scene, rng)
             description = Text(detailed_caption(scene), learn=True)
             return Text(draw_instruction(prompt)), description, self._picture(scene, "draw")
-        scene = sample_scene(rng, self.split)
+        scene = sample_scene(rng, self.split, self.most_objects)
         if self.task == "caption":
             caption = Text(short_caption(scene, rng), learn=True)
             return self._picture(scene, "read"), Text(CAPTION_INSTRUCTION), caption

@@ -58,6 +58,19 @@ def sample_question(rng: random.Random, split: str, kind: str | None = None) -> 
             return scene, kind, *answered
 
 
+def sample_conversation(rng: random.Random, split: str, most: int = 6) -> tuple[Scene, list[Answered]]:
+    """A scene and up to `most` different questions about it with their answers; their kinds are balanced as in
+    `sample_question`."""
+    scene, _, *first = sample_question(rng, split)
+    asked = {first[0]: first[1]}
+    kinds: list[str] = []
+    for _ in range(2 * most):  # a scene of one object has few questions
+        kinds = kinds or rng.sample(QUESTION_KINDS, len(QUESTION_KINDS))
+        if len(asked) < most and (answered := ask(kinds.pop(), scene, rng)):
+            asked.setdefault(*answered)
+    return scene, list(asked.items())
+
+
 def questions(per_kind: int, seed: int = 0, held_out: bool = False) -> list[tuple[Scene, str, str, str]]:
     """`per_kind` of (scene, kind, question, answer) for each kind, never those of a `ShapesSource`.
 

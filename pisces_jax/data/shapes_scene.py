@@ -125,26 +125,27 @@ _RELATED_SHAPES = frozenset((a, b) for _, a, b in HELD_OUT_RELATIONS)  # spares 
 # Sampling
 
 
-def sample_scene(rng: random.Random, split: str = "train") -> Scene:
-    """A scene by chance: "train" and "val" hold nothing held out, each of "held_out" holds something."""
+def sample_scene(rng: random.Random, split: str = "train", most: int = MAX_OBJECTS) -> Scene:
+    """A scene of up to `most` objects by chance: "train" and "val" hold nothing held out, each of "held_out" holds
+    something."""
     if split == "held_out":
         while True:
-            scene = arrange(rng, sample_names(rng, allowed_only=False))
+            scene = arrange(rng, sample_names(rng, allowed_only=False, most=most))
             if violates(scene):
                 return scene
     while True:
-        names = sample_names(rng)
+        names = sample_names(rng, most=most)
         if len(names) == 1 or not holds_held_out_count(names):
             return arrange(rng, names, keep_allowed=True)
 
 
-def sample_names(rng: random.Random, allowed_only: bool = True) -> list[Name]:
-    """Shapes and colours of one to four objects.
+def sample_names(rng: random.Random, allowed_only: bool = True, most: int = MAX_OBJECTS) -> list[Name]:
+    """Shapes and colours of one to `most` objects.
 
     A mixture, so that each kind of prompt and question fits many scenes: all of one shape (counting), all of
     one colour, all of different shapes (position, attributes), or anything.
     """
-    count = rng.choices((1, 2, 3, 4), (1, 2, 2, 2))[0]
+    count = rng.choices((1, 2, 3, 4)[:most], (1, 2, 2, 2)[:most])[0]
     colors = ALLOWED_COLORS if allowed_only else dict.fromkeys(SHAPES, tuple(COLORS))
     kind = rng.random()
     if kind < 0.3:

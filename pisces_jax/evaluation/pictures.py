@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from pisces_jax.data.example import Example, Part, Picture, Text
 from pisces_jax.data.images import fit
+from pisces_jax.data.instructions import CAPTION_INSTRUCTION, draw_instruction
 from pisces_jax.evaluation.reading import Reader, plain
 from pisces_jax.evaluation.reconstruction import Reconstructor, mean_picture, pixel_error
 
@@ -19,6 +20,7 @@ class Whole(Reader, Reconstructor, Protocol):
 
 Source = Sequence[Example]
 Images = UInt8[np.ndarray, "N S S 3"]
+MOST_TRAINING_PICTURES = 5000  # with which drawn ones are compared
 
 
 def evaluate_pictures(
@@ -27,6 +29,7 @@ def evaluate_pictures(
     *,
     pictures: int,
     size: int,
+    training: Sequence[Source] = (),
     describe: bool = False,
     seed: int = 0,
     **how: Any,
@@ -35,7 +38,8 @@ def evaluate_pictures(
 
     `reading` (where a source has pictures to read with learned texts), `reconstruction` and `drawing` (where one has
     pictures to draw). Beside them come the same scores of what ignores the picture: the commonest text, the mean
-    picture. `how` goes to `model.draw`.
+    picture. Drawn pictures are judged by what the model itself reads in them (`read_as_asked`), and compared with the
+    pictures of `training` (`nearest`). `how` goes to `model.draw`.
     """
     scores: dict[str, Any] = {}
     shown: dict[str, Any] = {}
@@ -43,6 +47,7 @@ def evaluate_pictures(
         scores["reading"], shown["reading"] = captions(model, reads)
     if draws := _take(sources, _is_drawing, pictures):
         prompts = [example.parts[: _first(example, _drawn)] for example in draws]
+        asked = [" ".join(p.text for p in prompt if isinstance(p, Text)) for prompt in prompts]
         truth = np.stack([fit(_picture(example, "draw"), size) for example in draws])
         decoded = model.decode(model.features(truth), seed=seed)
         drawn = model.draw(prompts, describe=describe, seed=seed, **how)
@@ -52,14 +57,44 @@ def evaluate_pictures(
             "mean_picture_pixel_error": pixel_error(truth, average),
             "pictures": len(draws),
         }
-        shown["drawing"] = {
-            "prompts": [" ".join(p.text for p in prompt if isinstance(p, Text)) for prompt in prompts],
-            "true": truth,
-            "true_vectors": decoded,
-            "drawn": np.stack([d.image for d in drawn]),
-            "descriptions": [d.description for d in drawn],
-        }
+        of = {"true": truth, "true_vectors": decoded, "drawn": np.stack([d.image for d in drawn])}
+        shown["drawing"] = {"prompts": asked, **of, "descriptions": [d.description for d in drawn]}
+        scores["drawing"] = {"pictures": len(draws)}
+        if reads:
+            right = {name: read_as(model, images, asked) for name, images in of.items()}
+            scores["drawing"]["read_as_asked"] = {name: float(r.mean()) for name, r in right.items()}
+            shown["drawing"]["read_as_asked"] = right["drawn"]
+        if known := [fit(_picture(e, "draw"), size) for e in _take(training, _is_drawing, MOST_TRAINING_PICTURES)]:
+            near = {name: nearest(of[name], np.stack(known)) for name in ("true", "drawn")}
+            scores["drawing"]["nearest"] = {
+                f"{what}_{name}": float(value.mean())
+                for name, (_, *values) in near.items()
+                for what, value in zip(("distance", "ratio"), values, strict=True)
+            } | {"training_pictures": len(known)}
+            shown["drawing"]["nearest"] = np.stack([known[i] for i in near["drawn"][0]])
     return scores, shown
+
+
+def read_as(model: Reader, images: Images, asked: Sequence[str], most: int = 32) -> Bool[np.ndarray, "N"]:
+    """Whether the model's own caption of each picture is what was asked for."""
+    answers = model.answer([(Picture(image, "read"), Text(CAPTION_INSTRUCTION)) for image in images], most=most)
+    wanted = [text.removeprefix(draw_instruction("")) for text in asked]
+    return np.array([plain(a) == plain(w) for a, w in zip(answers, wanted, strict=True)])
+
+
+def nearest(images: Images, known: Images, neighbours: int = 50) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each picture, the nearest of `known`: its index, its distance, and that distance over the mean distance of
+    the `neighbours` nearest, which a copy makes small (Carlini et al. 2023, arXiv 2301.13188, section 4.2).
+
+    A distance is the root mean square difference of pixels that run from 0 to 1.
+    """
+    a, b = (x.reshape(len(x), -1).astype(np.float64) / 255 for x in (images, known))
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+    distances = np.sqrt(np.maximum(squares, 0) / a.shape[1])
+    index = distances.argmin(1)
+    best = distances[np.arange(len(a)), index]
+    around = np.sort(distances, axis=1)[:, :neighbours].mean(1)
+    return index, best, best / np.maximum(around, 1e-12)
 
 
 def captions(model: Reader, examples: Sequence[Example], most: int = 32) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ import html
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pisces_jax.data.instructions import draw_instruction
 from pisces_jax.data.shapes import TAGS
 from pisces_jax.evaluation.charts import training_charts
 from pisces_jax.evaluation.drawing import Judged, true_picture
 from pisces_jax.evaluation.grids import Cell, Row, labelled_grid, png
+from pisces_jax.evaluation.reading import Answered, plain
 from pisces_jax.evaluation.suite import Results
 
 _WAYS = {"described": "described, then drawn", "direct": "drawn at once", "held_out": "held-out combinations"}
@@ -26,7 +29,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto
 h1 { font-size: 1.7em; } h2 { margin-top: 2em; border-bottom: 2px solid #ddd; } h3 { margin: 1.2em 0 .4em; }
 table { border-collapse: collapse; margin: .6em 2em .6em 0; display: inline-table; vertical-align: top; }
 th, td { padding: .15em .8em; border-bottom: 1px solid #e4e4e4; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.right { background: #e2f3e7; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { image-rendering: pixelated; display: block; max-width: 100%; }
 .cards { display: flex; flex-wrap: wrap; gap: 10px; }
 .card { width: 172px; font-size: 12px; line-height: 1.35; border: 2px solid #ccc; border-radius: 6px; padding: 6px; }
@@ -61,6 +64,27 @@ def samples_sheet(results: Results, per_task: int = 3, images: int = 2) -> Image
     return labelled_grid(rows, headings, title=title, picture=96, text=170, blocks=2)
 
 
+def pictures_sheet(real: Mapping[str, Any], number: int = 24) -> Image.Image:
+    """Real pictures: what was asked, a true picture, the same decoded from its true vectors, what was drawn, and the
+    training picture nearest to that; then pictures that were read, with what was read in them.
+
+    A drawn picture's frame is green where the model itself reads in it what was asked, else red.
+    """
+    rows: list[Row] = []
+    headings = ["true", "from its true vectors", "drawn", "nearest in training"]
+    if drawing := real.get("drawing"):
+        right, near = drawing.get("read_as_asked"), drawing.get("nearest")
+        for i, prompt in enumerate(drawing["prompts"][:number]):
+            cells = [Cell(drawing["true"][i]), Cell(drawing["true_vectors"][i])]
+            cells.append(Cell(drawing["drawn"][i], None if right is None else bool(right[i])))
+            rows.append((prompt.removeprefix(draw_instruction("")), cells + ([] if near is None else [Cell(near[i])])))
+    for read in real.get("reading", ())[:number]:
+        said = read["answer"] if read["correct"] else f"{read['answer']} (right: {read['truth']})"
+        rows.append((f"reads: {said}", [Cell(read["image"], read["correct"])]))
+    title = "Unseen pictures, not chosen. Green frame: read as asked, by the model itself; red: not."
+    return labelled_grid(rows, headings, title=title, picture=80, text=230, blocks=2)
+
+
 def _by_prompt(judged: Iterable[Judged]) -> dict[str, list[Judged]]:
     prompts: dict[str, list[Judged]] = {}
     for j in judged:
@@ -84,6 +108,11 @@ def summary(scores: Mapping[str, Any]) -> str:
             shown = f"{geneval['held_out']:12.3f}"
             shown += f"   ({geneval['drawn']}; the same kinds of prompts otherwise {geneval['same_tasks']:.3f})"
             lines.append("  held_out".ljust(28) + shown)
+    if spread := scores.get("spread"):
+        lines.append("spread of one prompt's pictures".ljust(32) + "model".rjust(8) + "world".rjust(12))
+        for name, world in spread["world"].items():
+            own = spread["model"][name]
+            lines.append(f"  {name}".ljust(28) + ("-".rjust(12) if own is None else f"{own:12.3f}") + f"{world:12.3f}")
     if reading := scores.get("reading"):
         lines.append("reading (exact match)")
         kinds = [k for k, v in reading.items() if isinstance(v, float)]
@@ -185,7 +214,7 @@ def _drawing(way: str, judged: Sequence[Judged], per_task: int = 12) -> str:
         own = [j for j in judged if j.metadata["tag"] == tag]
         if own:
             right = sum(j.correct for j in own)
-            parts.append(f"<h3>{tag}: {right} of {len(own)}</h3><div class=cards>")
+            parts.append(f"<h3>{tag}: {right} of {len(own)}</h3>{_reasons(own)}<div class=cards>")
             for j in own[:per_task]:
                 images = [true_picture(j.metadata, j.image.shape[0]), j.image]
                 prompt = j.metadata["prompt"].removeprefix("a photo of ")
@@ -194,11 +223,38 @@ def _drawing(way: str, judged: Sequence[Judged], per_task: int = 12) -> str:
     return "".join(parts)
 
 
+def _reasons(judged: Sequence[Judged], most: int = 8) -> str:
+    """What was wrong, the commonest first; one picture may lack several things."""
+    counts = Counter(reason for j in judged for reason in j.reason.splitlines())
+    rows = "".join(f'<tr><td>{_text(r)}</td><td class="number">{n}</td></tr>' for r, n in counts.most_common(most))
+    more = f"<tr><td>{len(counts) - most} others</td><td></td></tr>" if len(counts) > most else ""
+    return f"<table><tr><th>what was wrong</th><th>pictures</th></tr>{rows}{more}</table>" if counts else ""
+
+
+def _confusion(asked: Sequence[Answered], most: int = 12) -> str:
+    """Right answers down, the model's across, of the commonest `most` right answers; all else is "other"."""
+    names = [answer for answer, _ in Counter(plain(a.truth) for a in asked).most_common(most)]
+    names.sort()
+    counts = Counter(
+        tuple(x if x in names else "other" for x in (plain(a.truth), plain(a.answer))) for a in asked
+    )
+    shown = names + ["other"] * any("other" in pair for pair in counts)
+    head = "".join(f"<th>{_text(n)}</th>" for n in shown)
+    rows = []
+    for truth in shown:
+        cells = "".join(
+            f'<td class="number{" right" * (truth == given != "other")}">{counts[truth, given] or ""}</td>'
+            for given in shown
+        )
+        rows.append(f"<tr><th>{_text(truth)}</th>{cells}</tr>")
+    return f"<table><tr><th>right ↓ given →</th>{head}</tr>{''.join(rows)}</table>"
+
+
 def _reading(results: Results, per_kind: int = 12) -> str:
     parts = ["<h2>Reading</h2>"] if results.asked else []
     for kind in dict.fromkeys(a.kind for a in results.asked):
         own = [a for a in results.asked if a.kind == kind]
-        parts.append(f"<h3>{kind}: {sum(a.correct for a in own)} of {len(own)}</h3><div class=cards>")
+        parts.append(f"<h3>{kind}: {sum(a.correct for a in own)} of {len(own)}</h3>{_confusion(own)}<div class=cards>")
         for a in own[:per_kind]:
             verdict = a.answer if a.correct else f"{a.answer} (right: {a.truth})"
             parts.append(_card(a.correct, [a.image], a.question, "", verdict))

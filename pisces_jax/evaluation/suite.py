@@ -10,10 +10,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pisces_jax.errors import UserError
-from pisces_jax.evaluation import drawing, pictures, reading, reconstruction
+from pisces_jax.evaluation import drawing, pictures, reading, reconstruction, spread
 
-SHAPES_TASKS = ("geneval", "reading", "reconstruction")
+SHAPES_TASKS = ("geneval", "spread", "reading", "reconstruction")
 TASKS = (*SHAPES_TASKS, "pictures")
+SPREAD_IMAGES = 8  # of one prompt, to see how much they differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Amount:
         images: pictures a prompt.
         per_kind: questions of each kind.
         held_out: prompts and questions of each kind about what is held out of training; 0: none.
+        spread: prompts that are drawn `SPREAD_IMAGES` times each, to see how much their pictures differ; 0: none.
         pictures: pictures to reconstruct, and real pictures to read and to draw.
         seed: another seed, other prompts, questions and noise.
     """
@@ -33,6 +35,7 @@ class Amount:
     images: int = 2
     per_kind: int = 40
     held_out: int = 12
+    spread: int = 8
     pictures: int = 128
     seed: int = 0
 
@@ -73,18 +76,26 @@ def evaluate(
     *,
     both: bool = False,
     sources: Sequence[Any] = (),
+    training: Sequence[Any] = (),
 ) -> Results:
     """Runs `tasks` on a `Model`; `how` holds the arguments of `Model.draw`, `describe` among them.
 
     With `both`, GenEval's prompts are drawn both ways, after a description and at once. `sources` are the held-out
-    examples of task "pictures".
+    examples of task "pictures", `training` those that it compares what is drawn with.
     """
     results = Results()
     seconds: dict[str, float] = {}
     for task in tasks:
+        if task == "spread" and not amount.spread:
+            continue
         start = time.perf_counter()
         if task == "geneval":
             results.scores[task] = _geneval(model, amount, how, both, results)
+        elif task == "spread":
+            arguments = {**how, "seed": amount.seed}
+            results.scores[task] = spread.spread(
+                model, prompts=amount.spread, images=SPREAD_IMAGES, size=model.drawn_size, **arguments
+            )
         elif task == "reading":
             results.scores[task] = _reading(model, amount, results)
         elif task == "reconstruction":
@@ -93,7 +104,13 @@ def evaluate(
             )
         else:
             results.scores[task], results.real = pictures.evaluate_pictures(
-                model, sources, pictures=amount.pictures, size=model.drawn_size, seed=amount.seed, **how
+                model,
+                sources,
+                pictures=amount.pictures,
+                size=model.drawn_size,
+                training=training,
+                seed=amount.seed,
+                **how,
             )
         seconds[task] = round(time.perf_counter() - start, 1)
     results.scores["seconds"] = seconds

@@ -48,9 +48,11 @@ def run_config(**changes: Any) -> ConfigDict:
             data=dict(
                 # A file below --workdir, or (with a separator in its name, or hf://) a folder with a published one.
                 tokenizer="tokenizer.model",
-                # A tokenizer that is trained if the file is not there: number of pieces, and how many examples of
-                # each training source it sees.
+                # A tokenizer that is trained if the file is not there: number of pieces, the sources whose texts it
+                # sees, and how many examples of each. It serves every run of the work directory, so name what all of
+                # them read and write; with no sources named it sees those of `train`.
                 tokenizer_vocabulary=0,
+                tokenizer_sources=ConfigDict(),
                 tokenizer_examples=2000,
                 train=ConfigDict(),  # name -> source (data/pipeline.py)
                 evaluate=ConfigDict(),
@@ -117,7 +119,7 @@ def run_config(**changes: Any) -> ConfigDict:
 
 
 # Keys whose subkeys are the user's own: any name may stand there.
-OPEN_KEYS = ("model", "parts", "storage", "train", "evaluate", "stages")
+OPEN_KEYS = ("model", "parts", "storage", "train", "evaluate", "tokenizer_sources", "stages")
 
 
 def merge(config: ConfigDict, changes: Mapping[str, Any], prefix: str = "") -> None:

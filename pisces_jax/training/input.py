@@ -15,7 +15,7 @@ from pisces_jax.errors import UserError
 from pisces_jax.training.config import vit_config
 from pisces_jax.training.features import open_caches
 from pisces_jax.training.programs import TextProgram, UnifiedProgram
-from pisces_jax.training.tokenizer import entries_of, open_entry
+from pisces_jax.training.tokenizer import entries_of
 
 
 def items(
@@ -79,7 +79,11 @@ def evaluate_iterator(
 def evaluation_sources(config: ConfigDict) -> list[Any]:
     if not config.data.evaluate:
         raise UserError("config key data.evaluate names no source: give at least one")
-    return [open_entry(name, spec).source for name, spec in config.data.evaluate.items()]
+    return [entry.source for entry in entries_of(config.data.evaluate)]
+
+
+def training_sources(config: ConfigDict) -> list[Any]:
+    return [entry.source for entry in entries_of(config.data.train)]
 
 
 def examples(batch: dict[str, np.ndarray]) -> int:

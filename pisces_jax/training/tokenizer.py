@@ -16,8 +16,8 @@ from pisces_jax.weights.folder import is_folder, resolve
 
 
 def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
-    """The config's tokenizer: of a published folder, or of the work directory, where it is trained on the config's own
-    sources if it is not there yet.
+    """The config's tokenizer: of a published folder, or of the work directory, where it is trained on the sources
+    that the config names for it if it is not there yet.
 
     Raises:
         UserError: it is not there and the config does not say how large a vocabulary to train.
@@ -37,7 +37,7 @@ def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
 
 
 def _texts(config: ConfigDict) -> Any:
-    for name, spec in config.data.train.items():
+    for name, spec in (config.data.tokenizer_sources or config.data.train).items():
         source = open_entry(name, spec).source
         # Spread over the source: files are often sorted.
         for i in np.unique(np.linspace(0, len(source) - 1, config.data.tokenizer_examples).astype(int)):

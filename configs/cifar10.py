@@ -34,16 +34,16 @@ def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
     stages = (
         picture_run(
-            "pretrain", "pretrain", SIZE, data("pair"), steps=1200, log=LOG, loss=dict(contrastive=0.3),
-            optimizer=dict(learning_rate=1e-3, warmup_steps=50, final_rate=0.05),
+            "pretrain", "pretrain", SIZE, data("pair"), steps=900, log=LOG,
+            optimizer=dict(learning_rate=4e-3, warmup_steps=40, final_rate=0.05),
         ),
         picture_run(
-            "decoder", "decoder", SIZE, data("pair"), steps=400, log=LOG,
-            optimizer=dict(learning_rate=1e-3, warmup_steps=20, average=0.99),
+            "decoder", "decoder", SIZE, data("pair"), steps=300, log=LOG,
+            optimizer=dict(learning_rate=2e-3, warmup_steps=20, average=0.99),
         ),
         unified_run(
-            "stage1", "", SIZE, data("caption", "draw_caption"), steps=400, log=LOG,
-            optimizer=dict(learning_rate=1e-3, warmup_steps=30),
+            "stage1", "", SIZE, data("caption", "draw_caption"), steps=500, log=LOG,
+            optimizer=dict(learning_rate=3e-3, warmup_steps=30, final_rate=0.05),
         ),
     )  # fmt: skip
     runs = {config.name: config for config in stages}

@@ -14,11 +14,14 @@ SIZE = 32
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
 
-def data(**weights: float) -> dict:
+def data(read_slots: int = 0, draw_slots: int = 0, most_objects: int = 4, **weights: float) -> dict:
     """The shapes world's tasks by weight; training and held-out pictures come from other random numbers."""
 
     def source(task: str, weight: float, examples: int, split: str) -> dict:
-        return dict(kind="shapes", task=task, weight=weight, num_examples=examples, split=split, size=SIZE)
+        return dict(
+            kind="shapes", task=task, weight=weight, num_examples=examples, split=split, size=SIZE,
+            most_objects=most_objects,
+        )  # fmt: skip
 
     return dict(
         tokenizer_vocabulary=512,
@@ -26,6 +29,8 @@ def data(**weights: float) -> dict:
         train={task: source(task, weight, 40_000, "train") for task, weight in weights.items()},
         evaluate={task: source(task, weight, 64, "val") for task, weight in weights.items()},
         examples_per_epoch=40_000,
+        read_slots=read_slots,
+        draw_slots=draw_slots,
     )
 
 
@@ -42,17 +47,19 @@ def get_config(stage: str = "") -> ConfigDict:
             "decoder", "decoder", SIZE, pairs, steps=200, loss=dict(feature_noise=0.05),
             optimizer=optimizer(3e-3, 20, average=0.99), log=LOG,
         ),
+        # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
         unified_run(
-            "stage1", "", SIZE, data(caption=0.5, draw_caption=1.0), steps=50, optimizer=optimizer(3e-3, 30, 1.0),
-            log=LOG,
+            "stage1", "", SIZE, data(6, 33, most_objects=1, caption=0.3, draw_caption=0.3, draw_details=1.5), steps=150,
+            optimizer=optimizer(3e-3, 30, 1.0), log=LOG,
         ),
         unified_run(
-            "stage2", "stage1", SIZE, data(question=0.8, describe=0.5, draw_details=1.0, draw_described=1.0),
-            steps=750, optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
+            "stage2", "stage1", SIZE,
+            data(9, 16, describe=0.4, conversation=0.6, draw_details=1.3, draw_described=0.5), steps=850,
+            optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(question=2.5, caption=0.1, describe=0.2, draw_details=0.5, draw_described=2.2), steps=900,
+            data(9, 15, conversation=0.9, caption=0.1, describe=0.2, draw_details=0.4, draw_described=1.6), steps=1000,
             optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

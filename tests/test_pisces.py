@@ -208,6 +208,21 @@ def test_vector_loss_is_shifted_by_one(params):
     assert abs(np.mean(unshifted) / np.mean(errors) - 1) > 1e-3
 
 
+def test_without_fed_vectors_predictions_are_of_the_text_alone():
+    """Other true vectors change no state and no prediction; with them they do."""
+    batch = given_batch()
+    other = dict(batch, draw_images=batch["draw_images"][::-1])
+    for fed in (False, True):
+        model = GivenVectors(dataclasses.replace(tiny.PISCES, place_embedding=True, fed_vectors=fed))
+        params = make(Pisces(model.config))
+        hidden, predicted, _ = model.apply({"params": params}, batch)
+        changed = model.apply({"params": params}, other)
+        same = np.array_equal(hidden, changed[0]) and np.array_equal(predicted, changed[1])
+        assert same != fed
+        # Queries tell the places of a picture apart.
+        assert (np.abs(np.diff(predicted, axis=2)).max(axis=(1, 2, 3)) > 1e-3).all()
+
+
 def test_text_loss_of_packed_rows(params):
     model = Pisces(tiny.PISCES)
     batch = tiny.batch(*(tiny.pack(rows, idle=5) for rows in ROWS))

@@ -1,5 +1,6 @@
 """Rollouts with the cache against the slow, obvious way: the whole sequence again for every token and vector."""
 
+import dataclasses
 import functools
 
 import jax
@@ -163,6 +164,34 @@ def test_drawing_at_once_equals_the_slow_one(apply, fast):
     assert (tokens == -1).all()
     for b, row in enumerate(ROWS):
         np.testing.assert_allclose(vectors[b], slow_vectors(apply, inputs_of(apply, row)), rtol=2e-4, atol=2e-5)
+
+
+def test_without_fed_vectors_a_rollout_gives_what_training_predicts(model):
+    """Whatever true vectors a training row holds, the model predicts for it what its own rollout does."""
+    queried = Pisces(dataclasses.replace(model.config, place_embedding=True, fed_vectors=False))
+    inputs = jnp.zeros((1, 8, 8, 3), jnp.uint8), jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, 4), jnp.int32)
+    init = jax.eval_shape(lambda: queried.init(jax.random.key(0), *inputs, method="init_all"))
+    params = plain.randomised(nn.unbox(init)["params"], seed=4)
+    ids = ROWS[0][0]
+    row = np.array([*ids, L.begin_image, *[L.image] * 4, L.end_image], np.int32)
+    rng = np.random.default_rng(0)
+    batch = dict(
+        tokens=row[None, None],
+        positions=np.arange(len(row))[None, None],
+        segment_ids=np.ones((1, 1, len(row)), np.int32),
+        read_images=np.zeros((1, 0, 8, 8, 3), np.uint8),
+        read_row=np.zeros((1, 0), np.int32),
+        read_start=np.zeros((1, 0), np.int32),
+        read_valid=np.zeros((1, 0), bool),
+        draw_features=rng.standard_normal((1, 1, 4, 16)).astype(np.float32),
+        draw_row=np.zeros((1, 1), np.int32),
+        draw_start=np.full((1, 1), len(ids) + 1, np.int32),
+        draw_valid=np.ones((1, 1), bool),
+    )
+    _, predicted, _ = queried.apply({"params": params}, batch)
+    rollout = Rollout(queried)
+    vectors = rollout.draw_vectors(params, rollout.prefill(params, prompts([ROWS[0]]), SLOTS), L.begin_image)
+    np.testing.assert_allclose(vectors[0], predicted[0, 0], rtol=2e-4, atol=2e-5)
 
 
 def test_tokens_that_are_not_allowed_never_come(apply, fast):

@@ -91,7 +91,8 @@ class ShapesSource:
 
     Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
     distribution with other random numbers; every example of "held_out" holds something that neither of them
-    does. Scenes that no question and no prompt asks for have up to `most_objects` objects.
+    does. Scenes that no question and no prompt asks for have up to `most_objects` objects. Of the short texts of
+    "draw_described", the share `prompts` is in GenEval's words, the others are captions.
 
     Raises `UserError` for an unknown task or split, or a number of objects that the world does not have.
     """
@@ -104,6 +105,7 @@ class ShapesSource:
         seed: int | str = 0,
         size: int = 32,
         most_objects: int = MAX_OBJECTS,
+        prompts: float = 0.5,
     ):
         if task not in TASKS:
             raise UserError(f"the shapes world has no task {task!r}: choose one of {', '.join(TASKS)}")
@@ -112,7 +114,7 @@ class ShapesSource:
         if not 1 <= most_objects <= MAX_OBJECTS:
             raise UserError(f"the shapes world has scenes of 1 to {MAX_OBJECTS} objects, not of {most_objects}")
         self.task, self.split, self.num_examples, self.seed, self.size = task, split, num_examples, seed, size
-        self.most_objects = most_objects
+        self.most_objects, self.prompts = most_objects, prompts
 
     def __len__(self) -> int:
         return self.num_examples
@@ -136,7 +138,7 @@ class ShapesSource:
             line, scene = sample_for_prompt(rng, self.split)
             return Text(draw_instruction(line["prompt"])), self._picture(scene, "draw")
         if self.task == "draw_described":
-            if rng.random() < 0.5:
+            if rng.random() < self.prompts:
                 line, scene = sample_for_prompt(rng, self.split)
                 prompt = line["prompt"]
             else:

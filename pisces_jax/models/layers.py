@@ -171,22 +171,28 @@ class SwiGLU(nn.Module):
 class Projector(nn.Module):
     """The two-layer GELU MLP from one representation to another: encoder to language model, and back.
 
-    With `places` it adds a learned embedding of each vector's `place`.
+    With a `grid`, the side of the square that the vectors form, it adds learned embeddings of the row and the column
+    of the place after each vector's own, which is the one to come; behind the last stands the first. `scale` is the
+    last matrix's at the start, over the usual one.
     """
 
     width: int
     hidden: int
     dtype: DType = jnp.float32
-    places: int = 0
+    grid: int = 0
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"], place: Int[Array, "m"] | None = None) -> Float[Array, "*B D"]:
         h = Linear((self.hidden,), ("embed",), ("mlp",), dtype=self.dtype, name="up")(x)
         h = ACTIVATIONS["gelu"](h)
-        y = Linear((self.width,), ("mlp",), ("embed",), dtype=self.dtype, name="down")(h)
-        if self.places:
-            init = logical(nn.initializers.normal(0.5), "position", "embed")
-            y = y + self.param("place_embedding", init, (self.places, self.width)).astype(y.dtype)[place]
+        y = Linear((self.width,), ("mlp",), ("embed",), scale=self.scale, dtype=self.dtype, name="down")(h)
+        if self.grid:
+            init = logical(nn.initializers.normal(0.35), "position", "embed")
+            rows = self.param("row_embedding", init, (self.grid, self.width)).astype(y.dtype)
+            columns = self.param("column_embedding", init, (self.grid, self.width)).astype(y.dtype)
+            row, column = jnp.divmod((place + 1) % self.grid**2, self.grid)
+            y = y + rows[row] + columns[column]
         return y
 
 

@@ -10,6 +10,7 @@ generation encoder's width.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -27,8 +28,14 @@ from pisces_jax.sharding import constrain
 class PiscesConfig:
     """`pool` is the stride a of Pool_{a×a}; the hidden widths are those of the two-layer MLPs.
 
-    `place_embedding` adds a learned embedding of its place in the picture to each drawn vector that is fed in. A
-    CLIP's vectors say where they are and Pisces has none; those of small autoencoders do not say it.
+    `place_embedding` adds to each drawn vector that is fed in learned embeddings of the row and the column of the
+    picture that comes next. A CLIP's vectors say where they are and Pisces has none; those of small autoencoders do not
+    say it.
+
+    Without `fed_vectors` nothing else is fed in than that embedding, one learned query a place (as BLIP3-o's, which
+    flow matching then follows; here it is regression still). A vector that regression predicts is a mean, and says
+    nothing that the text before it does not; a true one shows how the picture goes on. So a model that learns from
+    true vectors follows them, and in a rollout its own lead it astray. Pisces feeds them.
     """
 
     language_model: TransformerConfig
@@ -38,6 +45,7 @@ class PiscesConfig:
     projector_hidden: int
     vector_head_hidden: int
     place_embedding: bool = False
+    fed_vectors: bool = True
 
     @property
     def read_vectors(self) -> int:
@@ -85,9 +93,10 @@ class Pisces(nn.Module):
         self.understanding_encoder = ViT(c.understanding_encoder, self.dtype)
         self.generation_encoder = ViT(c.generation_encoder, self.dtype)
         self.understanding_projector = Projector(width, c.projector_hidden, self.dtype)
-        places = c.draw_vectors if c.place_embedding else 0
-        self.generation_projector = Projector(width, c.projector_hidden, self.dtype, places)
-        self.vector_head = Projector(c.generation_encoder.output_width, c.vector_head_hidden, self.dtype)
+        grid = math.isqrt(c.draw_vectors) if c.place_embedding else 0
+        self.generation_projector = Projector(width, c.projector_hidden, self.dtype, grid)
+        # Features are small: a head that starts at the usual size has its own random vectors to unlearn first.
+        self.vector_head = Projector(c.generation_encoder.output_width, c.vector_head_hidden, self.dtype, scale=0.1)
 
     def read(self, images: Int[Array, "B S S 3"]) -> Float[Array, "B n D"]:
         """Pictures to read as the language model's inputs."""
@@ -99,6 +108,8 @@ class Pisces(nn.Module):
 
     def feed(self, features: Float[Array, "*B m C"], place: Int[Array, "m"]) -> Float[Array, "*B m D"]:
         """Visual vectors, true or predicted, of the given places (0 is the first) as the language model's inputs."""
+        if not self.config.fed_vectors:
+            features = jnp.zeros_like(features)
         return self.generation_projector(features, place)
 
     def predict(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B C"]:

@@ -203,6 +203,10 @@ def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
 def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
     language_model = transformer_config(config, vocab_size)
     hidden = _part(config, "hidden")
+    place_embedding = config.model.get("place_embedding", False)
+    fed_vectors = config.model.get("fed_vectors", True)
+    if not (place_embedding or fed_vectors):
+        raise UserError("without model.fed_vectors nothing tells drawn vectors apart: set model.place_embedding=True")
     return PiscesConfig(
         language_model=language_model,
         understanding_encoder=vit_config(config, "understanding_encoder"),
@@ -210,7 +214,8 @@ def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
         pool=config.model.pool,
         projector_hidden=hidden["projector"],
         vector_head_hidden=hidden["vector_head"],
-        place_embedding=config.model.get("place_embedding", False),
+        place_embedding=place_embedding,
+        fed_vectors=fed_vectors,
     )
 
 

@@ -69,10 +69,10 @@ def unified_run(name: str, start: str, size: int, data: Mapping[str, Any], **cha
     config.loss.vectors = 200.0
     config.model = ConfigDict(dict(
         language_model=dict(
-            width=192, layers=4, heads=3, kv_heads=1, head_dim=64, mlp_hidden=512, rotary_base=10_000.0, unroll=True
+            width=192, layers=4, heads=3, kv_heads=1, head_dim=64, mlp_hidden=256, rotary_base=10_000.0, unroll=True
         ),
         hidden=dict(projector=256, vector_head=256),
-        place_embedding=True,
+        place_embedding=True, fed_vectors=False,
         **encoders(size),
     ))  # fmt: skip
     config.parts = ConfigDict(dict(generation_encoder="pretrain", understanding_encoder="pretrain"))

@@ -14,14 +14,15 @@ SIZE = 32
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
 
-def data(read_slots: int = 0, draw_slots: int = 0, most_objects: int = 4, **weights: float) -> dict:
-    """The shapes world's tasks by weight; training and held-out pictures come from other random numbers."""
+def data(read_slots: int = 0, draw_slots: int = 0, most_drawn: int = 4, **weights: float) -> dict:
+    """The shapes world's tasks by weight; training and held-out pictures come from other random numbers.
+
+    `most_drawn` objects at the most are in a picture to draw that no prompt asks for; most prompts name one or two.
+    """
 
     def source(task: str, weight: float, examples: int, split: str) -> dict:
-        return dict(
-            kind="shapes", task=task, weight=weight, num_examples=examples, split=split, size=SIZE,
-            most_objects=most_objects,
-        )  # fmt: skip
+        drawn = dict(most_objects=most_drawn, prompts=0.85) if task.startswith("draw") else {}
+        return dict(kind="shapes", task=task, weight=weight, num_examples=examples, split=split, size=SIZE, **drawn)
 
     return dict(
         tokenizer_vocabulary=512,
@@ -49,17 +50,17 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
         unified_run(
-            "stage1", "", SIZE, data(6, 33, most_objects=1, caption=0.3, draw_caption=0.3, draw_details=1.5), steps=150,
+            "stage1", "", SIZE, data(6, 33, most_drawn=1, caption=0.3, draw_caption=0.2, draw_details=1.6), steps=150,
             optimizer=optimizer(3e-3, 30, 1.0), log=LOG,
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(9, 16, describe=0.4, conversation=0.6, draw_details=1.3, draw_described=0.5), steps=850,
+            data(10, 15, most_drawn=2, describe=0.6, conversation=0.7, draw_details=1.4, draw_described=0.5), steps=900,
             optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(9, 15, conversation=0.9, caption=0.1, describe=0.2, draw_details=0.4, draw_described=1.6), steps=1000,
+            data(9, 14, conversation=1.2, caption=0.05, describe=0.2, draw_details=0.3, draw_described=1.9), steps=1100,
             optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

@@ -171,10 +171,10 @@ def test_without_fed_vectors_a_rollout_gives_what_training_predicts(model):
     queried = Pisces(dataclasses.replace(model.config, place_embedding=True, fed_vectors=False))
     inputs = jnp.zeros((1, 8, 8, 3), jnp.uint8), jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, 4), jnp.int32)
     init = jax.eval_shape(lambda: queried.init(jax.random.key(0), *inputs, method="init_all"))
-    params = plain.randomised(nn.unbox(init)["params"], seed=4)
+    params = jax.tree.map(jnp.asarray, plain.randomised(nn.unbox(init)["params"], seed=4))
     ids = ROWS[0][0]
     row = np.array([*ids, L.begin_image, *[L.image] * 4, L.end_image], np.int32)
-    rng = np.random.default_rng(0)
+    features = np.random.default_rng(0).standard_normal((1, 1, 4, 16)).astype(np.float32)
     batch = dict(
         tokens=row[None, None],
         positions=np.arange(len(row))[None, None],
@@ -183,7 +183,7 @@ def test_without_fed_vectors_a_rollout_gives_what_training_predicts(model):
         read_row=np.zeros((1, 0), np.int32),
         read_start=np.zeros((1, 0), np.int32),
         read_valid=np.zeros((1, 0), bool),
-        draw_features=rng.standard_normal((1, 1, 4, 16)).astype(np.float32),
+        draw_features=features,
         draw_row=np.zeros((1, 1), np.int32),
         draw_start=np.full((1, 1), len(ids) + 1, np.int32),
         draw_valid=np.ones((1, 1), bool),

@@ -5,7 +5,9 @@ python -m pisces_jax.evaluate --workdir=DIR --task=geneval|spread|reading|recons
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pisces_jax import cli
 from pisces_jax.errors import UserError, run_command
@@ -48,7 +50,8 @@ def main() -> None:
     tasks = suite.tasks_for(flags.task, model.config)
     if flags.grid and not {"geneval", "pictures"} & set(tasks):
         raise UserError(f"--grid shows drawn pictures, and --task={flags.task} draws none: leave it out")
-    sources, training = (), ()
+    sources: Sequence[Any] = ()
+    training: Sequence[Any] = ()
     if "pictures" in tasks:
         sources, training = evaluation_sources(model.config), training_sources(model.config)
     how = cli.drawing_choice(flags, model.config)

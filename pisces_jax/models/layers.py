@@ -188,6 +188,7 @@ class Projector(nn.Module):
         h = ACTIVATIONS["gelu"](h)
         y = Linear((self.width,), ("mlp",), ("embed",), scale=self.scale, dtype=self.dtype, name="down")(h)
         if self.grid:
+            assert place is not None
             init = logical(nn.initializers.normal(0.35), "position", "embed")
             rows = self.param("row_embedding", init, (self.grid, self.width)).astype(y.dtype)
             columns = self.param("column_embedding", init, (self.grid, self.width)).astype(y.dtype)

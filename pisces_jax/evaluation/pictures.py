@@ -84,7 +84,7 @@ def read_as(model: Reader, images: Images, asked: Sequence[str], most: int = 32)
 
 def nearest(images: Images, known: Images, neighbours: int = 50) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each picture, the nearest of `known`: its index, its distance, and that distance over the mean distance of
-    the `neighbours` nearest, which a copy makes small (Carlini et al. 2023, arXiv 2301.13188, section 4.2).
+    the `neighbours` nearest, which a copy makes small (after Carlini et al. 2023, arXiv 2301.13188).
 
     A distance is the root mean square difference of pixels that run from 0 to 1.
     """

@@ -10,7 +10,7 @@ import os
 
 from ml_collections import ConfigDict
 
-from pisces_jax.training.small import picture_run, unified_run
+from pisces_jax.training.small import named_picture_stages
 
 SIZE = 32
 DATA_DIR = os.environ.get("PISCES_DATA", "../shared/data") + "/tfds"
@@ -32,19 +32,4 @@ def data(*recipes: str) -> dict:
 
 def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
-    stages = (
-        picture_run(
-            "pretrain", "pretrain", SIZE, data("pair"), steps=900, log=LOG,
-            optimizer=dict(learning_rate=4e-3, warmup_steps=40, final_rate=0.05),
-        ),
-        picture_run(
-            "decoder", "decoder", SIZE, data("pair"), steps=300, log=LOG,
-            optimizer=dict(learning_rate=2e-3, warmup_steps=20, average=0.99),
-        ),
-        unified_run(
-            "stage1", "", SIZE, data("caption", "draw_caption"), steps=500, log=LOG,
-            optimizer=dict(learning_rate=3e-3, warmup_steps=30, final_rate=0.05),
-        ),
-    )  # fmt: skip
-    runs = {config.name: config for config in stages}
-    return runs[stage] if stage else ConfigDict(dict(stages=runs))
+    return named_picture_stages(SIZE, data, LOG, stage)

@@ -3,7 +3,7 @@
 Two different encoders: SigLIP's form for reading, 64 vectors; EVA-CLIP's for drawing, pooled to 16 vectors of 96.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -83,3 +83,28 @@ def unified_run(name: str, start: str, size: int, data: Mapping[str, Any], **cha
     config.optimizer.muon = MUON
     merge(config, changes)
     return config
+
+
+def named_picture_stages(
+    size: int, data: Callable[..., Mapping[str, Any]], log: Mapping[str, Any], stage: str = ""
+) -> ConfigDict:
+    """The stages for pictures that have a name each: encoders, decoder, and a unified model that names and draws them.
+
+    `data` gives the sources of some recipes by their names; `stage` is one of the stages, "" all of them in order.
+    """
+    runs = (
+        picture_run(
+            "pretrain", "pretrain", size, data("pair"), steps=900, log=log,
+            optimizer=dict(learning_rate=4e-3, warmup_steps=40, final_rate=0.05),
+        ),
+        picture_run(
+            "decoder", "decoder", size, data("pair"), steps=300, log=log,
+            optimizer=dict(learning_rate=2e-3, warmup_steps=20, average=0.99),
+        ),
+        unified_run(
+            "stage1", "", size, data("caption", "draw_caption"), steps=500, log=log,
+            optimizer=dict(learning_rate=3e-3, warmup_steps=30, final_rate=0.05),
+        ),
+    )  # fmt: skip
+    stages = {config.name: config for config in runs}
+    return stages[stage] if stage else ConfigDict(dict(stages=stages))

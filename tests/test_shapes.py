@@ -409,6 +409,10 @@ def test_unknown_names_are_the_users_mistake():
         shapes.ShapesSource("draw")
     with pytest.raises(UserError, match="no split 'test'"):
         shapes.ShapesSource("caption", "test")
+    with pytest.raises(UserError, match="1 to 4 objects, not of 5"):
+        shapes.ShapesSource("describe", most_objects=5)
+    with pytest.raises(UserError, match="0 to 1, not 2"):
+        shapes.ShapesSource("draw_described", prompts=2)
 
 
 def test_corpus_has_every_word():

@@ -94,7 +94,7 @@ class ShapesSource:
     does. Scenes that no question and no prompt asks for have up to `most_objects` objects. Of the short texts of
     "draw_described", the share `prompts` is in GenEval's words, the others are captions.
 
-    Raises `UserError` for an unknown task or split, or a number of objects that the world does not have.
+    Raises `UserError` for an unknown task or split, a number of objects that the world does not have, or no share.
     """
 
     def __init__(
@@ -113,6 +113,8 @@ class ShapesSource:
             raise UserError(f"the shapes world has no split {split!r}: choose one of {', '.join(SPLITS)}")
         if not 1 <= most_objects <= MAX_OBJECTS:
             raise UserError(f"the shapes world has scenes of 1 to {MAX_OBJECTS} objects, not of {most_objects}")
+        if not 0 <= prompts <= 1:
+            raise UserError(f"prompts is a share of the shapes world's examples, 0 to 1, not {prompts}")
         self.task, self.split, self.num_examples, self.seed, self.size = task, split, num_examples, seed, size
         self.most_objects, self.prompts = most_objects, prompts
 

@@ -60,7 +60,7 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(9, 14, conversation=1.2, caption=0.05, describe=0.2, draw_details=0.3, draw_described=1.9), steps=1100,
+            data(9, 14, conversation=1.2, caption=0.05, describe=0.2, draw_details=0.3, draw_described=1.9), steps=1050,
             optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

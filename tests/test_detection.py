@@ -95,7 +95,7 @@ def inside(shape, x, y):
 def painted(mask, seed, color=None, sigma=0.0):
     """A picture of what `mask(x, y)` says, half side 1, of some size, place and colour."""
     rng = random.Random(seed)
-    x0, y0, half = rng.uniform(13, 19), rng.uniform(13, 19), rng.uniform(3.5, 5.6)
+    x0, y0, half = rng.uniform(13, 19), rng.uniform(13, 19), rng.uniform(4.5, 7.0)
     color = color or rng.choice(list(COLORS))
     fine = 8
     at = (np.arange(32 * fine) + 0.5) / fine

@@ -40,7 +40,7 @@ _PALETTE = np.array([COLORS[name] for name in _NAMES], np.float32)
 
 # In canvas units of 32, whatever the picture's size.
 _FIT_SIZES = (SIZES[0] - 1.0, SIZES[1] + 2.0)
-_LEAST_AREA = 8.0  # the smallest shape covers 21
+_LEAST_AREA = 8.0  # the smallest shape covers 50
 _MARGIN = 2.0  # of ground about a blob, which the fitted shape must leave free too
 _STEP = 0.25  # of the numerical derivatives
 _MOST_NOISE = 8.0  # standard deviation, in levels, that is taken for noise and not held against a shape

@@ -43,7 +43,7 @@ def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
     pairs = data(pair=1.0)
     stages = (
-        picture_run("pretrain", "pretrain", SIZE, pairs, steps=700, optimizer=optimizer(6e-3, 40), log=LOG),
+        picture_run("pretrain", "pretrain", SIZE, pairs, steps=600, optimizer=optimizer(6e-3, 40), log=LOG),
         picture_run(
             "decoder", "decoder", SIZE, pairs, steps=200, loss=dict(feature_noise=0.05),
             optimizer=optimizer(3e-3, 20, average=0.99), log=LOG,
@@ -55,12 +55,12 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(10, 15, most_drawn=2, describe=0.6, conversation=0.7, draw_details=1.4, draw_described=0.5), steps=900,
+            data(11, 14, most_drawn=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5), steps=700,
             optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(9, 14, conversation=1.2, caption=0.05, describe=0.2, draw_details=0.3, draw_described=1.9), steps=1050,
+            data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7), steps=850,
             optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from pisces_jax.errors import UserError
-from pisces_jax.evaluation.suite import Amount
+from pisces_jax.evaluation.suite import SPREAD_IMAGES, Amount
 from pisces_jax.training.config import OPEN_KEYS, in_order, run_config
 
 Stages = dict[str, ConfigDict]
@@ -120,7 +120,7 @@ def add_amount_flags(parser: Parser) -> None:
         "images": "pictures a prompt",
         "per_kind": "questions of each kind",
         "held_out": "prompts and questions of each kind about what is held out of training; 0: none",
-        "spread": "prompts drawn eight times each, to see how much their pictures differ; 0: none",
+        "spread": f"prompts drawn {SPREAD_IMAGES} times each, to see how much their pictures differ; 0: none",
         "pictures": "pictures to reconstruct; real pictures to read and draw",
         "seed": "another seed, other prompts, questions and noise",
     }

@@ -39,7 +39,7 @@ def encoders(size: int) -> dict[str, Any]:
 
 def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
     """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them."""
-    config = run_config(name=name, program=program, batch_size=16, data=data)
+    config = run_config(name=name, program=program, batch_size=16, plain_products=True, data=data)
     config.model = ConfigDict(dict(
         decoder=dict(
             size=size, patch_size=size // 4, channels=3, width=192, layers=3, heads=3, mlp_hidden=512,
@@ -62,7 +62,7 @@ def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **c
 
 def unified_run(name: str, start: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
     """A unified stage that goes on from run `start` ("": a new language model on the pretrained encoders)."""
-    config = run_config(name=name, program="unified", decoder="decoder", batch_size=2)
+    config = run_config(name=name, program="unified", decoder="decoder", batch_size=2, plain_products=True)
     merge(config, dict(data=dict(row_length=160, rows=8, read_slots=15, draw_slots=18)))
     merge(config, dict(data=data))
     # A vector's error is about a hundredth of a token's: brought to the same size.

@@ -83,9 +83,11 @@ class Trainer:
     def _jit(self, function: Any, out: Any, **kwargs: Any) -> Any:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         out = jax.tree.map(lambda s: replicated if s is None else s, out, is_leaf=lambda s: s is None)
+        plain = self.config.plain_products
         compiled = jax.jit(
             function, in_shardings=(self.shardings, batch_sharding(self.mesh)), out_shardings=out,
-            compiler_options=_compiler_options(self.mesh.devices.flat[0].platform), **kwargs,
+            compiler_options=_plain_products(self.mesh.devices.flat[0].platform) if plain else None,
+            **kwargs,
         )  # fmt: skip
 
         def call(state: State, batch: Batch) -> Any:
@@ -154,9 +156,8 @@ class Trainer:
 
 
 @functools.cache
-def _compiler_options(platform: str) -> dict[str, str] | None:
-    """On CPU, XLA's own matrix products in place of YNNPACK's: a step of the small language model takes about 0.85 of
-    the time on two cores. A JAX whose compiler has no such choice goes without."""
+def _plain_products(platform: str) -> dict[str, str] | None:
+    """The compiler's option for config key `plain_products`; none where the platform or its compiler has no choice."""
     if platform != "cpu":
         return None
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}

@@ -1,6 +1,6 @@
 """Small runs from scratch on pictures of 64 patches: sizes and tables that the configs for two CPU cores share.
 
-Two different encoders: SigLIP's form for reading, 64 vectors; EVA-CLIP's for drawing, pooled to 16 vectors of 96.
+Two different encoders: SigLIP's form for reading, 36 vectors; EVA-CLIP's for drawing, pooled to 16 vectors of 96.
 """
 
 from collections.abc import Callable, Mapping

@@ -59,11 +59,14 @@ def sigmoid_contrastive(
     log_scale: Float[Array, ""],
     bias: Float[Array, ""],
     valid: Bool[Array, "B"],
+    same: Bool[Array, "B B"],
 ) -> Float[Array, "B"]:
     """SigLIP's loss (Zhai et al. 2023, equation 1), a picture: −Σ_j log σ(z_ij (scale·x_i·y_j + bias)), z = ±1.
 
-    Pairs that are not `valid` take no part, neither as pictures nor as other pictures' texts.
+    z is 1 where picture i's text is the `same` as text j, the diagonal among them: where names repeat within a batch,
+    as class labels do, another picture's text may be right for this one too (as in UniCL, Yang et al. 2022,
+    arXiv 2204.03610). Pairs that are not `valid` take no part, neither as pictures nor as other pictures' texts.
     """
     logits = jnp.exp(log_scale) * jnp.einsum("BE,ZE->BZ", pictures, texts) + bias
-    signs = 2 * jnp.eye(logits.shape[0]) - 1
+    signs = jnp.where(same, 1.0, -1.0)
     return -jnp.sum(jnp.where(valid[:, None] & valid[None], jax.nn.log_sigmoid(signs * logits), 0.0), axis=-1)

@@ -151,22 +151,24 @@ def test_sigmoid_contrastive_equals_the_double_loop():
     B, E, log_scale, bias = 6, 4, 1.2, -1.5
     pictures, texts = rng.standard_normal((B, E)), rng.standard_normal((B, E))
     valid = np.array([1, 1, 0, 1, 0, 1], bool)
+    names = ["cat", "dog", "cat", "cat", "ship", "truck"]
+    same = np.array([[a == b for b in names] for a in names])
     expected = np.zeros(B)
     for i in range(B):
         for j in range(B):
             if valid[i] and valid[j]:
-                z = 1 if i == j else -1
+                z = 1 if names[i] == names[j] else -1
                 logit = math.exp(log_scale) * float(pictures[i] @ texts[j]) + bias
                 expected[i] -= math.log(1 / (1 + math.exp(-z * logit)))
     arguments = [jnp.asarray(a) for a in (pictures, texts, log_scale, bias)]
-    got = objectives.sigmoid_contrastive(*arguments, jnp.asarray(valid))
+    got = objectives.sigmoid_contrastive(*arguments, jnp.asarray(valid), jnp.asarray(same))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     # What the pairs that take no part hold is of no consequence.
     pictures[2], texts[4] = 1e3, -1e3
     changed = jnp.asarray(pictures), jnp.asarray(texts), *arguments[2:]
-    again = objectives.sigmoid_contrastive(*changed, jnp.asarray(valid))
+    again = objectives.sigmoid_contrastive(*changed, jnp.asarray(valid), jnp.asarray(same))
     np.testing.assert_array_equal(again, got)
-    everyone = objectives.sigmoid_contrastive(*arguments, jnp.ones(B, bool))
+    everyone = objectives.sigmoid_contrastive(*arguments, jnp.ones(B, bool), jnp.asarray(same))
     assert (np.abs(np.asarray(everyone) - expected) > 1e-2).all()
 
 

@@ -28,6 +28,7 @@ from pisces_jax.weights.folder import (
     export_part,
     import_folder,
     is_folder,
+    new_folder,
     part_shapes,
     read_part,
     read_source,
@@ -383,8 +384,19 @@ def test_nothing_that_looks_finished_is_left_by_a_killed_import(tmp_path):
     assert all(p.name.startswith(".out.writing-") and not (p / "config.json").exists() for p in left)
     import_folder(f"{tmp_path}/a", tmp_path / "out")
     assert_same(read(tmp_path / "out", LLAMA), read(tmp_path / "a", LLAMA))
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "out"}
     with pytest.raises(UserError, match="exists already"):
         import_folder(f"{tmp_path}/a", tmp_path / "out")
+
+
+def test_what_another_process_still_writes_is_left_alone(tmp_path):
+    with new_folder(tmp_path / "out") as first:
+        (first / "config.json").write_text("{}")
+        with new_folder(tmp_path / "out") as second:
+            assert first.exists() and second.exists()
+            second.joinpath("config.json").write_text("{}")
+        (tmp_path / "out").rename(tmp_path / "other")
+    assert (tmp_path / "out/config.json").exists() and not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")

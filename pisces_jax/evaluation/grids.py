@@ -70,6 +70,18 @@ def labelled_grid(
     return sheet
 
 
+def side_by_side(sheets: Sequence[Image.Image], title: str) -> Image.Image:
+    """Sheets of `labelled_grid` without titles, one beside the other, under one title."""
+    head = labelled_grid([], [], title=title, text=sum(sheet.width for sheet in sheets) - 2 * _GAP)
+    out = Image.new("RGB", (head.width, head.height + max(sheet.height for sheet in sheets)), _PAPER)
+    out.paste(head)
+    left = 0
+    for sheet in sheets:
+        out.paste(sheet, (left, head.height))
+        left += sheet.width
+    return out
+
+
 def enlarge(image: np.ndarray, size: int) -> Image.Image:
     """At `size` pixels a side; small pictures keep their pixels."""
     method = Image.Resampling.NEAREST if image.shape[0] <= size else Image.Resampling.LANCZOS

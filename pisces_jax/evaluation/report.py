@@ -17,9 +17,9 @@ from pisces_jax.data.instructions import draw_instruction
 from pisces_jax.data.shapes import TAGS
 from pisces_jax.evaluation.charts import training_charts
 from pisces_jax.evaluation.drawing import Judged, true_picture
-from pisces_jax.evaluation.grids import Cell, Row, labelled_grid, png
+from pisces_jax.evaluation.grids import Cell, Row, labelled_grid, png, side_by_side
 from pisces_jax.evaluation.reading import Answered, plain
-from pisces_jax.evaluation.suite import Results
+from pisces_jax.evaluation.suite import Results, number
 
 _WAYS = {"described": "described, then drawn", "direct": "drawn at once", "held_out": "held-out combinations"}
 _MOMENTS = 4  # of training, whose samples are shown
@@ -64,25 +64,30 @@ def samples_sheet(results: Results, per_task: int = 3, images: int = 2) -> Image
     return labelled_grid(rows, headings, title=title, picture=96, text=170, blocks=2)
 
 
-def pictures_sheet(real: Mapping[str, Any], number: int = 24) -> Image.Image:
+def pictures_sheet(real: Mapping[str, Any], most: int = 24) -> Image.Image:
     """Real pictures: what was asked, a true picture, the same decoded from its true vectors, what was drawn, and the
     training picture nearest to that; then pictures that were read, with what was read in them.
 
     A drawn picture's frame is green where the model itself reads in it what was asked, else red.
     """
-    rows: list[Row] = []
-    headings = ["true", "from its true vectors", "drawn", "nearest in training"]
+    sheets = []
     if drawing := real.get("drawing"):
+        rows: list[Row] = []
         right, near = drawing.get("read_as_asked"), drawing.get("nearest")
-        for i, prompt in enumerate(drawing["prompts"][:number]):
+        for i, prompt in enumerate(drawing["prompts"][:most]):
             cells = [Cell(drawing["true"][i]), Cell(drawing["true_vectors"][i])]
             cells.append(Cell(drawing["drawn"][i], None if right is None else bool(right[i])))
             rows.append((prompt.removeprefix(draw_instruction("")), cells + ([] if near is None else [Cell(near[i])])))
-    for read in real.get("reading", ())[:number]:
-        said = read["answer"] if read["correct"] else f"{read['answer']} (right: {read['truth']})"
-        rows.append((f"reads: {said}", [Cell(read["image"], read["correct"])]))
-    title = "Unseen pictures, not chosen. Green frame: read as asked, by the model itself; red: not."
-    return labelled_grid(rows, headings, title=title, picture=80, text=230, blocks=2)
+        headings = ["true", "from its true vectors", "drawn", "nearest in training"]
+        sheets.append(labelled_grid(rows, headings, picture=80, text=170))
+    if reading := real.get("reading"):
+        rows = []
+        for read in reading[:most]:
+            said = read["answer"] if read["correct"] else f"{read['answer']} (right: {read['truth']})"
+            rows.append((said, [Cell(read["image"], read["correct"])]))
+        sheets.append(labelled_grid(rows, ["read"], picture=80, text=230))
+    title = "Unseen pictures, not chosen. Green frame: read rightly, by the model itself; red: not."
+    return side_by_side(sheets, title)
 
 
 def _by_prompt(judged: Iterable[Judged]) -> dict[str, list[Judged]]:
@@ -163,7 +168,7 @@ def _table(title: str, group: Mapping[str, Any]) -> str:
     rows = []
     for name, value in group.items():
         if not isinstance(value, Mapping):
-            shown = f"{value:.3f}" if isinstance(value, float) else value
+            shown = number(value) if isinstance(value, float) else value
             rows.append(f'<tr><td>{_text(name)}</td><td class="number">{_text(shown)}</td></tr>')
     return f"<table><tr><th colspan=2>{_text(title)}</th></tr>{''.join(rows)}</table>"
 

@@ -156,6 +156,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def number(value: float) -> str:
+    """Three decimals; small numbers, such as errors of pixels, to two figures."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
+
+
 def table(scores: Mapping[str, Any]) -> str:
     """The scores for a terminal: every number, a line each, indented below its group."""
     lines: list[tuple[str, str]] = []
@@ -167,7 +172,7 @@ def table(scores: Mapping[str, Any]) -> str:
                 lines.append((f"{indent}{name}", ""))
                 add(value, depth + 1)
             else:
-                shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+                shown = number(value) if isinstance(value, float) else str(value)
                 lines.append((f"{indent}{name}", shown))
 
     add(scores, 0)

@@ -210,13 +210,16 @@ class PretrainProgram:
             read = apply(self.understanding_encoder, params["understanding_encoder"], images)
         drawn = self.reconstruction.vectors(params, batch["image"])
         every = batch["valid"]
+        same = (batch["tokens"][:, None] == batch["tokens"][None]).all(axis=-1)
         losses, reported = {}, {}
         for i, (name, vectors) in enumerate((("understanding", read), ("generation", drawn))):
             pictures = embed(name, vectors.astype(jnp.float32).mean(axis=1))
-            error = objectives.sigmoid_contrastive(pictures, text, heads["log_scale"][i], heads["bias"][i], every)
+            scale, bias = heads["log_scale"][i], heads["bias"][i]
+            error = objectives.sigmoid_contrastive(pictures, text, scale, bias, every, same)
             losses[f"contrastive_{name}"] = objectives.masked_average(error, every)
-            nearest = jnp.argmax(pictures @ text.T, axis=1) == jnp.arange(text.shape[0])
-            reported[f"matched_{name}"] = objectives.masked_average(nearest.astype(jnp.float32), every)
+            nearest = jnp.argmax(pictures @ text.T, axis=1)
+            matched = jnp.take_along_axis(same, nearest[:, None], axis=1)[:, 0]
+            reported[f"matched_{name}"] = objectives.masked_average(matched.astype(jnp.float32), every)
         features = pooled_features(drawn, self.reconstruction.pool)
         errors = self.reconstruction.errors(params, features, batch, key)
         losses["reconstruction"] = objectives.masked_average(errors, every)

@@ -6,6 +6,7 @@ the same files with our own names, which is what `convert import` writes and wha
 """
 
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -454,6 +455,8 @@ def _pieces(
 class new_folder:
     """A folder that is whole or not there: what is written inside is moved into its place at the end.
 
+    The scratch folder is locked while its process lives; what a killed one has left for this target is removed.
+
     Raises:
         UserError: it exists, or cannot be written.
     """
@@ -464,14 +467,22 @@ class new_folder:
     def __enter__(self) -> Path:
         if self._target.exists():
             raise UserError(f"{self._target} exists already: give a new folder")
+        prefix = f".{self._target.name}.writing-"
         try:
             self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._scratch = Path(tempfile.mkdtemp(dir=self._target.parent, prefix=f".{self._target.name}.writing-"))
+            for left in self._target.parent.glob(glob.escape(prefix) + "*"):
+                if (lock := _lock(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
+            self._scratch = Path(tempfile.mkdtemp(dir=self._target.parent, prefix=prefix))
+            self._held = _lock(self._scratch)
         except OSError as error:
             raise UserError(f"{self._target} cannot be written: {error.strerror}") from error
         return self._scratch
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        if self._held is not None:
+            os.close(self._held)
         if kind is None:
             self._scratch.chmod(0o755)
             os.replace(self._scratch, self._target)
@@ -479,3 +490,19 @@ class new_folder:
         shutil.rmtree(self._scratch, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"{self._target} cannot be written: {error.strerror}: free some space") from error
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on `folder` that ends with the process, to be closed; None if another process holds one, or the file
+    system has none."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle

@@ -4,8 +4,8 @@ python -m pisces_jax.convert import --from=FOLDER --out=DIR
 python -m pisces_jax.convert export --workdir=DIR --out=FOLDER
 """
 
+import signal
 from pathlib import Path
-from typing import Any
 
 from pisces_jax import cli
 from pisces_jax.errors import UserError, run_command
@@ -56,6 +56,7 @@ def import_weights(argv: list[str]) -> None:
     from pisces_jax.weights.folder import import_folder
 
     cli.start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half written is cleared then too
     folder, parameters = import_folder(flags.source, flags.out, flags.dtype)
     cli.say(f"{parameters:,} parameters of {folder.path} ({folder.family}) are in {flags.out}")
 
@@ -90,26 +91,24 @@ def _export(workdir: Path, run: str, only: list[str], dtype: str | None, out: Pa
     from pisces_jax.weights.folder import export_part, new_folder
 
     cli.start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = run or find_run(workdir)
     config = read_config(workdir / run)
-    where: dict[str, str] = {}
-    if config.program == "unified":
-        where |= dict.fromkeys(PARTS, run)
-    decoder = config.decoder if config.program == "unified" else run
-    if decoder:
+    where: dict[str, str] = {}  # part -> the run that it is taken from
+    if decoder := config.decoder if config.program == "unified" else run if config.program != "text" else "":
         latent = "autoencoder" in read_config(workdir / decoder).model
         where |= dict.fromkeys(("generation_encoder", "decoder", *(("autoencoder",) if latent else ())), decoder)
-    if config.program == "unified":
-        where["generation_encoder"] = run
+    own = {"unified": PARTS, "text": ("language_model",), "pretrain": ("understanding_encoder",)}
+    where |= dict.fromkeys(own.get(config.program, ()), run)
     if unknown := [part for part in only if part not in where]:
         raise UserError(f"--part={unknown[0]}: the parts of {workdir / run} are {', '.join(where)}")
-    tokenizer: Any = load_tokenizer(config, workdir)
+    tokenizer = load_tokenizer(config, workdir)
     with new_folder(out) as scratch:
         for part in only or where:
             settings = part_settings(read_config(workdir / where[part]), part, tokenizer.vocab_size)
             params = load_part(workdir, where[part], part)
-            beside = tokenizer.save if part == "language_model" else lambda folder: None
-            family = export_part(scratch / part, part, settings, params, dtype=dtype, beside=beside)
+            beside = tokenizer if part == "language_model" else None
+            family = export_part(scratch / part, part, settings, params, dtype=dtype, tokenizer=beside)
             cli.say(f"{part}: {family} layout, in {out / part}")
 
 

@@ -19,10 +19,24 @@ def write_atomic(path: Path, data: str | bytes | Iterable[bytes | memoryview]) -
                 data = data.encode()
             for piece in [data] if isinstance(data, bytes) else data:
                 file.write(piece)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # a temporary file is for its owner alone
+        os.chmod(temporary, 0o666 & ~umask())  # a temporary file is for its owner alone
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def umask() -> int:
+    """The process's mask of permissions."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def synchronize(path: Path) -> None:
+    """Waits until a file is on its disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

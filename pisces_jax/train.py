@@ -125,8 +125,9 @@ def check_stages(stages: cli.Stages, workdir: Path) -> list[float]:
         for part, source in sources.items():
             if is_folder(source):
                 # What depends on the tokenizer is held against the folder when the run starts.
-                tokens = Folder.open(source).settings.vocab_size if part == "language_model" else 0
-                Folder.open(source).check(part_settings(config, part, tokens), f"stage {name}: model.{part}")
+                folder = Folder.open(source)
+                tokens = getattr(folder.settings, "vocab_size", 1)
+                folder.check(part_settings(config, part, tokens), f"stage {name}: model.{part}")
             elif source and source not in known and not is_finished(workdir / source):
                 raise UserError(
                     f"stage {name} takes its {part} from run {source!r}, which is not in --workdir={workdir} or not "

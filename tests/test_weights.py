@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
@@ -23,6 +24,7 @@ from pisces_jax.models.vit import ViTConfig
 from pisces_jax.sharding import make_mesh
 from pisces_jax.weights import tensors
 from pisces_jax.weights.folder import (
+    TOKENIZER,
     Folder,
     View,
     export_part,
@@ -141,6 +143,20 @@ def test_projectors_have_no_settings(tmp_path):
     assert_same(read(tmp_path / "p", None), params)
 
 
+def test_every_tensor_keeps_its_dtype(tmp_path):
+    """bfloat16 matrices with float32 norms, as half-precision training saves them."""
+    _, params = write(tmp_path / "a", dtype=jnp.bfloat16)
+    flat = flatten_dict(params, sep="/")
+    mixed = {k: x.astype(np.float32) * 1.001 if "norm" in k else x for k, x in flat.items()}
+    export_part(tmp_path / "b", "part", LLAMA, unflatten_dict(mixed, sep="/"))
+    assert json.loads((tmp_path / "b/config.json").read_text())["dtype"] == "bfloat16"
+    assert_same(read(tmp_path / "b", LLAMA), unflatten_dict(mixed, sep="/"))
+    import_folder(f"{tmp_path}/b", tmp_path / "ours")
+    assert_same(read(tmp_path / "ours", LLAMA), unflatten_dict(mixed, sep="/"))
+    import_folder(f"{tmp_path}/b", tmp_path / "narrow", "bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(read(tmp_path / "narrow", LLAMA))} == {np.dtype(jnp.bfloat16)}
+
+
 # --- reading
 
 
@@ -227,6 +243,42 @@ def test_older_and_foreign_names(tmp_path):
     assert_same(read(tmp_path / "old", PARTS["autoencoder"]), params)
 
 
+def test_a_variant_with_an_index(tmp_path, monkeypatch):
+    """The names that transformers gives to files saved with variant="bf16"."""
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 4000)
+    _, params = write(tmp_path / "a")
+    folder = tmp_path / "a"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    (folder / "model.safetensors.index.json").unlink()
+    index["weight_map"] = {k: v.replace("model-", "model.bf16-") for k, v in index["weight_map"].items()}
+    for path in folder.glob("model-*.safetensors"):
+        path.rename(folder / path.name.replace("model-", "model.bf16-"))
+    (folder / "model.safetensors.index.bf16.json").write_text(json.dumps(index))
+    assert len(set(index["weight_map"].values())) > 1
+    assert_same(read(folder, LLAMA), params)
+
+
+def test_a_grown_vocabulary_is_read_by_columns():
+    """A shard of some columns takes those alone, and has the new rows that the whole has."""
+    rows = np.random.default_rng(0).standard_normal((37, 8)).astype(np.float32)
+    taken = []
+
+    class Recorder:
+        shape, dtype = rows.shape, rows.dtype
+
+        def __getitem__(self, index):
+            taken.append(rows[index].size)
+            return rows[index]
+
+    view = View((48, 8), rows.dtype, False, [Recorder], tokens=41)
+    got = view[:, 2:4]
+    assert max(taken) <= 37 * 2 and got.shape == (48, 2)
+    np.testing.assert_array_equal(got[:37], rows[:, 2:4])
+    np.testing.assert_allclose(got[37:41], np.broadcast_to(rows[:, 2:4].mean(0), (4, 2)), rtol=1e-5)
+    np.testing.assert_array_equal(got[41:], 0)
+    np.testing.assert_array_equal(view[30:45, 2:4], got[30:45])
+
+
 def test_timm_and_open_clip_configs(tmp_path):
     write(tmp_path / "a", "eva")
     arguments = dict(img_size=12, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=1.5)
@@ -234,6 +286,7 @@ def test_timm_and_open_clip_configs(tmp_path):
     (tmp_path / "a/config.json").write_text(json.dumps(timm))
     read(tmp_path / "a", PARTS["eva"])
     (tmp_path / "a/config.json").unlink()
+    (tmp_path / "a/preprocessor_config.json").unlink()  # of 12 pixels
     tower = dict(timm_model_name="eva02_enormous_patch14_clip_224", image_size=224)
     (tmp_path / "a/open_clip_config.json").write_text(json.dumps(dict(model_cfg=dict(vision_cfg=tower))))
     assert Folder.open(f"{tmp_path}/a").settings == published.EVA_CLIP_E_PLUS_224
@@ -247,6 +300,26 @@ def test_sources():
         resolve("./nowhere")
     with pytest.raises(UserError, match="hf://ORGANISATION/NAME"):
         resolve("hf://name")
+
+
+def test_repositories_of_the_hub(tmp_path, monkeypatch):
+    """What is asked for and nothing else is downloaded; one that has pickles alone is told how to go on."""
+    files = {"vae/config.json", "vae/diffusion_pytorch_model.bin", "pytorch_model.bin", "tokenizer.model"}
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: sorted(files))
+    with pytest.raises(UserError, match=r"hf://org/name/vae@r1 holds only pickles \(diffusion_pytorch_model.bin\)"):
+        resolve("hf://org/name/vae@r1")
+    assert asked == [("org/name", "r1", ["vae/*.json", "vae/*.safetensors"])]
+    assert resolve("hf://org/name", TOKENIZER) == tmp_path
+    assert asked[1] == ("org/name", None, ["*.json", "tokenizer.model"])
+    (tmp_path / "model.safetensors").touch()
+    assert resolve("hf://org/name") == tmp_path
 
 
 # --- what is refused
@@ -265,6 +338,8 @@ def change(folder, **values):
         (dict(quantization_config=dict(quant_method="bitsandbytes")), "a quantized model"),
         (dict(attention_bias=True), "attention_bias True"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (dict(hidden_act=None), "hidden_act None"),
+        (dict(num_attention_heads=0, head_dim=None), "download it again"),
         (dict(model_type="mamba"), "'mamba'"),
         (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1.0)), "factor"),
         (dict(hidden_size="16"), "download it again"),
@@ -277,6 +352,62 @@ def test_unsupported_architectures_are_refused_in_one_sentence(tmp_path, values,
         import_folder(f"{tmp_path}/a", tmp_path / "out")
     assert "config.json" in str(error.value) and "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_configs_leave_out_in_other_ways(tmp_path):
+    """A null in place of nothing; the rotary base beside rope_parameters, as between transformers 4 and 5."""
+    write(tmp_path / "a")
+    change(tmp_path / "a", quantization_config=None, rope_parameters=dict(rope_type="default"), rope_theta=1234.0)
+    opened = Folder.open(f"{tmp_path}/a").settings
+    assert opened.rotary_base == 1234.0 and opened.rotary_scaling is None
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (dict(resample=2), "resampling 2"),
+        (dict(do_normalize=False), "do_normalize false"),
+        (dict(rescale_factor=1.0), "a rescale_factor of 1.0"),
+        (dict(size=dict(height=99, width=99)), "pictures of 12"),
+        (dict(image_mean=0.5), "download it again"),
+        (dict(image_std=[0.5]), "download it again"),
+    ],
+)
+def test_other_preprocessing_is_refused(tmp_path, values, said):
+    write(tmp_path / "a", "siglip")
+    path = tmp_path / "a/preprocessor_config.json"
+    given = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(given, image_mean=[0.1, 0.2, 0.3], image_std=None, resample=None)))
+    opened = Folder.open(f"{tmp_path}/a").settings
+    assert opened.mean == (0.1, 0.2, 0.3) and opened.std == PARTS["siglip"].std
+    path.write_text(json.dumps({**given, **values}))
+    with pytest.raises(UserError, match=said) as error:
+        Folder.open(f"{tmp_path}/a")
+    assert "preprocessor_config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_eva_with_another_activation_is_exported_in_our_layout(tmp_path):
+    """EVA's files do not name it: read back, it would be the exact GELU."""
+    settings = dataclasses.replace(PARTS["eva"], activation="gelu_tanh")
+    assert export_part(tmp_path / "a", "generation_encoder", settings, filled(settings)) == "pisces_jax"
+    assert Folder.open(f"{tmp_path}/a").settings == settings
+
+
+def test_the_tokenizer_must_be_that_of_the_weights(tmp_path):
+    write(tmp_path / "a")  # 37 tokens
+    folder = Folder.open(f"{tmp_path}/a")
+    for tokens in (37, 41):
+        folder.check(dataclasses.replace(LLAMA, vocab_size=tokens), "model.language_model")
+    for tokens in (36, 42, 128_260):
+        with pytest.raises(UserError, match=f"has 37 tokens and the tokenizer {tokens}.*data.tokenizer"):
+            folder.check(dataclasses.replace(LLAMA, vocab_size=tokens), "model.language_model")
+
+
+def test_an_attention_backend_is_no_other_model(tmp_path):
+    write(tmp_path / "a")
+    Folder.open(f"{tmp_path}/a").check(dataclasses.replace(LLAMA, attention="xla"), "model.language_model")
+    settings = dataclasses.replace(PARTS["siglip"], attention="xla")
+    assert export_part(tmp_path / "b", "part", settings, filled(settings)) == "siglip"
 
 
 def test_other_towers_of_eva_are_refused(tmp_path):
@@ -330,6 +461,20 @@ def test_truncated_files_are_named(tmp_path, cut):
         import_folder(f"{tmp_path}/a", tmp_path / "out")
     assert "truncated" in str(error.value) or cut in (0, 5)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_headers_that_point_nowhere_are_refused(tmp_path):
+    write(tmp_path / "a")
+    for entry in (
+        dict(shape=[2, 2], data_offsets=[-16, 0]),
+        dict(shape=[2, 2], data_offsets=[32, 16]),
+        dict(shape=[-2, -2], data_offsets=[0, 16]),
+    ):
+        header = json.dumps({"x": dict(entry, dtype="F32")}).encode()
+        content = len(header).to_bytes(8, "little") + header + 64 * b"\0"
+        (tmp_path / "a/model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="x lies nowhere"):
+            Folder.open(f"{tmp_path}/a")
 
 
 def test_files_that_are_no_safetensors(tmp_path):
@@ -397,6 +542,9 @@ def test_what_another_process_still_writes_is_left_alone(tmp_path):
             second.joinpath("config.json").write_text("{}")
         (tmp_path / "out").rename(tmp_path / "other")
     assert (tmp_path / "out/config.json").exists() and not list(tmp_path.glob(".out*"))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")

@@ -7,6 +7,7 @@ published tokenizer lacks of them is appended behind its vocabulary: for LLaMA 3
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ class Tokenizer(Protocol):
 
     `image` stands for one visual vector; `begin_image` and `end_image` enclose those of a drawn picture.
     `fingerprint` changes whenever the ids of some text may change. `end_of_turn` ends a turn of a conversation that
-    another one follows; None where there are no turns.
+    another one follows; None where there are no turns. `special` are the ids that no text has.
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class Tokenizer(Protocol):
     image: int
     fingerprint: str
     end_of_turn: int | None
+    special: frozenset[int]
 
     def header(self, speaker: Speaker) -> list[int]:
         """The ids that open a turn; none where there are no turns."""
@@ -54,6 +56,10 @@ class Tokenizer(Protocol):
         """The text of `ids`; special tokens are left out."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Writes its files into `folder`."""
+        ...
+
 
 def open_tokenizer(path: Path) -> "Tokenizer":
     """A tokenizer from its file, or from a published folder that holds it.
@@ -61,12 +67,26 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     Raises:
         UserError: there is none that can be read.
     """
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
-        if not found:
-            raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model: give a folder that has one")
-        path = found[0]
-    return LlamaTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    if not path.is_dir():
+        return LlamaTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    described, model = path / "tokenizer.json", path / "tokenizer.model"
+    if described.exists():
+        try:
+            return LlamaTokenizer(described)
+        except UserError:  # LLaMA 2's folders hold both
+            if not model.exists():
+                raise
+    elif not model.exists():
+        raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model: give a folder that has one")
+    return SentencePieceTokenizer(model)
+
+
+# LLaMA 3's turns as transformers writes them.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
 
 
 class LlamaTokenizer:
@@ -93,6 +113,8 @@ class LlamaTokenizer:
         self.pad, self.begin_image, self.end_image, self.image = map(self._id, APPENDED)
         self.bos, self.eos = self._id("<|begin_of_text|>"), self._id("<|eot_id|>")
         self.end_of_turn: int | None = self.eos
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(i for i, token in added.items() if token.special)
         opened, closed = self._id("<|start_header_id|>"), self._id("<|end_header_id|>")
         speakers: tuple[Speaker, ...] = ("user", "assistant")
         self._headers = {s: [opened, *self.encode(s), closed, *self.encode("\n\n")] for s in speakers}
@@ -113,8 +135,14 @@ class LlamaTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json` with the appended tokens."""
+        """Writes `tokenizer.json` with the appended tokens, and what transformers needs to know of it."""
         self._tokenizer.save(str(folder / "tokenizer.json"))
+        bos, eos, pad = map(self._tokenizer.id_to_token, (self.bos, self.eos, self.pad))
+        described = dict(
+            tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=pad,
+            chat_template=CHAT_TEMPLATE,
+        )  # fmt: skip
+        write_atomic(folder / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
 
     def __getstate__(self) -> str:
         return self._text
@@ -150,6 +178,8 @@ class SentencePieceTokenizer:
         self._pieces = self.vocab_size = self._processor.GetPieceSize()
         self.bos, self.eos = self._control("<s>"), self._control("</s>")
         self.pad, self.begin_image, self.end_image, self.image = map(self._special, APPENDED)
+        controls = [i for i in range(self._pieces) if self._processor.IsControl(i)]
+        self.special = frozenset([*controls, *range(self._pieces, self.vocab_size)])
 
     def _control(self, piece: str) -> int:
         i = self._processor.PieceToId(piece)

@@ -91,8 +91,7 @@ class Model:
             read_size=c.understanding_encoder.image_size, draw_size=c.generation_encoder.image_size,
             read_stretch=config.data.get("read_stretch", False),  # runs of before there was that key
         )  # fmt: skip
-        special = {tokenizer.pad, tokenizer.bos, tokenizer.begin_image, tokenizer.end_image, tokenizer.image}
-        plain = np.array([i not in special for i in range(tokenizer.vocab_size)])
+        plain = np.array([i == tokenizer.eos or i not in tokenizer.special for i in range(tokenizer.vocab_size)])
         allowed_draw = plain.copy()
         allowed_draw[tokenizer.begin_image] = True
 

@@ -26,7 +26,7 @@ from pisces_jax.training import optimizer
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.step import State
 from pisces_jax.training.tokenizer import load_tokenizer
-from pisces_jax.weights.folder import is_folder, read_source
+from pisces_jax.weights.folder import is_folder, part_shapes, read_source
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
 _FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
@@ -175,13 +175,12 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
         )
         flat = optimizer.flatten(got[which][part])
     if source := config.parts.get(part, ""):
+        tokens = load_tokenizer(config, workdir).vocab_size if part == "language_model" else 0
+        settings = part_settings(config, part, tokens)
         # A part may be trained in part: what the run froze came from elsewhere.
-        if is_folder(source):
-            tokens = load_tokenizer(config, workdir).vocab_size if part == "language_model" else 0
-            start = read_source(source, part_settings(config, part, tokens), part, known=flat)
-        else:
-            start = load_part(workdir, source, part)
-        flat = {**optimizer.flatten(start), **flat}
+        if settings is None or set(flat) != set(optimizer.flatten(part_shapes(settings))):
+            start = read_source(source, settings, part) if is_folder(source) else load_part(workdir, source, part)
+            flat = {**optimizer.flatten(start), **flat}
     if not flat:
         raise UserError(f"{run} has no part {part!r}: it trained {', '.join(kept)}")
     return optimizer.unflatten(flat)

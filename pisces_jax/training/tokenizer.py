@@ -12,18 +12,19 @@ from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import Tokenizer, open_tokenizer, train_sentencepiece
 from pisces_jax.errors import UserError
 from pisces_jax.processes import primary_first
-from pisces_jax.weights.folder import is_folder, resolve
+from pisces_jax.weights.folder import TOKENIZER, is_folder, resolve
 
 
 def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
-    """The config's tokenizer: of a published folder, or of the work directory, where it is trained on the sources
-    that the config names for it if it is not there yet.
+    """The config's tokenizer: a published folder's or file's (with a path separator), or of the work directory, where
+    it is trained on the sources that the config names for it if it is not there yet.
 
     Raises:
         UserError: it is not there and the config does not say how large a vocabulary to train.
     """
     if is_folder(config.data.tokenizer):
-        return open_tokenizer(resolve(config.data.tokenizer))
+        path = Path(config.data.tokenizer).expanduser()
+        return open_tokenizer(path if path.is_file() else resolve(config.data.tokenizer, TOKENIZER))
     path = workdir / config.data.tokenizer
     with primary_first("tokenizer"):
         if not path.exists():

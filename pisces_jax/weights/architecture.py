@@ -21,6 +21,7 @@ from pisces_jax.models.vit import ViTConfig
 
 NATIVE = "pisces_jax"
 Json = Mapping[str, Any]
+Refuse = Callable[[str, str], UserError]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": dict(
@@ -41,12 +42,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
     ),
 }  # fmt: skip
+BICUBIC = 3  # in PIL and in processors' files
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "gelu_quick", "silu": "silu"}
 assert set(_ACTIVATIONS.values()) == set(ACTIVATIONS)
 # timm names its architectures; what a name means is in its code.
 TIMM = {"eva02_enormous_patch14_clip_224": EVA_CLIP_E_PLUS_224}
 # Settings that say how a model runs or begins, not what it is.
-_RUNNING = {"remat", "unroll", "post_scale", "vocab_size", "vocab_multiple"}
+_RUNNING = {"attention", "remat", "unroll", "post_scale", "vocab_size", "vocab_multiple"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,20 +80,38 @@ def read_architecture(folder: Path) -> tuple[str, Any]:
         path = folder / "config.json"
     values = read_json(path)
     refuse = _refusal(path)
-    if "quantization_config" in values:
+    if values.get("quantization_config"):
         raise refuse("a quantized model", "take the weights in bfloat16, float16 or float32")
     try:
         family = _family(values, refuse)
         config = _checked(_READERS[family](values, refuse))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        path = folder / "preprocessor_config.json"
+        if isinstance(config, ViTConfig) and family != NATIVE and path.exists():
+            config = _preprocessed(config, read_json(path), _refusal(path))
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} lacks or garbles what it must say ({error!r}): download it again") from error
-    preprocessing = folder / "preprocessor_config.json"
-    if isinstance(config, ViTConfig) and family != NATIVE and preprocessing.exists():
-        given = read_json(preprocessing)
-        config = dataclasses.replace(
-            config, mean=tuple(given.get("image_mean", config.mean)), std=tuple(given.get("image_std", config.std))
-        )
     return family, config
+
+
+def _preprocessed(config: ViTConfig, given: Json, refuse: Refuse) -> ViTConfig:
+    """With the processor's mean and deviation; a processor that does something else than ours is refused."""
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if given.get(key, True) is False:
+            raise refuse(f"preprocessing with {key} false", "take an encoder of resized, normalised pictures")
+    if given.get("resample") not in (None, BICUBIC):
+        raise refuse(f"resampling {given['resample']}", f"only bicubic ({BICUBIC}) is")
+    if abs((given.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-6:
+        raise refuse(f"a rescale_factor of {given['rescale_factor']}", "only 1/255 is")
+    for key in ("crop_size", "size"):
+        sizes = given.get(key)
+        sizes = set(sizes.values()) if isinstance(sizes, Mapping) else {sizes}
+        if sizes - {config.image_size, None}:
+            raise refuse(f"a {key} of {given[key]} for pictures of {config.image_size}", "take one of the same size")
+    mean = tuple(map(float, given.get("image_mean") or config.mean))
+    std = tuple(map(float, given.get("image_std") or config.std))
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"image_mean {mean} and image_std {std}")
+    return dataclasses.replace(config, mean=mean, std=std)
 
 
 def _checked(config: Any) -> Any:
@@ -105,9 +125,6 @@ def _checked(config: Any) -> Any:
         if isinstance(kind, type | tuple) and field.type in (int, float, bool, str) and not isinstance(value, kind):
             raise ValueError(f"{field.name} is {value!r}")
     return config
-
-
-Refuse = Callable[[str, str], UserError]
 
 
 def _refusal(path: Path) -> Refuse:
@@ -179,12 +196,13 @@ def _eva(values: Json, refuse: Refuse) -> ViTConfig:
 def _llama(values: Json, refuse: Refuse) -> TransformerConfig:
     v = {**DEFAULTS["llama"], **values}
     # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling.
-    rope = v.get("rope_parameters") or {**(v.get("rope_scaling") or {}), "rope_theta": v.get("rope_theta", 10_000.0)}
+    scaled = v.get("rope_parameters") or v.get("rope_scaling") or {}
+    rope = {"rope_theta": v.get("rope_theta", 10_000.0), **scaled}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise refuse(f"rotary embeddings of rope_type {kind!r}", "the supported ones are default and llama3")
     if v["hidden_act"] != "silu" or v["attention_bias"] or v["mlp_bias"]:
-        what = next(k for k in ("attention_bias", "mlp_bias", "hidden_act") if v[k] and v[k] != "silu")
+        what = next((k for k in ("attention_bias", "mlp_bias") if v[k]), "hidden_act")
         raise refuse(f"a LLaMA with {what} {v[what]!r}", "take one without biases and with silu")
     scaling = None
     if kind == "llama3":
@@ -312,15 +330,17 @@ def family_of(config: Any) -> str:
         return "autoencoder" if config.eps == 1e-6 else NATIVE
     if isinstance(config, ViTConfig) and not config.output_dim:
         base = dataclasses.replace(config, **{f: getattr(_PLAIN_VIT, f) for f in _FREE_VIT})
-        for family, form in (("siglip", _PLAIN_VIT), ("clip", _CLIP_FORM), ("eva", _EVA_FORM)):
+        for family, form in (("siglip", _PLAIN_VIT), ("clip", _CLIP_FORM)):
             if base == form:
                 return family
+        if base == _EVA_FORM and config.activation == "gelu":  # EVA's files do not name theirs
+            return "eva"
     return NATIVE
 
 
 _FREE_VIT = (
     "image_size", "patch_size", "width", "layers", "heads", "mlp_hidden", "activation", "eps", "mean", "std",
-    "post_scale", "remat", "unroll",
+    "post_scale", "remat", "unroll", "attention",
 )  # fmt: skip
 _PLAIN_VIT = ViTConfig(1, 1, 1, 1, 1, 1)
 _CLIP_FORM = dataclasses.replace(
@@ -347,7 +367,8 @@ def config_json(config: Any, part: str, dtype: str) -> dict[str, Any]:
             vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_hidden, num_hidden_layers=c.layers,
             num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, hidden_act="silu",
             rms_norm_eps=c.eps, tie_word_embeddings=c.tied_embedding, attention_bias=False, mlp_bias=False,
-            max_position_embeddings=131_072,
+            # What every published model with this scaling says; without it, transformers' own default stands.
+            **({"max_position_embeddings": 131_072} if c.rotary_scaling else {}),
             rope_parameters=rope, rope_theta=c.rotary_base, rope_scaling=scaling,  # of transformers 5, and of 4
         )  # fmt: skip
     if family in ("siglip", "clip"):

@@ -6,6 +6,7 @@ the same files with our own names, which is what `convert import` writes and wha
 """
 
 import dataclasses
+import functools
 import glob
 import json
 import math
@@ -14,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
+from pisces_jax.data.tokenizers import APPENDED, Tokenizer
 from pisces_jax.errors import UserError
+from pisces_jax.files import synchronize, umask
 from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.transformer import Transformer, TransformerConfig
@@ -33,7 +37,7 @@ from pisces_jax.models.vit import ViT, ViTConfig
 from pisces_jax.weights import architecture
 from pisces_jax.weights.families import FAMILIES, Family
 from pisces_jax.weights.layout import Entry
-from pisces_jax.weights.tensors import Pending, Tensor, read_folder, slabs, write_folder
+from pisces_jax.weights.tensors import Pending, Tensor, read_folder, slabs, without_safetensors, write_folder
 
 HUB = "hf://"
 _VOCABULARY = ("embedding", "head")
@@ -45,8 +49,11 @@ def is_folder(source: str) -> bool:
     return source.startswith(HUB) or os.sep in source
 
 
-def resolve(source: str) -> Path:
-    """The local folder of a source; a repository of the hub is downloaded first (safetensors and JSON alone).
+WEIGHTS, TOKENIZER = ("*.json", "*.safetensors"), ("*.json", "tokenizer.model")
+
+
+def resolve(source: str, wanted: Sequence[str] = WEIGHTS) -> Path:
+    """The local folder of a source; of a repository of the hub the `wanted` files are downloaded first.
 
     Raises:
         UserError: no such folder, or a download that fails.
@@ -61,14 +68,19 @@ def resolve(source: str) -> Path:
     repository, _, sub = rest.partition("/")
     if not organisation or not repository:
         raise UserError(f"{source} names no repository: write hf://ORGANISATION/NAME or hf://ORGANISATION/NAME@REVISION")
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
-    inside = f"{sub}/" if sub else ""
+    repository, inside = f"{organisation}/{repository}", f"{sub}/" if sub else ""
     try:
-        folder = snapshot_download(
-            f"{organisation}/{repository}", revision=revision or None,
-            allow_patterns=[inside + "*.json", inside + "*.safetensors"],
-        )  # fmt: skip
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=[inside + pattern for pattern in wanted]
+        )
+        if wanted is WEIGHTS and not list(Path(folder, sub).glob("*.safetensors")):  # perhaps only what is not fetched
+            files = huggingface_hub.list_repo_files(repository, revision=revision or None)
+            there = [name.removeprefix(inside) for name in files if name.startswith(inside)]
+            raise UserError(without_safetensors(source, there))
+    except UserError:
+        raise
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{source} cannot be downloaded ({reason}): check its name and your access to it") from error
@@ -99,16 +111,18 @@ class View:
             return np.asarray(array[index])
         start, stop, _ = index[0].indices(self.shape[0])
         known = array.shape[0]
+        array = array[(slice(None), *index[1:])]
         rows = [array[min(start, known) : min(stop, known)]]
         if (new := min(stop, self.tokens) - max(start, known)) > 0:
-            rows.append(np.broadcast_to(_mean_row(array), (new, *self.shape[1:])))
+            rows.append(np.broadcast_to(_mean_row(array), (new, *array.shape[1:])))
         if (padding := stop - max(start, self.tokens)) > 0:
-            rows.append(np.zeros((padding, *self.shape[1:]), self.dtype))
-        return np.concatenate(rows)[(slice(None), *index[1:])]
+            rows.append(np.zeros((padding, *array.shape[1:]), self.dtype))
+        return np.concatenate(rows)
 
 
-def _mean_row(array: np.ndarray) -> np.ndarray:
-    total = sum(slab.sum(axis=0, dtype=np.float64) for slab in slabs(array, array.shape))
+def _mean_row(array: np.ndarray, step: int = 4096) -> np.ndarray:
+    # Always by as many rows: the sum of a column does not depend on how many columns a shard has.
+    total = sum(array[i : i + step].sum(axis=0, dtype=np.float64) for i in range(0, array.shape[0], step))
     return (np.asarray(total) / array.shape[0]).astype(array.dtype)
 
 
@@ -141,11 +155,19 @@ class Folder:
         """Holds a config's settings against those of the folder.
 
         Raises:
-            UserError: they differ; the message lists every setting.
+            UserError: they differ; the message lists every setting. Or a vocabulary that is not the tokenizer's.
         """
         wrong = architecture.differences(self.settings, settings)
         if wrong:
             raise UserError(f"{where} does not fit {self.path / 'config.json'}: set {', '.join(wrong)} as there")
+        # Only our own tokens may be new: with more or fewer, every text would be other ids than the weights know.
+        if isinstance(settings, TransformerConfig):
+            rows = self.settings.vocab_size
+            if not 0 <= settings.vocab_size - rows <= len(APPENDED):
+                raise UserError(
+                    f"{self.path} has {rows} tokens and the tokenizer {settings.vocab_size}, with ours: set "
+                    "data.tokenizer to that of these weights"
+                )
 
     def views(self, shapes: Mapping[str, Any], vocab_size: int | None = None) -> dict[str, View]:
         """Our parameters by name, for the shapes (or arrays) of a part, `vocab_size` being a language model's tokens.
@@ -179,7 +201,7 @@ class Folder:
                     wrong.append(f"{name} is {tensor.shape} and must be {wanted}")
             if wrong:
                 continue
-            dtype = _dtype(there[0])
+            dtype = functools.reduce(np.promote_types, map(_dtype, there))
             shape = (known, *one[1:]) if growing and known else one
             reads = [_reader(entry, tensor, shape, hints) for tensor in there if tensor is not None]
             views[entry.ours] = View(ours, dtype, entry.stacked, reads, vocab_size if entry.vocabulary else None)
@@ -201,7 +223,7 @@ def _native(shapes: Mapping[str, Any]) -> Family:
     def table(_: Any) -> list[Entry]:
         rows = []
         for name, leaf in shapes.items():
-            axes = " ".join(letters[: len(leaf.shape)]) or "1"
+            axes = " ".join(letters[: len(leaf.shape)])
             rows.append(Entry(name, name, f"{axes} -> {axes}", vocabulary=name in _VOCABULARY))
         return rows
 
@@ -274,14 +296,12 @@ def _flatten(tree: Any) -> Flat:
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def read_source(source: str, settings: Any, part: str, known: Mapping[str, Any] | None = None) -> Any:
-    """A part's parameters as a folder holds them, as host arrays; nothing is read where `known` has them all.
+def read_source(source: str, settings: Any, part: str) -> Any:
+    """A part's parameters as a folder holds them, as host arrays.
 
     Raises:
         UserError: the folder does not fit these settings.
     """
-    if settings is not None and known and set(known) == set(_flatten(part_shapes(settings))):
-        return {}
     folder = Folder.open(source)
     folder.check(settings, f"model.{part}")
     shapes = folder.tensors_by_path() if settings is None else part_shapes(settings)
@@ -355,18 +375,21 @@ def export_part(
     *,
     dtype: str | None = None,
     native: bool = False,
-    beside: Callable[[Path], Any] = lambda folder: None,
+    tokenizer: Tokenizer | None = None,
 ) -> str:
     """Writes a part's parameters (a tree of arrays or of views) with a `config.json`, all or nothing.
 
-    In the published layout of its kind where there is one, else (or with `native`) in ours. `beside` writes what else
-    belongs into the folder. Returns the family.
+    In the published layout of its kind where there is one, else (or with `native`) in ours; in `dtype`, by default each
+    array in its own. A language model's `tokenizer` is laid beside it. Returns the family.
 
     Raises:
         UserError: `target` is there already, or cannot be written.
     """
     flat = _flatten(params)
-    kind = str(np.dtype(dtype or next(iter(flat.values())).dtype))
+    sizes: Counter[np.dtype] = Counter()
+    for array in flat.values():
+        sizes[np.dtype(dtype or array.dtype)] += math.prod(array.shape)
+    kind = str(sizes.most_common(1)[0][0])  # what most are in
     family = architecture.NATIVE if native else architecture.family_of(settings)
     if family == architecture.NATIVE:
         described = architecture.native_json(settings, part, kind)
@@ -379,16 +402,20 @@ def export_part(
     if isinstance(settings, ViTConfig):
         hints |= {"P": settings.patch_size, "Q": settings.patch_size}
     tokens = settings.vocab_size if isinstance(settings, TransformerConfig) else None
-    pending = _pending(table, prefix, flat, hints, tokens, np.dtype(kind))
+    pending = _pending(table, prefix, flat, hints, tokens, None if dtype is None else np.dtype(dtype))
     _check_room(target, sum(p.nbytes for p in pending))
     stem = "diffusion_pytorch_model" if family == "autoencoder" else "model"
     with new_folder(target) as scratch, _progress(f"writing {part}", sum(p.nbytes for p in pending)) as progress:
         write_folder(scratch, pending, stem, progress)
+        if tokenizer is not None:
+            ids = dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad)
+            described |= ids
+            (scratch / "generation_config.json").write_text(json.dumps(ids, indent=1) + "\n")
+            tokenizer.save(scratch)
         (scratch / "config.json").write_text(json.dumps(described, indent=1) + "\n")
         if isinstance(settings, ViTConfig) and family != architecture.NATIVE:
             preprocessor = json.dumps(_preprocessor(family, settings), indent=1)
             (scratch / "preprocessor_config.json").write_text(preprocessor + "\n")
-        beside(scratch)
     return family
 
 
@@ -404,7 +431,9 @@ def _check_room(target: Path, size: int) -> None:
 
 
 def _preprocessor(family: str, c: ViTConfig) -> dict[str, Any]:
-    values: dict[str, Any] = dict(image_mean=list(c.mean), image_std=list(c.std), rescale_factor=1 / 255, resample=3)
+    values: dict[str, Any] = dict(
+        image_mean=list(c.mean), image_std=list(c.std), rescale_factor=1 / 255, resample=architecture.BICUBIC
+    )
     if family == "siglip":
         size = {"height": c.image_size, "width": c.image_size}
         return dict(values, image_processor_type="SiglipImageProcessor", size=size)
@@ -414,7 +443,8 @@ def _preprocessor(family: str, c: ViTConfig) -> dict[str, Any]:
 
 
 def _pending(
-    table: Sequence[Entry], prefix: str, flat: Flat, hints: Mapping[str, int], tokens: int | None, dtype: np.dtype
+    table: Sequence[Entry], prefix: str, flat: Flat, hints: Mapping[str, int], tokens: int | None,
+    dtype: np.dtype | None,
 ) -> list[Pending]:
     """What is to be written, in the order of the table, layer by layer."""
     fused: dict[str, list[Entry]] = {}
@@ -432,7 +462,8 @@ def _pending(
             shapes = [(tokens, *shapes[0][1:])]
         shape = rows[0].published_shape(shapes[0], hints)
         name = prefix + rows[0].theirs.format(i=layer)
-        pending.append(Pending(name, shape, dtype, _pieces(rows, ours, layer, shapes[0], hints)))
+        kind = dtype or functools.reduce(np.promote_types, [np.dtype(a.dtype) for a in ours])
+        pending.append(Pending(name, shape, kind, _pieces(rows, ours, layer, shapes[0], hints)))
     return pending
 
 
@@ -484,7 +515,10 @@ class new_folder:
         if self._held is not None:
             os.close(self._held)
         if kind is None:
-            self._scratch.chmod(0o755)
+            for path in self._scratch.rglob("*"):
+                if path.is_file():
+                    synchronize(path)  # or a power cut could leave a folder that is whole by its name alone
+            self._scratch.chmod(0o777 & ~umask())
             os.replace(self._scratch, self._target)
             return
         shutil.rmtree(self._scratch, ignore_errors=True)

@@ -28,7 +28,7 @@ _HEADER_LIMIT = 100_000_000  # of the format
 SHARD_BYTES = 5 * 10**9  # what published models split their files at
 # Where several files lie without an index: the one that the libraries themselves would take.
 _USUAL = ("model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,7 @@ class Tensor:
                 f"{self.path} holds quantized values ({self.dtype}), which are not supported: take the weights in "
                 "bfloat16, float16 or float32"
             )
-        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape) if self.shape else _scalar(self)
-
-
-def _scalar(tensor: Tensor) -> np.ndarray:
-    return np.fromfile(tensor.path, DTYPES[tensor.dtype], 1, offset=tensor.offset).reshape(())
+        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -77,6 +73,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
         for name, entry in header.items():
             first, last = entry["data_offsets"]
             tensor = Tensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + first)
+            if not 0 <= first <= last or any(n < 0 for n in tensor.shape):
+                raise ValueError(f"{name} lies nowhere")
             if tensor.dtype in DTYPES and last - first != math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize:
                 raise ValueError(f"the bytes of {name} do not fit its shape")
             tensors[name], end = tensor, max(end, 8 + length + last)
@@ -99,7 +97,8 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no safetensors there, files that the index names missing or cut off, or a choice of files.
     """
-    indices = sorted(folder.glob("*" + INDEX_SUFFIX))
+    # A variant's name stands before its suffix: model.safetensors.index.bf16.json.
+    indices = sorted(folder.glob("*.safetensors.index*.json"))
     files = sorted(folder.glob("*.safetensors"))
     usual = [f for name in _USUAL for f in (*indices, *files) if f.name in (name + INDEX_SUFFIX, name + ".safetensors")]
     if usual:
@@ -110,8 +109,8 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         names = ", ".join(f.name for f in indices or files)
         raise UserError(f"{folder} holds several sets of weights ({names}): leave one in it")
     else:
-        raise UserError(_without_safetensors(folder))
-    if not chosen.name.endswith(INDEX_SUFFIX):
+        raise UserError(without_safetensors(str(folder), [f.name for f in folder.iterdir()]))
+    if chosen.suffix != ".json":
         return read_header(chosen)
     try:
         weight_map = json.loads(chosen.read_text())["weight_map"]
@@ -128,14 +127,15 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     return {name: headers[path][name] for name, path in parts.items()}
 
 
-def _without_safetensors(folder: Path) -> str:
-    pickles = sorted(f.name for pattern in _PICKLES for f in folder.glob(pattern))
+def without_safetensors(where: str, files: Iterable[str]) -> str:
+    """The sentence for a folder without any, by the names of its files."""
+    pickles = sorted(f for f in files if Path(f).suffix in _PICKLES and "/" not in f)
     if not pickles:
-        return f"{folder} holds no safetensors file: give the folder of published weights"
+        return f"{where} holds no safetensors file: give the folder of published weights"
     return (
-        f"{folder} holds only pickles ({', '.join(pickles)}), which can run any code when they are opened and are not "
+        f"{where} holds only pickles ({', '.join(pickles)}), which can run any code when they are opened and are not "
         "opened here: turn each into safetensors with safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-        "'model.safetensors')"
+        "'model.safetensors') and give the folder of that"
     )
 
 
@@ -198,9 +198,6 @@ def _write_file(path: Path, tensors: list[Pending], progress: Callable[[int], An
 
 def slabs(array: Any, shape: tuple[int, ...], limit: int = 2**28) -> Iterator[np.ndarray]:
     """The first `shape[0]` rows of `array` in pieces of about `limit` bytes (a piece is what slicing gives)."""
-    if not shape:
-        yield np.asarray(array)
-        return
     row = max(1, math.prod(shape[1:]) * 4)
     step = max(1, limit // row)
     for first in range(0, shape[0], step):

@@ -12,6 +12,7 @@ from pisces_jax.training.config import run_config
 
 
 def get_config(stage: str = "") -> ConfigDict:
+    texts = dict(kind="json", path="data/text.jsonl", recipe="conversation")
     return run_config(
         name="text_8b",
         program="text",
@@ -19,7 +20,7 @@ def get_config(stage: str = "") -> ConfigDict:
         batch_size=256,
         compute_dtype="bfloat16",
         model=dict(language_model=settings(LLAMA_3_1_8B, remat="nothing")),
-        data=dict(row_length=2048, rows=1, train=dict(text=dict(kind="folder", path="data/text"))),
+        data=dict(row_length=2048, rows=1, train=dict(texts=texts)),
         loss=dict(chunk=16_384),
         optimizer=dict(learning_rate=3e-5, warmup_steps=100, b2=0.95, clip=1.0),
     )

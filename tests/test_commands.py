@@ -51,6 +51,13 @@ def call(monkeypatch, capsys):
     return run
 
 
+def test_a_pretraining_run_is_exported(trained, call, tmp_path):
+    out = tmp_path / "out"
+    status, printed, _ = call("convert", "export", f"--workdir={trained / 'run'}", "--run=pretrain", f"--out={out}")
+    assert status == 0 and "understanding_encoder" in printed
+    assert sorted(p.name for p in out.iterdir()) == ["decoder", "generation_encoder", "understanding_encoder"]
+
+
 def contents(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
 

@@ -8,15 +8,19 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
 from test_weights import PARTS, assert_same, filled, read
 from tiny import llama_tokenizer
+from transformers import AutoConfig, GenerationConfig
 
 from pisces_jax import cli, convert
 from pisces_jax.data.example import Picture, Text
+from pisces_jax.data.tokenizers import open_tokenizer
 from pisces_jax.errors import UserError, run_command
 from pisces_jax.inference.model import load_model
 from pisces_jax.models.published import settings
 from pisces_jax.train import check_stages
+from pisces_jax.training import checkpoints
 from pisces_jax.training.checkpoints import load_part
 from pisces_jax.training.config import merge, run_config
 from pisces_jax.training.loop import train
@@ -93,6 +97,44 @@ def test_frozen_parts_are_the_published_ones(trained):
     assert_same(load_part(folder / "run", "decoder", "autoencoder"), made["autoencoder"])
 
 
+def test_what_was_trained_whole_is_not_read_elsewhere(trained, monkeypatch):
+    """A stage's language model is in its own checkpoint; the runs and folders before it need not exist any more."""
+    folder, _ = trained
+    expected = load_part(folder / "run", "stage1", "language_model")
+
+    def gone(*_):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(checkpoints, "read_source", gone)
+    assert_same(load_part(folder / "run", "stage1", "language_model"), expected)
+    with pytest.raises(AssertionError, match="read again"):
+        load_part(folder / "run", "stage1", "understanding_encoder")  # frozen
+
+
+def test_a_run_on_texts_alone_is_exported(trained, tmp_path, monkeypatch):
+    folder, made = trained
+    turns = [dict(role="user", content="which colour?"), dict(role="assistant", content="red")]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(dict(messages=turns)) + "\n" for _ in range(16)))
+    source = dict(kind="json", path=f"{tmp_path}/chats.jsonl", recipe="conversation")
+    language = dataclasses.replace(LLAMA, vocab_size=llama_rows(folder) - 4, layers=1)
+    config = run_config(
+        name="text", program="text", steps=1, batch_size=2,
+        model=dict(language_model=settings(language)), parts=dict(language_model=f"{folder}/llama"),
+        data=dict(tokenizer=f"{folder}/llama", row_length=64, rows=1, train=dict(chats=source)),
+        optimizer=dict(learning_rate=0.0),
+    )  # fmt: skip
+    train(config, tmp_path / "run")
+    flags = ["export", f"--workdir={tmp_path}/run", "--run=text", f"--out={tmp_path}/out"]
+    monkeypatch.setattr(cli, "arguments", lambda: flags)
+    run_command(convert.main)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["language_model"]
+    exported = load_file(tmp_path / "out/language_model/model.safetensors")
+    rows = made["llama"]["embedding"].shape[0]
+    embedding = exported["model.embed_tokens.weight"]
+    assert embedding.shape[0] == rows + 4
+    np.testing.assert_array_equal(embedding[:rows], made["llama"]["embedding"])
+
+
 def llama_rows(folder):
     return json.loads((folder / "llama/config.json").read_text())["vocab_size"] + 4
 
@@ -129,7 +171,11 @@ def test_it_reads_draws_and_is_exported(trained, tmp_path, monkeypatch):
         "understanding_encoder", "understanding_projector", "vector_head",
     ]  # fmt: skip
     assert_same(read(tmp_path / "out/generation_encoder", EVA), made["eva"])
-    assert (tmp_path / "out/language_model/tokenizer.json").exists()
+    # It stops in transformers where it stops here.
+    tokens = open_tokenizer(tmp_path / "out/language_model")
+    theirs = GenerationConfig.from_pretrained(tmp_path / "out/language_model")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (tokens.bos, tokens.eos, tokens.pad)
+    assert AutoConfig.from_pretrained(tmp_path / "out/language_model").eos_token_id == tokens.eos
     monkeypatch.setattr(
         cli, "arguments", lambda: ["import", f"--from={tmp_path}/out/decoder/", f"--out={tmp_path}/again"]
     )
@@ -150,6 +196,8 @@ def test_mistakes_are_told_before_anything_runs(trained, tmp_path):
 
     with pytest.raises(UserError, match="no folder"):
         check("decoder", dict(parts=dict(autoencoder=f"{folder}/nowhere")))
+    with pytest.raises(UserError, match=r"language_model does not fit .*the kind"):
+        check("stage1", dict(parts=dict(language_model=f"{folder}/siglip")))
     with pytest.raises(UserError, match=r"autoencoder.* does not fit .*the kind"):
         check("decoder", dict(parts=dict(autoencoder=f"{folder}/eva")))
     config = runs(folder, language)["decoder"]

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import sentencepiece
+import tokenizers
 from tiny import LAYOUT, llama_tokenizer, picture
 
 from pisces_jax.data.example import Example, Text
@@ -116,6 +117,33 @@ def test_image_tokens_are_appended(llama):
     assert (tokenizer.bos, tokenizer.eos) == (bare.token_to_id("<|begin_of_text|>"), bare.token_to_id("<|eot_id|>"))
 
 
+def test_every_special_token_is_known(llama, tokenizer):
+    """None of them may be sampled in an answer but the one that ends it."""
+    ours, bare = llama
+    names = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
+    appended = {ours.pad, ours.begin_image, ours.end_image, ours.image}
+    assert ours.special == {*appended, *(bare.token_to_id(f"<|{name}|>") for name in names)}
+    assert tokenizer.special == set(specials(tokenizer))
+
+
+def test_a_saved_tokenizer_opens_in_transformers(llama, tmp_path):
+    """With its special tokens and its chat template, which gives the ids that training sees."""
+    from transformers import AutoTokenizer
+
+    ours, _ = llama
+    ours.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos, ours.eos, ours.pad)
+    turns = [Text("what is it?"), Text("a red circle", learn=True), Text("where?")]
+    messages = [
+        dict(role="assistant" if turn.learn else "user", content=turn.text) for turn in turns
+    ]
+    got = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert got == lay_out(Example(tuple(turns), "chat"), ours, LAYOUT, prompt=True).tokens.tolist()
+    got = theirs.apply_chat_template(messages[:2], return_dict=False)
+    assert got == lay_out(Example(tuple(turns[:2]), "chat"), ours, LAYOUT).tokens.tolist()
+
+
 @pytest.mark.parametrize("text", ["[IMG]", "<|eot_id|> and <image>", "<|start_header_id|>x<|end_header_id|>", "é 大"])
 def test_special_tokens_of_a_text_are_characters(llama, text):
     tokenizer, bare = llama
@@ -174,6 +202,10 @@ def test_published_sentencepiece_models_get_the_image_tokens(tmp_path):
     size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).GetPieceSize()
     assert [tokenizer.pad, tokenizer.begin_image, tokenizer.end_image, tokenizer.image] == list(range(size, size + 4))
     assert tokenizer.decode([tokenizer.bos, *tokenizer.encode("a red star"), tokenizer.image]) == "a red star"
+    assert tokenizer.special == {tokenizer.bos, tokenizer.eos, *range(size, size + 4)}
+    # LLaMA 2's folders hold the same as a tokenizer.json too, which has none of LLaMA 3's tokens.
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    assert open_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
 
 
 def test_folders_without_a_tokenizer_are_named(tmp_path):

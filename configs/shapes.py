@@ -61,7 +61,8 @@ def get_config(stage: str = "") -> ConfigDict:
         unified_run(
             "stage3", "stage2", SIZE,
             data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
-            steps=850, optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
+            decode=True, steps=850, optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7),
+            log=LOG,
         ),
     )  # fmt: skip
     runs = {config.name: config for config in stages}

@@ -86,7 +86,7 @@ def export_weights(argv: list[str]) -> None:
 def _export(workdir: Path, run: str, only: list[str], dtype: str | None, out: Path) -> None:
     from pisces_jax.inference.model import PARTS, find_run
     from pisces_jax.training.checkpoints import load_part, read_config
-    from pisces_jax.training.config import part_settings
+    from pisces_jax.training.config import decoder_run, part_settings
     from pisces_jax.training.tokenizer import load_tokenizer
     from pisces_jax.weights.folder import export_part, new_folder
 
@@ -95,7 +95,7 @@ def _export(workdir: Path, run: str, only: list[str], dtype: str | None, out: Pa
     run = run or find_run(workdir)
     config = read_config(workdir / run)
     where: dict[str, str] = {}  # part -> the run that it is taken from
-    if decoder := config.decoder if config.program == "unified" else run if config.program != "text" else "":
+    if decoder := decoder_run(config) if config.program == "unified" else run if config.program != "text" else "":
         latent = "autoencoder" in read_config(workdir / decoder).model
         where |= dict.fromkeys(("generation_encoder", "decoder", *(("autoencoder",) if latent else ())), decoder)
     own = {"unified": PARTS, "text": ("language_model",), "pretrain": ("understanding_encoder",)}

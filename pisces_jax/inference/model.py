@@ -83,7 +83,7 @@ class Model:
     ) -> None:
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.pisces = Pisces(settings.pisces_config(config, tokenizer.vocab_size), jnp.dtype(config.compute_dtype))
-        self.params, self._decoder, self._decoder_params, self.flow = params, decoder, decoder_params, flow
+        self.params, self._decoder, self.decoder_params, self.flow = params, decoder, decoder_params, flow
         rollout = Rollout(self.pisces)
         c = self.pisces.config
         self._layout = Layout(
@@ -185,7 +185,7 @@ class Model:
             some = vectors[start : start + self.batch_size]
             keys = self._keys(seed + 1_000_003, first + start)
             padded = _pad(np.asarray(some), self.batch_size)
-            images.append(np.asarray(self._decode(self._decoder_params, padded, keys, flow))[: len(some)])
+            images.append(np.asarray(self._decode(self.decoder_params, padded, keys, flow))[: len(some)])
         return np.concatenate(images)
 
     def _batches(self, number: int, doing: str) -> Iterable[int]:
@@ -241,15 +241,24 @@ def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
 
 
 def load_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | None, Any, FlowConfig | None]:
-    """The decoder that a unified run's config names, its weights by part and how it samples."""
-    if not config.decoder:
+    """The decoder of a unified run, its weights by part and how it samples."""
+    decoder, flow = make_decoder(workdir, config)
+    if decoder is None:
         return None, None, None
-    decoder_config = read_config(workdir / config.decoder)
+    parts = ("decoder", "autoencoder") if decoder.autoencoder else ("decoder",)
+    run = settings.decoder_run(config)
+    return decoder, {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in parts}, flow
+
+
+def make_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | None, FlowConfig | None]:
+    """The decoder of a unified run and how it samples, without weights."""
+    run = settings.decoder_run(config)
+    if not run:
+        return None, None
+    decoder_config = config if run == config.name else read_config(workdir / run)
     dtype = jnp.dtype(decoder_config.compute_dtype)
     latent = settings.autoencoder_config(decoder_config)
     decoder = PictureDecoder(
         DiT(settings.dit_config(decoder_config), dtype), Autoencoder(latent, dtype) if latent else None
     )
-    parts = ("decoder", "autoencoder") if latent else ("decoder",)
-    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, config.decoder, part)) for part in parts}
-    return decoder, params, settings.flow_config(decoder_config)
+    return decoder, settings.flow_config(decoder_config)

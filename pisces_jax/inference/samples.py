@@ -13,7 +13,7 @@ from pisces_jax.data.example import Picture
 from pisces_jax.data.images import fit
 from pisces_jax.errors import UserError
 from pisces_jax.inference.decode import PictureDecoder
-from pisces_jax.inference.model import Model, load_decoder
+from pisces_jax.inference.model import Model, load_decoder, make_decoder
 from pisces_jax.models.vit import pooled_features
 from pisces_jax.training import input
 from pisces_jax.training.loop import Sampler
@@ -76,8 +76,10 @@ def _reconstructor(config: ConfigDict, model: Reconstruction, sources: Sequence[
 
 
 def _drawer(config: ConfigDict, workdir: Path, tokenizer: Any, sources: Sequence[Any]) -> Sampler:
-    if not config.decoder:
+    decoder, flow = make_decoder(workdir, config)
+    if decoder is None:
         raise UserError("log.samples_every needs a decoder to draw with: name its run in config key decoder")
+    own = "decoder" in config.parts  # it changes with the run
     drawn = [s for s in sources if any(isinstance(p, Picture) and p.role == "draw" for p in s[0].parts)]
     if not drawn:
         raise UserError("log.samples_every: no source of data.evaluate has pictures to draw")
@@ -87,12 +89,14 @@ def _drawer(config: ConfigDict, workdir: Path, tokenizer: Any, sources: Sequence
         at = next(i for i, p in enumerate(example.parts) if isinstance(p, Picture) and p.role == "draw")
         prompts.append(example.parts[:at])
         truth.append(example.parts[at].array())
-    decoder, decoder_params, flow = load_decoder(workdir, config)
+    decoder_params = None if own else load_decoder(workdir, config)[1]
     model = Model(config, tokenizer, None, decoder, decoder_params, flow, batch_size=len(prompts))
     truth = [fit(image, model.drawn_size) for image in truth]
 
     def sample(state: State, path: Path) -> np.ndarray:
         model.params = _weights(state)
+        if own:
+            model.decoder_params = model.params
         drawings = model.draw(prompts, describe=False)
         return _save(picture_grid([truth, [d.image for d in drawings]]), path)
 

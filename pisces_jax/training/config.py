@@ -81,6 +81,9 @@ def run_config(**changes: Any) -> ConfigDict:
                 chunk=0,  # entries of the vocabulary whose logits exist at a time; 0: all
                 # Standard deviation of Gaussian noise on the features that the decoder is conditioned on.
                 feature_noise=0.0,
+                # Where a unified run trains the decoder on (parts.decoder): the share of pictures whose true vectors it
+                # is given in place of those predicted, so that it draws both.
+                true_vectors=0.3,
             ),
             flow=dataclasses.asdict(FlowConfig()),
             optimizer=dict(
@@ -187,6 +190,11 @@ def dit_config(config: ConfigDict) -> DiTConfig:
     settings["condition_width"] = encoder.output_width
     settings["condition_vectors"] = encoder.vectors // config.model.pool**2
     return build(DiTConfig, settings, "model.decoder")
+
+
+def decoder_run(config: ConfigDict) -> str:
+    """The run that has the decoder of a unified run: itself, where it trains the decoder on; "": none."""
+    return config.name if "decoder" in config.parts else config.decoder
 
 
 def transformer_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:

@@ -15,7 +15,14 @@ from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
-from pisces_jax.training.programs import DecoderProgram, PretrainProgram, Program, TextProgram, UnifiedProgram
+from pisces_jax.training.programs import (
+    DecoderProgram,
+    PretrainProgram,
+    Program,
+    Reconstruction,
+    TextProgram,
+    UnifiedProgram,
+)
 
 # Peak bfloat16 FLOP/s of a device, from the makers' data sheets, by the start of `device_kind`.
 PEAKS = {
@@ -112,20 +119,27 @@ def step_flops_by_part(
             "generation_projector": drawn * projector(features, c.projector_hidden, width),
             "vector_head": drawn * projector(width, c.vector_head_hidden, features),
         }
+        if program.reconstruction is not None:
+            forward |= _decoding(program.reconstruction, draw)
     else:
         pictures = batch_shapes["image"][0]
         assert isinstance(program, DecoderProgram | PretrainProgram)
         r = program.reconstruction
         encoder = 0.0 if "features" in batch_shapes else vit(r.encoder.config)
-        forward = {"generation_encoder": pictures * encoder, "decoder": pictures * dit(r.decoder.config)}
-        if r.autoencoder is not None:
-            forward["autoencoder"] = pictures * autoencoder(r.autoencoder.config, r.decoder.config.size)
+        forward = {"generation_encoder": pictures * encoder, **_decoding(r, pictures)}
         if isinstance(program, PretrainProgram):
             forward["understanding_encoder"] = pictures * vit(program.understanding_encoder.config)
             forward["text_tower"] = pictures * text_tower(program.text_tower.config)
     # The generation encoder's features are what is predicted: it takes gradients in pretraining alone.
     once = {"generation_encoder"} if isinstance(program, UnifiedProgram | DecoderProgram) else set()
     return {part: (3 if part in trained - once else 1) * flops for part, flops in forward.items()}
+
+
+def _decoding(r: Reconstruction, pictures: int) -> dict[str, float]:
+    forward = {"decoder": pictures * dit(r.decoder.config)}
+    if r.autoencoder is not None:
+        forward["autoencoder"] = pictures * autoencoder(r.autoencoder.config, r.decoder.config.size)
+    return forward
 
 
 def step_flops(program: Program, batch_shapes: Mapping[str, tuple[int, ...]], trained: set[str]) -> float:

@@ -25,12 +25,12 @@ from pisces_jax.models.dit import DiT, DiTConfig
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces, PiscesConfig
 from pisces_jax.models.transformer import Transformer
-from pisces_jax.models.vit import ContrastiveHead, TextTower, TextTowerConfig, ViT, ViTConfig, pooled_features
+from pisces_jax.models.vit import ContrastiveHead, TextTower, TextTowerConfig, ViT, pooled_features
 from pisces_jax.training import config as settings
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
-PURPOSES = ("flow", "feature_noise")
+PURPOSES = ("flow", "feature_noise", "true_vectors")
 
 
 class Program(Protocol):
@@ -267,12 +267,19 @@ class TextProgram:
 
 @dataclasses.dataclass(frozen=True)
 class UnifiedProgram:
-    """The Pisces stages: next-token cross-entropy and next-vector regression in one pass over packed rows."""
+    """The Pisces stages: next-token cross-entropy and next-vector regression in one pass over packed rows.
+
+    With `reconstruction` the decoder learns on in the same run, from the vectors as they are predicted (and from the
+    true ones for `true_vectors` of the pictures): a regression gives the mean of what its text leaves open, which no
+    true vector is. Nothing flows back from it into the language model.
+    """
 
     model: Pisces
     weights: Mapping[str, float]
     chunk: int
     sources: tuple[str, ...]
+    reconstruction: Reconstruction | None = None
+    true_vectors: float = 0.0
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         c = self.model.config
@@ -281,15 +288,17 @@ class UnifiedProgram:
             return jnp.zeros((1, size, size, 3), jnp.uint8)
 
         images = blank(c.understanding_encoder.image_size), blank(c.generation_encoder.image_size)
-        return dict(self.model.init(key, *images, jnp.zeros((1, 8), jnp.int32), method="init_all")["params"])
+        params = dict(self.model.init(key, *images, jnp.zeros((1, 8), jnp.int32), method="init_all")["params"])
+        decoding = {} if self.reconstruction is None else self.reconstruction.init(jax.random.fold_in(key, 1))
+        return {**decoding, **params}
 
     def counts(self, batch: Batch) -> dict[str, Array]:
         _, learned = text_targets(batch)
-        vectors = batch["draw_valid"].sum() * self.model.config.draw_vectors
-        return {"text": learned.sum().astype(jnp.float32), "vectors": vectors.astype(jnp.float32)}
+        pictures = batch["draw_valid"].sum().astype(jnp.float32)
+        counts = {"text": learned.sum().astype(jnp.float32), "vectors": pictures * self.model.config.draw_vectors}
+        return counts if self.reconstruction is None else {**counts, "reconstruction": pictures}
 
     def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
-        del key  # nothing here is random
         hidden, predicted, target = apply(self.model, params, batch)
         targets, learned = text_targets(batch)
         with jax.named_scope("text_loss"):
@@ -304,11 +313,27 @@ class UnifiedProgram:
             "text": objectives.masked_average(text, learned),
             "vectors": objectives.masked_average(vectors, drawn),
         }
+        if self.reconstruction is not None:
+            errors = self._decoding_errors(self.reconstruction, params, batch, predicted, target, key)
+            losses["reconstruction"] = objectives.masked_average(errors, batch["draw_valid"])
         source = batch["source"].reshape(text.shape)
         draw_source = jnp.broadcast_to(batch["draw_source"][..., None], vectors.shape)
         reported = by_source(text, learned, source, self.sources, "text")
         reported |= by_source(vectors, drawn, draw_source, self.sources, "vectors")
         return losses, reported
+
+    def _decoding_errors(
+        self, reconstruction: Reconstruction, params: Params, batch: Batch, predicted: Array, target: Array,
+        key: jax.Array,
+    ) -> Array:  # fmt: skip
+        """Flow-matching error of each drawn picture [B, P] given its vectors as predicted, or as they are."""
+        predicted, target, images, ids = (
+            x.reshape(-1, *x.shape[2:]) for x in (predicted, target, batch["draw_images"], batch["draw_id"])
+        )
+        known = jax.vmap(jax.random.uniform)(example_keys(key, ids, "true_vectors")) < self.true_vectors
+        vectors = jax.lax.stop_gradient(jnp.where(known[:, None, None], target, predicted))
+        errors = reconstruction.errors(params, vectors, {"image": images, "id": ids}, key)
+        return errors.reshape(batch["draw_valid"].shape)
 
 
 def make_program(config: ConfigDict, vocab_size: int) -> Program:
@@ -319,36 +344,25 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
     """
     dtype = jnp.dtype(config.compute_dtype)
 
-    def vit(part: str) -> ViT:
-        vit_settings: ViTConfig = settings.vit_config(config, part)
-        return ViT(vit_settings, dtype)
-
     if config.program == "unified":
         pisces: PiscesConfig = settings.pisces_config(config, vocab_size)
         weights = {"text": config.loss.text, "vectors": config.loss.vectors}
-        return UnifiedProgram(Pisces(pisces, dtype), weights, config.loss.chunk, tuple(config.data.train))
+        reconstruction = None
+        if "decoder" in config.parts:
+            if config.data.features:
+                raise UserError("parts.decoder: a decoder learns from pictures: leave data.features empty")
+            weights["reconstruction"] = config.loss.reconstruction
+            reconstruction = _reconstruction(config, dtype)
+        return UnifiedProgram(
+            Pisces(pisces, dtype), weights, config.loss.chunk, tuple(config.data.train), reconstruction,
+            config.loss.true_vectors,
+        )  # fmt: skip
     if config.program == "text":
         language = Transformer(settings.transformer_config(config, vocab_size), dtype)
         return TextProgram(language, {"text": config.loss.text}, config.loss.chunk, tuple(config.data.train))
     if config.program not in ("pretrain", "decoder"):
         raise UserError(f"config key program: {config.program!r} is none of pretrain, decoder, unified, text")
-    dit: DiTConfig = settings.dit_config(config)
-    encoder = vit("generation_encoder")
-    latent = settings.autoencoder_config(config)
-    pixels = dit.size * (latent.downscale if latent else 1)
-    if encoder.config.image_size != pixels:
-        raise UserError(
-            f"model.decoder.size {dit.size} gives pictures of {pixels} pixels, model.generation_encoder.image_size is "
-            f"{encoder.config.image_size}: a decoder learns from the pictures that its encoder sees, so make them equal"
-        )
-    if latent and latent.latent_channels != dit.channels:
-        raise UserError(
-            f"model.decoder.channels {dit.channels} must be the {latent.latent_channels} of model.autoencoder's latents"
-        )
-    reconstruction = Reconstruction(
-        encoder, DiT(dit, dtype), config.model.pool, settings.flow_config(config), config.loss.feature_noise,
-        Autoencoder(latent, dtype) if latent else None,
-    )  # fmt: skip
+    reconstruction = _reconstruction(config, dtype)
     if config.program == "decoder":
         return DecoderProgram(reconstruction, {"reconstruction": config.loss.reconstruction})
     if config.optimizer.accumulate != 1:
@@ -363,4 +377,29 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
         "reconstruction": config.loss.reconstruction,
     }
     heads = {"text": head, "understanding": head, "generation": head}
-    return PretrainProgram(reconstruction, vit("understanding_encoder"), TextTower(tower, dtype), heads, weights)
+    reader = ViT(settings.vit_config(config, "understanding_encoder"), dtype)
+    return PretrainProgram(reconstruction, reader, TextTower(tower, dtype), heads, weights)
+
+
+def _reconstruction(config: ConfigDict, dtype: Any) -> Reconstruction:
+    """
+    Raises:
+        UserError: encoder, decoder and autoencoder that do not fit one another.
+    """
+    dit: DiTConfig = settings.dit_config(config)
+    encoder = ViT(settings.vit_config(config, "generation_encoder"), dtype)
+    latent = settings.autoencoder_config(config)
+    pixels = dit.size * (latent.downscale if latent else 1)
+    if encoder.config.image_size != pixels:
+        raise UserError(
+            f"model.decoder.size {dit.size} gives pictures of {pixels} pixels, model.generation_encoder.image_size is "
+            f"{encoder.config.image_size}: a decoder learns from the pictures that its encoder sees, so make them equal"
+        )
+    if latent and latent.latent_channels != dit.channels:
+        raise UserError(
+            f"model.decoder.channels {dit.channels} must be the {latent.latent_channels} of model.autoencoder's latents"
+        )
+    return Reconstruction(
+        encoder, DiT(dit, dtype), config.model.pool, settings.flow_config(config), config.loss.feature_noise,
+        Autoencoder(latent, dtype) if latent else None,
+    )  # fmt: skip

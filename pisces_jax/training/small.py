@@ -16,9 +16,9 @@ TABLE = ((PLAIN, 1.0, 0.0), (".*", 1.0, 0.01))
 FROZEN_GENERATION = (("generation_encoder/.*", 0.0, 0.0), *TABLE)
 # The matrices inside the blocks: Muon learns in fewer steps than AdamW and costs a tenth more time at these sizes.
 MUON = (
-    (r".*/attention/(query|key|value)/kernel", 1, 2),
-    (r".*/attention/out/kernel", 2, 1),
-    (r".*/mlp/(gate|up|down)/kernel", 1, 1),
+    (r"(?!decoder/).*/attention/(query|key|value)/kernel", 1, 2),
+    (r"(?!decoder/).*/attention/out/kernel", 2, 1),
+    (r"(?!decoder/).*/mlp/(gate|up|down)/kernel", 1, 1),
 )
 # Written-out layers compile longer and run faster on CPU.
 BLOCK = dict(width=128, layers=3, heads=2, unroll=True)
@@ -37,31 +37,39 @@ def encoders(size: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def pixel_decoder(size: int) -> dict[str, Any]:
+    return dict(
+        size=size, patch_size=size // 4, channels=3, width=192, layers=3, heads=3, mlp_hidden=512,
+        local_condition=True, unroll=True,
+    )  # fmt: skip
+
+
+# The network gives the picture itself: strongly conditioned, it need not pass the noise through.
+FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
+
+
 def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
     """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them."""
     config = run_config(name=name, program=program, batch_size=16, plain_products=True, data=data)
-    config.model = ConfigDict(dict(
-        decoder=dict(
-            size=size, patch_size=size // 4, channels=3, width=192, layers=3, heads=3, mlp_hidden=512,
-            local_condition=True, unroll=True,
-        ),
-        **encoders(size),
-    ))  # fmt: skip
+    config.model = ConfigDict(dict(decoder=pixel_decoder(size), **encoders(size)))
     if program == "pretrain":
         config.model.text_tower = ConfigDict(dict(BLOCK, layers=2, mlp_hidden=384))
         config.optimizer.table = TABLE
     else:
         config.parts = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
         config.optimizer.table = FROZEN_GENERATION
-    # The network gives the picture itself: strongly conditioned, it need not pass the noise through.
-    flow = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
-    merge(config, dict(flow=flow, loss=dict(feature_noise=0.01, contrastive=0.1, reconstruction=100.0)))
+    merge(config, dict(flow=FLOW, loss=dict(feature_noise=0.01, contrastive=0.1, reconstruction=100.0)))
     merge(config, changes)
     return config
 
 
-def unified_run(name: str, start: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
-    """A unified stage that goes on from run `start` ("": a new language model on the pretrained encoders)."""
+def unified_run(
+    name: str, start: str, size: int, data: Mapping[str, Any], decode: bool = False, **changes: Any
+) -> ConfigDict:
+    """A unified stage that goes on from run `start` ("": a new language model on the pretrained encoders).
+
+    With `decode` the decoder learns on beside it, from the vectors that the stage predicts.
+    """
     config = run_config(name=name, program="unified", decoder="decoder", batch_size=2, plain_products=True)
     merge(config, dict(data=dict(row_length=160, rows=8, read_slots=15, draw_slots=18)))
     merge(config, dict(data=data))
@@ -81,6 +89,10 @@ def unified_run(name: str, start: str, size: int, data: Mapping[str, Any], **cha
         config.parts.update(dict.fromkeys((*trained, "understanding_encoder"), start))
     config.optimizer.table = FROZEN_GENERATION
     config.optimizer.muon = MUON
+    if decode:
+        config.model.decoder = ConfigDict(pixel_decoder(size))
+        config.parts.decoder = "decoder"
+        merge(config, dict(flow=FLOW))
     merge(config, changes)
     return config
 

@@ -234,12 +234,13 @@ def test_errors_are_plain_in_a_real_process():
 
 
 def test_a_key_without_a_stage_holds_for_all_that_have_it():
-    stages = cli.load_stages(TINY, {"seed": "3", "model.decoder.width": "8", "stages.unified.steps": "9"})
+    changes = {"seed": "3", "model.decoder.width": "8", "model.text_tower.width": "8", "stages.unified.steps": "9"}
+    stages = cli.load_stages(TINY, changes)
     assert list(stages) == ["pretrain", "decoder", "unified"]  # what others need comes first
     assert [run.seed for run in stages.values()] == [3, 3, 3]
     assert [run.steps for run in stages.values()] == [2, 2, 9]
-    assert [run.model.decoder.width for name, run in stages.items() if name != "unified"] == [8, 8]
-    assert "decoder" not in stages["unified"].model
+    assert [run.model.decoder.width for run in stages.values()] == [8, 8, 8]
+    assert stages["pretrain"].model.text_tower.width == 8 and "text_tower" not in stages["unified"].model
 
 
 def test_values_keep_their_types_and_names_of_ones_own_may_be_new():

@@ -14,9 +14,12 @@ import tiny
 from pisces_jax import objectives
 from pisces_jax.cross_entropy import text_cross_entropy
 from pisces_jax.data.packing import Entry, PackedGroups
+from pisces_jax.flow import FlowConfig
+from pisces_jax.models.dit import DiT, DiTConfig
 from pisces_jax.models.pisces import Pisces
+from pisces_jax.models.vit import ViT
 from pisces_jax.training.metrics import merge
-from pisces_jax.training.programs import UnifiedProgram, text_targets
+from pisces_jax.training.programs import Reconstruction, UnifiedProgram, text_targets
 
 LAYOUT, n, m, T = tiny.LAYOUT, tiny.LAYOUT.read_vectors, tiny.LAYOUT.draw_vectors, tiny.LAYOUT.length
 ROWS = [[[tiny.EDIT, tiny.DRAW], [tiny.CHAT, tiny.CAPTION]], [[tiny.TWO], [tiny.CAPTION, tiny.CHAT]]]
@@ -206,6 +209,42 @@ def test_vector_loss_is_shifted_by_one(params):
     assert drawn == 4 and float(losses["vectors"].count) == drawn * m
     assert float(losses["vectors"].compute()) == pytest.approx(np.mean(errors), rel=1e-5)
     assert abs(np.mean(unshifted) / np.mean(errors) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("true_vectors", [0.0, 1.0])
+def test_the_decoder_learns_on_from_predicted_vectors(params, true_vectors):
+    """Its error is that of the decoder's own program, given these vectors; nothing flows back to what made them."""
+    c = tiny.PISCES
+    dit = DiTConfig(
+        size=16, patch_size=4, channels=3, width=16, layers=1, heads=2, mlp_hidden=24, condition_width=16,
+        condition_vectors=m,
+    )  # fmt: skip
+    r = Reconstruction(ViT(c.generation_encoder), DiT(dit), c.pool, FlowConfig(zero_share=0.5), 0.0)
+    fresh = nn.unbox(r.init(jax.random.key(1)))["decoder"]
+    leaves, tree = jax.tree.flatten(fresh)
+    noise = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
+    every = {**params, "decoder": jax.tree.unflatten(tree, [x + 0.1 * n for x, n in zip(leaves, noise, strict=True)])}
+    program = UnifiedProgram(
+        Pisces(c), {"text": 1.0, "vectors": 1.0, "reconstruction": 1.0}, 0, ("a",), r, true_vectors
+    )  # fmt: skip
+    batch = tiny.batch(*(tiny.pack(rows, idle=5) for rows in ROWS))
+    key = jax.random.key(3)
+
+    def loss(p):
+        losses, _ = program.losses(p, batch, key)
+        return losses["reconstruction"].compute(), losses["reconstruction"].count
+
+    (got, count), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(every)
+    _, predicted, target = jax.jit(lambda b: Pisces(c).apply({"params": params}, b))(batch)
+    valid = np.flatnonzero(batch["draw_valid"])
+    vectors = (target if true_vectors else predicted).reshape(-1, m, 16)[valid]
+    images, ids = batch["draw_images"].reshape(-1, 16, 16, 3), batch["draw_id"].reshape(-1, 2)
+    pictures = {"image": images[valid], "id": ids[valid]}
+    expected = r.errors(every, vectors, pictures, key)
+    assert count == len(valid) == program.counts(batch)["reconstruction"]
+    assert float(got) == pytest.approx(float(expected.mean()), rel=1e-5)
+    for part, tree in gradient.items():
+        assert any(np.asarray(x).any() for x in jax.tree.leaves(tree)) == (part == "decoder"), part
 
 
 def test_without_fed_vectors_predictions_are_of_the_text_alone():

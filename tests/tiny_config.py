@@ -50,8 +50,9 @@ def get_config(stage: str = "") -> ConfigDict:
             parts=dict(generation_encoder="pretrain", decoder="pretrain"), optimizer=dict(table=FROZEN, average=0.9),
         ),
         unified=run(
-            "unified", "unified", "question", "draw_described", parts=pretrained, decoder="decoder",
-            model=dict(language_model=LANGUAGE, hidden=dict(projector=16, vector_head=16)),
+            "unified", "unified", "question", "draw_described", decoder="decoder",
+            parts=dict(pretrained, decoder="decoder"),  # which learns on
+            model=dict(language_model=LANGUAGE, hidden=dict(projector=16, vector_head=16), decoder=DECODER),
             optimizer=dict(table=FROZEN), sampling=dict(describe=True, tokens=16), log=log,
         ),
     )  # fmt: skip

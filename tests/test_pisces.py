@@ -228,6 +228,7 @@ def test_the_decoder_learns_on_from_predicted_vectors(params, true_vectors):
         Pisces(c), {"text": 1.0, "vectors": 1.0, "reconstruction": 1.0}, 0, ("a",), r, true_vectors
     )  # fmt: skip
     batch = tiny.batch(*(tiny.pack(rows, idle=5) for rows in ROWS))
+    batch["draw_id"] = np.random.default_rng(0).integers(0, 2**32, batch["draw_id"].shape, np.uint64).astype(np.uint32)
     key = jax.random.key(3)
 
     def loss(p):

@@ -20,6 +20,7 @@ from pisces_jax.sharding import (
     make_mesh,
     partition_spec,
 )
+from pisces_jax.training.config import merge
 from pisces_jax.training.optimizer import flatten
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import Trainer, make_trainer
@@ -167,6 +168,7 @@ def packed_batch():
 def pairs_batch(size):
     rng = np.random.default_rng(0)
     tokens = rng.integers(6, 32, (8, 12)).astype(np.int32)
+    tokens[5] = tokens[1]  # two pictures of one text
     return dict(
         image=rng.integers(0, 256, (8, size, size, 3)).astype(np.uint8),
         tokens=tokens,
@@ -245,16 +247,40 @@ def test_picture_programs_on_eight_devices(program):
     batch = pairs_batch(16)
     if program == "decoder":
         config.optimizer.table = (("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
-    # The decoder's output starts at zero, and with it nearly all gradients: a start where nothing is zero.
-    start = make_trainer(make_program(config, 32), config, single_device()).abstract
-    start = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), start)
-    values = {k: plain.randomised(getattr(start, k)) for k in ("trained", "frozen")}
-    start = start.replace(**jax.tree.map(lambda x: x.astype(np.float32), values))
-    expected = one_step(config, single_device(), batch, start)
+    expected = one_step(config, single_device(), batch, random_start(config))
     mesh = make_mesh(**MESHES["all"])
     got = one_step(config, mesh, batch, expected.start)
     assert got.losses == pytest.approx(expected.losses, rel=1e-5)
     assert not far_off(got.gradient, expected.gradient)
+
+
+def random_start(config):
+    """The decoder's output starts at zero, and with it nearly all gradients: a start where nothing is zero."""
+    start = make_trainer(make_program(config, 32), config, single_device()).abstract
+    start = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), start)
+    values = {k: plain.randomised(getattr(start, k)) for k in ("trained", "frozen")}
+    return start.replace(**jax.tree.map(lambda x: x.astype(np.float32), values))
+
+
+@pytest.mark.slow
+def test_a_decoder_that_learns_on_is_the_same_on_eight_devices():
+    """In one go and in two parts: which pictures give true vectors, and their noise, belongs to the pictures."""
+
+    def config(accumulate):
+        config = unified(32, accumulate)
+        config.parts.decoder = "decoder"
+        merge(config, dict(flow=dict(drop=0.3, zero_share=0.2), loss=dict(true_vectors=0.5), optimizer=dict(eps=1e-3)))
+        return config
+
+    batch = packed_batch()
+    batch["draw_id"] = np.random.default_rng(0).integers(0, 2**32, batch["draw_id"].shape, np.uint64).astype(np.uint32)
+    expected = one_step(config(1), single_device(), batch, random_start(config(1)))
+    assert expected.losses["reconstruction"] > 0 and any(k.startswith("decoder/") for k in expected.gradient)
+    for accumulate, devices, sizes in ((1, 8, MESHES["all"]), (2, 4, dict(fsdp=4))):
+        mesh = make_mesh(**sizes, devices=jax.devices()[:devices])
+        got = one_step(config(accumulate), mesh, batch, expected.start)
+        assert got.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert not far_off(got.gradient, expected.gradient)
 
 
 @pytest.mark.slow

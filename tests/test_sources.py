@@ -21,7 +21,7 @@ from PIL import Image
 from pisces_jax.data import storage, webdataset
 from pisces_jax.data.example import BrokenExample, Picture, Text
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
-from pisces_jax.data.recipes import Recipe
+from pisces_jax.data.recipes import Recipe, Record
 from pisces_jax.data.sources import make_source
 from pisces_jax.errors import UserError
 
@@ -280,6 +280,7 @@ def test_conversations(pictures, form):
         (dict(conversations=[]), "no conversation"),
         (dict(conversations=[{"from": "tool", "value": "x"}]), "a turn of no known form"),
         (dict(conversations=["x"]), "a turn of no known form"),
+        (dict(conversations=[LLAVA["conversations"][0], {"from": "gpt", "value": None}]), "a turn of no known form"),
         (dict(conversations=LLAVA["conversations"][:1]), "nothing that the model says"),
         (dict(image="../red.png"), "a name outside its folder"),
         (dict(image="\ud800.png"), "not UTF-8"),
@@ -311,6 +312,23 @@ def test_questions_and_edits(pictures):
     assert example.dropped[1] == Text("draw: ") and example.drop == 0.2
     with pytest.raises(BrokenExample, match="a picture is missing"):
         source_of("json", path=path, recipe="edit", images=("before",))[0]
+
+
+@pytest.mark.parametrize("nothing", [None, [], {}])
+def test_a_caption_that_is_missing_is_no_word(pictures, nothing):
+    """Python's formats would say "None" or "[]"."""
+    whole = {"image": "red.png", "text": "a", "answers": ["r"], "number": 0}
+    path = jsonl(pictures / "a.jsonl", whole, {**whole, "text": nothing}, {**whole, "answers": [nothing]})
+    for text_format, said, broken in (
+        ("{text}", "a", 1), ("the {text!s:>3}", "the   a", 1), ("{answers[0]}", "r", 2), ("{number}", "0", None)
+    ):  # fmt: skip
+        source = source_of("json", path=path, recipe="pair", caption_format=text_format)
+        assert texts(source[0]) == [(said, False)]
+        assert problems(source) == ({broken: "a field is missing"} if broken else {})
+    recipe = Recipe("caption", "{a}")  # what TensorFlow Datasets gives
+    assert recipe.text(Record("key", {"a": np.int64(0)}, []), "{a}") == "0"
+    with pytest.raises(BrokenExample, match="a field is missing"):
+        recipe.text(Record("key", {"a": np.array([], object)}, []), "{a}")
 
 
 def test_json_that_breaks_off(pictures):
@@ -458,7 +476,7 @@ def test_broken_shards(tmp_path):
     cases = {
         "a picture cannot be decoded": [("x.jpg", picture[: len(picture) // 2]), ("x.txt", b"x")],
         "a picture is missing": [("x.txt", b"x")],
-        "a field is missing": [("x.jpg", picture)],
+        "a field is missing": [("x.jpg", picture), ("x.json", b'{"text": null}')],
         "not UTF-8": [("x.jpg", picture), ("x.txt", b"\xff\xfe\xfa")],
         "not JSON": [("x.jpg", picture), ("x.json", b'{"text": "x')],
         "no JSON object": [("x.jpg", picture), ("x.json", b"[1]")],
@@ -519,6 +537,7 @@ def test_parquet(tmp_path):
     rows[4]["image"] = {"bytes": None, "path": "beside.png"}
     rows[5]["image"] = {"bytes": None, "path": "../beside.png"}
     rows[6]["image"] = {"bytes": b"", "path": None}
+    rows.append({**rows[0], "text": None})
     for f, part in enumerate((rows[:3], rows[3:])):
         table = pyarrow.Table.from_pylist(part, schema=pyarrow.schema({
             "image": pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}), "text": pyarrow.string()
@@ -526,12 +545,12 @@ def test_parquet(tmp_path):
         pyarrow.parquet.write_table(table, tmp_path / f"part-{f}.parquet", row_group_size=2)
     spec = dict(kind="parquet", path=f"{tmp_path}/*.parquet", recipe="caption")
     source = pickle.loads(pickle.dumps(make_source(spec).source))
-    assert len(source) == 7
+    assert len(source) == 8
     for i in range(3):
         assert shape_of(source[i]) == [("read", [i, 0, 0]), ("caption:", False), (f"number {i}", True)]
     assert shape_of(source[4])[0] == BLUE and source[4].key == "part-1/1"
     missing = "a picture is missing"
-    assert problems(source) == {3: missing, 5: "a name outside its folder", 6: missing}
+    assert problems(source) == {3: missing, 5: "a name outside its folder", 6: missing, 7: "a field is missing"}
     with pytest.raises(UserError, match="has no column 'picture', only image, text: set images"):
         make_source({**spec, "images": ("picture",)})
     with pytest.raises(UserError, match="'caption', but the fields are text"):

@@ -116,7 +116,7 @@ class Recipe:
         if not isinstance(text_format, str):
             text_format = text_format[int(identity(record.key, "wording")[0]) % len(text_format)]
         try:
-            text = text_format.format(**record.fields).strip()
+            text = _FORMATTER.vformat(text_format, (), record.fields).strip()
         except (KeyError, IndexError) as error:
             raise BrokenExample(record.key, "a field is missing", str(error.args[0])) from error
         except (ValueError, TypeError, AttributeError) as error:
@@ -124,6 +124,20 @@ class Recipe:
         if not text:
             raise BrokenExample(record.key, "an empty text")
         return sound(text, record.key)
+
+
+class _Formatter(string.Formatter):
+    """`str.format`, to which a null or an empty list is no text: it would be learned as "None" or "[]"."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        empty = isinstance(value, (list, tuple, dict)) and not value or isinstance(value, np.ndarray) and not value.size
+        if value is None or empty:
+            raise KeyError(field_name)
+        return value, first
+
+
+_FORMATTER = _Formatter()
 
 
 def sound(text: str, key: str) -> str:
@@ -233,6 +247,8 @@ def turns_of(record: Record) -> list[Turn]:
             content = turn["value"] if "value" in turn else turn["content"]
             if isinstance(content, (list, tuple)):  # parts: {"type": "text", "text": ...}, {"type": "image"}
                 content = " ".join(part["text"] if part["type"] == "text" else MARK for part in content)
+            if not isinstance(content, (str, int, float)):
+                raise TypeError(f"its text is {content!r}")
             told.append(Turn(_SPEAKERS[speaker], sound(str(content), record.key)))
         except (KeyError, TypeError) as error:
             raise BrokenExample(record.key, "a turn of no known form", repr(error)) from error

@@ -26,12 +26,13 @@ from pisces_jax.data.recipes import Record
 from pisces_jax.data.records import PICTURES, parse_json, parse_text
 from pisces_jax.errors import UserError
 
-VERSION = 1  # of the index
+VERSION = 2  # of the index
 TEXTS = ("txt", "text", "caption")
 CUT = "the shard is cut off"
 _WHOLE = ""
 PROBLEMS = (_WHOLE, "duplicate key", "a name outside its folder", CUT, "a member that is no file")
 OPEN_INDICES = 256
+LONGEST_END = 2**16  # bytes: two blocks of zeros end an archive, and more of them fill it up to a record of tar's
 
 
 class Index(NamedTuple):
@@ -74,13 +75,14 @@ class WebDataset:
         self.paths = storage.expand(path)
         self.images = tuple(images) if images is not None else None
         self._index_paths = index_shards(self.paths, index_dir, index_workers)
-        counts, signatures = [], []
+        counts, signatures, whole = [], [], 0
         for shard in range(len(self.paths)):
             index = self._load(shard)
             counts.append(len(index.problem))
             signatures.append(index.signature)
+            whole += counts[-1] - np.count_nonzero(index.problem)
         self._ends = np.cumsum(counts)
-        if not self._ends[-1]:
+        if not whole:
             raise UserError(f"{self.paths[0]}{' and its like' if len(counts) > 1 else ''} hold no sample: change path")
         self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
 
@@ -207,7 +209,7 @@ def _write_index(path: str, place: Path) -> None:
 
 
 def index_shard(path: str) -> Index:
-    """Reads through one shard's headers.
+    """Reads through one shard's headers. Where it breaks off, one more sample stands for those that are lost.
 
     Raises:
         UserError: it cannot be read, is compressed, or is no tar file.
@@ -251,13 +253,8 @@ def index_shard(path: str) -> Index:
                 spoil(CUT)
                 break
             rows.append((kinds.setdefault(kind, len(kinds)), member.offset_data, member.size))
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        if not samples and total:
-            raise UserError(f"{path} is no tar file ({error}): remove it from path") from error
-        if samples:
-            begin(f"after {samples[-1][0]}", CUT)
-    if not samples and total and not _is_empty_tar(path):
-        raise UserError(f"{path} is no tar file: remove it from path")
+    except (tarfile.TarError, EOFError, ValueError):
+        begin(f"after {samples[-1][0] if samples else 'its start'}", CUT)
     if samples:
         first.append(len(rows))
     keys = [key.encode("utf-8", "surrogateescape") for key, _ in samples]
@@ -276,14 +273,26 @@ def index_shard(path: str) -> Index:
 
 
 def _members(path: str, total: int) -> Iterator[tarfile.TarInfo]:
-    with tarfile.TarFile(path, fileobj=io.BufferedReader(_Reader(path, total), 2**16)) as archive:
+    """The members in order.
+
+    Raises:
+        UserError: it is no tar file.
+        TarError, EOFError, ValueError: it breaks off.
+    """
+    try:
+        archive = tarfile.TarFile(path, fileobj=io.BufferedReader(_Reader(path, total), 2**16))
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        if not total:
+            raise
+        raise UserError(f"{path} is no tar file ({error}): remove it from path") from error
+    with archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined] # or it remembers them all
             yield member
-
-
-def _is_empty_tar(path: str) -> bool:
-    return not any(storage.read(path, 0, 1024))
+        # tarfile takes a damaged header, and a file that is over, for the archive's end.
+        end = storage.read(path, archive.offset, LONGEST_END + 1)
+        if not tarfile.BLOCKSIZE <= len(end) <= LONGEST_END or end.strip(b"\0"):
+            raise tarfile.ReadError("the archive does not end")
 
 
 class _Reader(io.RawIOBase):

@@ -80,15 +80,19 @@ def parse_json(data: bytes, key: str) -> dict[str, Any]:
     Raises:
         BrokenExample: it is not UTF-8, not JSON or no object.
     """
+    value = parse_any_json(data, key)
+    if not isinstance(value, dict):
+        raise BrokenExample(key, "no JSON object", type(value).__name__)
+    return value
+
+
+def parse_any_json(data: bytes, key: str) -> Any:
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BrokenExample(key, "not UTF-8", f"byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise BrokenExample(key, "not JSON", str(error)) from error
-    if not isinstance(value, dict):
-        raise BrokenExample(key, "no JSON object", type(value).__name__)
-    return value
 
 
 def parse_text(data: bytes, key: str) -> str:

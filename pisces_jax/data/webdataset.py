@@ -23,7 +23,7 @@ from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.example import BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
-from pisces_jax.data.records import PICTURES, parse_json, parse_text
+from pisces_jax.data.records import PICTURES, parse_any_json, parse_json, parse_text
 from pisces_jax.errors import UserError
 
 VERSION = 2  # of the index
@@ -55,8 +55,9 @@ class Index(NamedTuple):
 class WebDataset:
     """Records of WebDataset shards. `path` is a pattern or a list of them (`storage.expand`).
 
-    A `.txt` is the field `text`, a `.json` gives its own fields, other small members go by their names. `images`
-    names the members that are pictures ("jpg", "input.png"), in the order that a recipe takes them; by default every
+    A `.txt` is the field `text` and a `.json` gives its own fields; `.prompt.txt` and `.prompt.json` are the field
+    `prompt`, and other small members go by their whole names, with `_` for a dot (in a format a dot asks for an
+    attribute). `images` names the members that are pictures ("jpg", "input.png"), in the order that a recipe takes them; by default every
     picture of a sample. `index_dir` is where the indices go, by default beside the shards.
 
     Raises:
@@ -103,15 +104,19 @@ class WebDataset:
             read = functools.partial(
                 self._read, path, index.signature, int(index.offset[m]), int(index.size[m]), key
             )
-            if kind.rpartition(".")[2] in PICTURES:
+            name, _, suffix = kind.rpartition(".")
+            name = name.replace(".", "_")
+            if suffix in PICTURES:
                 pictures[kind] = EncodedImage(read, key)
-            elif kind in TEXTS:
-                fields["text"] = parse_text(read(), key)
-            elif kind == "json":
+            elif suffix in TEXTS:
+                fields[name or "text"] = parse_text(read(), key)
+            elif suffix == "json" and name:
+                fields[name] = parse_any_json(read(), key)
+            elif suffix == "json":
                 fields.update(parse_json(read(), key))
             elif index.size[m] < 2**16:  # whatever else is text is a field; arrays and the like are left alone
                 try:
-                    fields[kind] = parse_text(read(), key)
+                    fields[kind.replace(".", "_")] = parse_text(read(), key)
                 except BrokenExample as error:
                     if error.reason != "not UTF-8":
                         raise

@@ -175,6 +175,13 @@ def test_a_missing_dataset_is_named_without_asking_the_network(tmp_path):
         source_of("tfds", dataset="cifar10", split="train", data_dir="gs://b/tfds", recipe="pair")
 
 
+def test_one_picture_can_be_named_by_a_word(pictures):
+    path = jsonl(pictures / "a.jsonl", {"before": "red.png", "after": "blue.png", "text": "a"})
+    assert shape_of(source_of("json", path=path, recipe="pair", images="before")[0])[0] == RED
+    path = shard(pictures / "a.tar", [("1.left.jpg", b""), ("1.right.png", png("RGB", (0, 0, 255))), ("1.txt", b"a")])
+    assert shape_of(source_of("webdataset", path=path, recipe="pair", images="right.png")[0])[0] == BLUE
+
+
 def test_make_source_names_mistakes(folder):
     with pytest.raises(UserError, match="choose one of shapes, image_folder, tfds"):
         make_source({"kind": "webdatasets"})

@@ -56,6 +56,8 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
     for key, default in known.items():
         if key not in given and default in (inspect.Parameter.empty, dataclasses.MISSING):
             raise UserError(f"source {name}: {kind} needs {key!r}: set it")
+    if isinstance(given.get("images"), str):  # one name, which would be taken letter by letter
+        given["images"] = (given["images"],)
     try:
         if not takes_recipe:
             return Entry(name, weight, SOURCES[kind](**given))

@@ -569,6 +569,19 @@ def test_members_with_several_suffixes(tmp_path):
     assert [shape_of(source[0])[i][1] for i in (0, 2)] == [[1, 0, 0], [2, 0, 0]]
 
 
+def test_what_lies_beside_the_samples_is_passed_over(tmp_path):
+    first, second = sample(1), sample(2)
+    members = [
+        ("README", b"x"), ("__meta__.json", b"{}"), ("._00001.jpg", b"mac"), first[0], ("._00001.txt", b"mac"), first[1],
+        ("a/.DS_Store", b"mac"), second[0], ("LICENSE", b"x"), second[1], ("._00002.txt", b"mac"), (".git", b"x"),
+    ]  # fmt: skip
+    source = source_of("webdataset", path=shard(tmp_path / "a.tar", members), recipe="caption")
+    assert [texts(source[i])[1][0] for i in range(len(source))] == ["number 1", "number 2"]
+    members += [("../.hidden", b"x")]
+    source = source_of("webdataset", path=shard(tmp_path / "a.tar", members), recipe="caption")
+    assert problems(source) == {2: "a name outside its folder"}
+
+
 def test_shards_are_indexed_in_parallel_and_anywhere(tmp_path):
     for s in range(3):
         shard(tmp_path / f"{s}.tar", sample(s))

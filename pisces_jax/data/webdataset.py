@@ -57,8 +57,8 @@ class WebDataset:
 
     A `.txt` is the field `text` and a `.json` gives its own fields; `.prompt.txt` and `.prompt.json` are the field
     `prompt`, and other small members go by their whole names, with `_` for a dot (in a format a dot asks for an
-    attribute). `images` names the members that are pictures ("jpg", "input.png"), in the order that a recipe takes them; by default every
-    picture of a sample. `index_dir` is where the indices go, by default beside the shards.
+    attribute). `images` names the members that are pictures ("jpg", "input.png"), in the order that a recipe takes
+    them; by default every picture of a sample. `index_dir` is where the indices go, by default beside the shards.
 
     Raises:
         UserError: no shard, a missing one that was never indexed, a compressed one, or no sample at all.
@@ -240,10 +240,10 @@ def index_shard(path: str) -> Index:
     last = None
     try:
         for member in _members(path, total):
-            if member.isdir():
-                continue
             folder, _, name = member.name.rpartition("/")
             stem, _, kind = name.partition(".")
+            if member.isdir() or (storage.inside(member.name) and _is_no_sample(stem, kind)):
+                continue
             key, kind = (f"{folder}/{stem}" if folder else stem), kind.lower()
             if key != last or kind in current:
                 begin(key, PROBLEMS[1] if key in seen else _WHOLE)
@@ -275,6 +275,14 @@ def index_shard(path: str) -> Index:
         offset=table[:, 1],
         size=table[:, 2],
     )
+
+
+def _is_no_sample(stem: str, kind: str) -> bool:
+    """What lies beside the samples: the notes of macOS (`._1.png`), files without a suffix, and `__meta__.json`.
+
+    The webdataset library passes over them too.
+    """
+    return not stem or not kind or (len(stem) > 4 and stem.startswith("__") and stem.endswith("__"))
 
 
 def _members(path: str, total: int) -> Iterator[tarfile.TarInfo]:

@@ -557,13 +557,14 @@ def test_what_a_shard_lost_is_counted(tmp_path):
 def test_members_with_several_suffixes(tmp_path):
     members = [
         ("1.in.png", png("RGB", (1, 0, 0))), ("1.out.png", png("RGB", (2, 0, 0))), ("1.txt", b"plain"),
-        ("1.prompt.txt", b"a prompt"), ("1.meta.json", b'{"by": "me", "sizes": [4, 5]}'), ("1.tags.json", b'["x", "y"]'),
-        ("1.json", b'{"title": "own"}'), ("1.cls", b"7"), ("1.first.cls", b"8"), ("1.long.name.txt", b"all of it"),
+        ("1.prompt.txt", b"a prompt"), ("1.meta.json", b'{"by": "me", "sizes": [4, 5]}'), ("1.json", b'{"title": "own"}'),
+        ("1.tags.json", b'["x", "y"]'), ("1.cls", b"7"), ("1.first.cls", b"8"), ("1.long.name.txt", b"all of it"),
     ]  # fmt: skip
     path = shard(tmp_path / "a.tar", members)
     source = source_of(
         "webdataset", path=path, recipe="edit", images=("in.png", "out.png"),
-        caption_format="{text}, {prompt}, {meta[by]}, {meta[sizes][1]}, {tags[0]}, {title}, {cls}, {first_cls}, {long_name}",
+        caption_format="{text}, {prompt}, {meta[by]}, {meta[sizes][1]}, {tags[0]}, {title}, {cls}, {first_cls}, "
+        "{long_name}",
     )  # fmt: skip
     assert texts(source[0]) == [("draw: plain, a prompt, me, 5, x, own, 7, 8, all of it", False)]
     assert [shape_of(source[0])[i][1] for i in (0, 2)] == [[1, 0, 0], [2, 0, 0]]

@@ -194,7 +194,8 @@ def index_shards(paths: Sequence[str], index_dir: str | None = None, workers: in
 
 
 def _place(path: str, index_dir: str | None) -> Path:
-    digest = hashlib.blake2b(os.path.abspath(path).encode(), digest_size=6).hexdigest()
+    whole = path if storage.is_remote(path) else os.path.abspath(path)
+    digest = hashlib.blake2b(whole.encode(), digest_size=6).hexdigest()
     if index_dir is None:
         beside = Path(f"{path}.index")
         if not storage.is_remote(path) and (beside.exists() or os.access(beside.parent, os.W_OK)):

@@ -175,6 +175,33 @@ def test_a_missing_dataset_is_named_without_asking_the_network(tmp_path):
         source_of("tfds", dataset="cifar10", split="train", data_dir="gs://b/tfds", recipe="pair")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(caption_format="{text"), "'{text' is no format (expected '}' before end of string): mend its braces"),
+        (dict(caption_format=("{text}", "}")), "'}' is no format"),
+        (dict(caption_format=()), "caption_format=() is no format"),
+        (dict(caption_format=3), "caption_format=3 is no format"),
+        (dict(caption_format=("{text}", 3)), "is no format: give one"),
+        (dict(caption_format=None), "caption_format=None is no format"),
+        (dict(caption_format="a {} b"), "braces without a field's name"),
+        (dict(caption_format="{0}"), "braces without a field's name"),
+        (dict(answer_format="{[1]}"), "answer_format='{[1]}' has braces without"),
+        (dict(drop="0.1"), "drop='0.1' is no rate"),
+        (dict(drop=None), "drop=None is no rate"),
+        (dict(val_share="x"), "val_share='x' is no share"),
+        (dict(weight="x"), "weight='x' is no number"),
+        (dict(recipe=["caption"]), "no recipe ['caption']"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(folder, change, words):
+    spec = dict(path=str(folder / "metadata.jsonl"), recipe="draw_caption") | change
+    for kind, where in ("json", spec), ("image_folder", {**spec, "path": str(folder)}):
+        with pytest.raises(UserError) as error:
+            source_of(kind, **where)
+        assert str(error.value).startswith(f"source {kind}: ") and words in str(error.value)
+
+
 def test_one_picture_can_be_named_by_a_word(pictures):
     path = jsonl(pictures / "a.jsonl", {"before": "red.png", "after": "blue.png", "text": "a"})
     assert shape_of(source_of("json", path=path, recipe="pair", images="before")[0])[0] == RED
@@ -557,8 +584,9 @@ def test_what_a_shard_lost_is_counted(tmp_path):
 def test_members_with_several_suffixes(tmp_path):
     members = [
         ("1.in.png", png("RGB", (1, 0, 0))), ("1.out.png", png("RGB", (2, 0, 0))), ("1.txt", b"plain"),
-        ("1.prompt.txt", b"a prompt"), ("1.meta.json", b'{"by": "me", "sizes": [4, 5]}'), ("1.json", b'{"title": "own"}'),
-        ("1.tags.json", b'["x", "y"]'), ("1.cls", b"7"), ("1.first.cls", b"8"), ("1.long.name.txt", b"all of it"),
+        ("1.prompt.txt", b"a prompt"), ("1.json", b'{"title": "own"}'), ("1.cls", b"7"),
+        ("1.meta.json", b'{"by": "me", "sizes": [4, 5]}'), ("1.tags.json", b'["x", "y"]'), ("1.first.cls", b"8"),
+        ("1.long.name.txt", b"all of it"),
     ]  # fmt: skip
     path = shard(tmp_path / "a.tar", members)
     source = source_of(
@@ -573,7 +601,7 @@ def test_members_with_several_suffixes(tmp_path):
 def test_what_lies_beside_the_samples_is_passed_over(tmp_path):
     first, second = sample(1), sample(2)
     members = [
-        ("README", b"x"), ("__meta__.json", b"{}"), ("._00001.jpg", b"mac"), first[0], ("._00001.txt", b"mac"), first[1],
+        ("README", b"x"), ("__meta__.json", b"{}"), ("._00001.jpg", b"mac"), first[0], first[1],
         ("a/.DS_Store", b"mac"), second[0], ("LICENSE", b"x"), second[1], ("._00002.txt", b"mac"), (".git", b"x"),
     ]  # fmt: skip
     source = source_of("webdataset", path=shard(tmp_path / "a.tar", members), recipe="caption")

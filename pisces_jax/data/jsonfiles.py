@@ -168,6 +168,8 @@ class ImageFolder:
     ):
         if split not in SPLITS:
             raise UserError(f"no split {split!r}: choose train, val or all")
+        if not isinstance(val_share, (int, float)) or not 0 <= val_share <= 1:
+            raise UserError(f"val_share={val_share!r} is no share: give a number from 0 to 1")
         self.path, self.recipe, self.split = os.fspath(path).rstrip("/"), recipe, split
         try:
             self._records = JsonRecords([storage.join(self.path, "metadata.jsonl")], images, self.path)

@@ -46,8 +46,8 @@ class Examples:
     def __init__(self, records: Records, recipe: Recipe, split: str = "all", val_share: float = 0.01):
         if split not in SPLITS:
             raise UserError(f"no split {split!r}: choose train, val or all")
-        if not 0 < val_share <= 0.5:
-            raise UserError(f"val_share={val_share} is no share: give a number above 0 and up to 0.5")
+        if not isinstance(val_share, (int, float)) or not 0 < val_share <= 0.5:
+            raise UserError(f"val_share={val_share!r} is no share: give a number above 0 and up to 0.5")
         self.records, self.recipe, self.split = records, recipe, split
         self._every = round(1 / val_share)
         held_out = len(records) // self._every

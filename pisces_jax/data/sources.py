@@ -40,7 +40,11 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
     kind = given.pop("kind", None)
     if kind not in KINDS:
         raise UserError(f"no kind of source {kind!r}: choose one of {', '.join(KINDS)}")
-    name, weight = given.pop("name", kind), float(given.pop("weight", 1.0))
+    name, weight = given.pop("name", kind), given.pop("weight", 1.0)
+    try:
+        weight = float(weight)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"source {name}: weight={weight!r} is no number: give one such as 1.0") from error
     reader = inspect.signature(READERS.get(kind) or SOURCES[kind]).parameters
     takes_recipe = kind in READERS or "recipe" in reader
     ways: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe) if takes_recipe}

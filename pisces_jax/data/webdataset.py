@@ -81,7 +81,7 @@ class WebDataset:
             index = self._load(shard)
             counts.append(len(index.problem))
             signatures.append(index.signature)
-            whole += counts[-1] - np.count_nonzero(index.problem)
+            whole += counts[-1] - int(np.count_nonzero(index.problem))
         self._ends = np.cumsum(counts)
         if not whole:
             raise UserError(f"{self.paths[0]}{' and its like' if len(counts) > 1 else ''} hold no sample: change path")

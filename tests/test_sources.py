@@ -396,6 +396,25 @@ def test_json_that_breaks_off(pictures):
         source_of("json", path=str(pictures / "none.json"), recipe="conversation")
 
 
+def test_blank_lines_of_any_length(pictures):
+    line = json.dumps(LLAVA).encode()
+    path = pictures / "a.jsonl"
+    path.write_bytes(b"\n".join([line, b"     ", b"", b"  " + line, b"\t\t\t\t\t\r", line, b" " * 100]))
+    source = source_of("json", path=str(path), recipe="conversation")
+    assert [shape_of(source[i]) for i in range(len(source))] == [LLAVA_PARTS] * 3
+
+
+def test_an_object_around_the_array_is_named(pictures):
+    path = pictures / "a.json"
+    for text in (json.dumps({"info": {}, "annotations": [LLAVA]}, indent=1), '{"info": {},\n"annotations": []}\n'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is one object, of the fields info, annotations: write the array in it"):
+            source_of("json", path=str(path), recipe="conversation")
+    path.write_text('{"half": \n' + json.dumps(LLAVA))  # a line that is cut is no such thing
+    source = source_of("json", path=str(path), recipe="conversation")
+    assert problems(source) == {0: "not JSON"} and shape_of(source[1]) == LLAVA_PARTS
+
+
 # WebDataset
 
 

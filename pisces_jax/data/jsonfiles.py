@@ -46,6 +46,7 @@ class JsonRecords:
             digest.update(path.encode())
             digest.update(data)
             spans.append(_spans(data))
+            _refuse_one_object(path, data, spans[-1])
             if not (spans[-1][:, 1] >= 0).any():
                 raise UserError(f"{path} holds no JSON object, neither one a line nor in an array: change path")
         self._spans = np.concatenate(spans)
@@ -120,8 +121,26 @@ def _line_spans(data: bytes) -> np.ndarray:
         ends = np.append(ends, len(data))
     starts = np.concatenate([[0], ends[:-1] + 1])
     spans = np.stack([starts, ends - starts], axis=1)
-    blank = [i for i in np.flatnonzero(spans[:, 1] < 4) if not data[spans[i, 0] : spans[i].sum()].strip()]
+    maybe = np.isin(np.frombuffer(data, np.uint8)[starts], list(b" \t\r\n"))  # a blank line begins with a blank
+    blank = [i for i in np.flatnonzero(maybe) if not data[spans[i, 0] : spans[i].sum()].strip()]
     return np.delete(spans, blank, axis=0).astype(np.int64)
+
+
+def _refuse_one_object(path: str, data: bytes, spans: np.ndarray) -> None:
+    """Raises `UserError` where a file of several lines is one object, as `{"annotations": [...]}` is."""
+    if len(spans) < 2:
+        return
+    try:
+        parse_json(data[spans[0, 0] : spans[0].sum()], path)
+    except BrokenExample:
+        try:
+            whole = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(whole, dict):
+            raise UserError(
+                f"{path} is one object, of the fields {', '.join(whole)}: write the array in it, or an object a line"
+            ) from None
 
 
 _SPACE = re.compile(r"[\s,]*")

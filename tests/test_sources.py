@@ -226,6 +226,74 @@ def test_make_source_names_mistakes(folder):
     assert entry[:2] == ("n", 2.0) and len(entry.source) == 200
 
 
+def array_record(path, *records):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return str(path)
+
+
+def tf_example(**features):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+    for name, values in features.items():
+        example.features.feature[name].bytes_list.value.extend(values)
+    return example.SerializeToString()
+
+
+def prepared_by_tfds(folder, *texts):
+    """A dataset of a picture, a text and a sequence of texts, as TensorFlow Datasets writes it."""
+    records = [tf_example(image=[png("RGB", (9, 0, 0))], text=[text], words=[b"first", text]) for text in texts]
+    array_record(folder / "set-train.array_record-00000-of-00001", *records)
+    module = "tensorflow_datasets.core.features."
+    text = {"pythonClassName": f"{module}text_feature.Text", "text": {}}
+    image = {"dtype": "uint8", "encodingFormat": "png", "shape": {"dimensions": ["-1", "-1", "3"]}}
+    features = {
+        "image": {"pythonClassName": f"{module}image_feature.Image", "image": image},
+        "text": text,
+        "words": {"pythonClassName": f"{module}sequence_feature.Sequence", "sequence": {"feature": text, "length": "-1"}},
+    }
+    whole = {"pythonClassName": f"{module}features_dict.FeaturesDict", "featuresDict": {"features": features}}
+    (folder / "features.json").write_text(json.dumps(whole))
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    split = {"name": "train", "filepathTemplate": template, "numBytes": "1", "shardLengths": [str(len(texts))]}
+    about = {"name": "set", "version": folder.name, "fileFormat": "array_record", "splits": [split]}
+    (folder / "dataset_info.json").write_text(json.dumps(about))
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    """They break an example whose text they are, and no other: a field may be a mask."""
+    prepared_by_tfds(tmp_path / "set/1.0.0", b"good", b"\xff")
+    path = array_record(
+        tmp_path / "plain", *(tf_example(image=[png("RGB", (9, 0, 0))], text=[t], words=[b"first", t], mask=[b"\xfe"])
+        for t in (b"good", b"\xff"))
+    )  # fmt: skip
+    for spec in (
+        dict(kind="tfds", dataset="set", split="train", data_dir=str(tmp_path)), dict(kind="array_record", path=path)
+    ):  # fmt: skip
+        for text_format, said, broken in (
+            ("{text}", "good", True), ("{words[1]}", "good", True), ("{words[0]}", "first", False)
+        ):  # fmt: skip
+            source = make_source(dict(spec, recipe="pair", caption_format=text_format)).source
+            assert shape_of(source[0]) == [("read", [9, 0, 0]), (said, False)]
+            assert problems(source) == ({1: "not UTF-8"} if broken else {})
+
+
+def test_of_several_configurations_one_must_be_named(tmp_path):
+    for name in "2014/1.0.0", "2014/1.1.0", "2017/1.1.0":
+        prepared_by_tfds(tmp_path / "set" / name, name.encode())
+    spec = dict(kind="tfds", split="train", data_dir=str(tmp_path), recipe="pair")
+    with pytest.raises(UserError, match="set dataset to one of set/2014/1.0.0, set/2014/1.1.0, set/2017/1.1.0"):
+        make_source({**spec, "dataset": "set"})
+    for name, said in ("set/2014", "2014/1.1.0"), ("set/2014/1.0.0", "2014/1.0.0"), ("set/2017", "2017/1.1.0"):
+        assert texts(make_source({**spec, "dataset": name}).source[0]) == [(said, False)]
+
+
 # Recipes
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pisces_jax.data import storage
 from pisces_jax.data.example import BrokenExample
 from pisces_jax.data.images import EncodedImage
@@ -71,14 +69,21 @@ class Tfds:
     def _plain(self, field: str, value: Any) -> Any:
         if field in self._labels and value >= 0:  # TFDS marks a hidden label by -1
             return self._labels[field][int(value)].replace("_", " ")
-        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        return _text(value)
 
 
 def _prepared_folder(data_dir: Path, name: str) -> Path:
-    """The newest version's folder: found without TFDS's own search, which asks the network."""
+    """The newest version's folder: found without TFDS's own search, which asks the network.
+
+    Raises:
+        UserError: none is there, or several configurations, of which no version is the newest of all.
+    """
     found = sorted(path.parent for path in (data_dir / name).glob("**/dataset_info.json"))
     if not found:
         raise UserError(f"no prepared dataset {name} in {data_dir}: set data_dir to where TFDS has prepared it")
+    if len({path.parent for path in found}) > 1:
+        choices = ", ".join(str(path.relative_to(data_dir)) for path in found)
+        raise UserError(f"dataset {name} in {data_dir} has several configurations: set dataset to one of {choices}")
     return max(found, key=lambda path: [int(word) if word.isdigit() else 0 for word in path.name.split(".")])
 
 
@@ -172,8 +177,12 @@ def parse_example(data: bytes, key: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
+    """Bytes as text, in lists too; what is not UTF-8 stays bytes, as it may be no text: a recipe that takes it refuses."""
     if isinstance(value, list):
         return [_text(one) for one in value]
-    if isinstance(value, (bytes, np.bytes_)):
-        return bytes(value).decode("utf-8", "replace")
-    return value
+    if isinstance(value, dict):
+        return {name: _text(one) for name, one in value.items()}
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value

@@ -120,6 +120,8 @@ class Recipe:
             text = _FORMATTER.vformat(text_format, (), record.fields).strip()
         except (KeyError, IndexError) as error:
             raise BrokenExample(record.key, "a field is missing", str(error.args[0])) from error
+        except UnicodeDecodeError as error:
+            raise BrokenExample(record.key, "not UTF-8", f"byte {error.start}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise BrokenExample(record.key, "a field does not fit its format", str(error)) from error
         if not text:
@@ -154,14 +156,16 @@ def _check_format(name: str, given: Any) -> None:
 
 
 class _Formatter(string.Formatter):
-    """`str.format`, to which a null or an empty list is no text: it would be learned as "None" or "[]"."""
+    """`str.format` for what records hold: a null or an empty list is no text ("None" or "[]" would be learned), and
+    bytes are UTF-8.
+    """
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         value, first = super().get_field(field_name, args, kwargs)
         empty = isinstance(value, (list, tuple, dict)) and not value or isinstance(value, np.ndarray) and not value.size
         if value is None or empty:
             raise KeyError(field_name)
-        return value, first
+        return value.decode() if isinstance(value, bytes) else value, first
 
 
 _FORMATTER = _Formatter()

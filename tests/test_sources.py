@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pisces_jax.data import storage, webdataset
 from pisces_jax.data.example import BrokenExample, Picture, Text
@@ -253,10 +253,11 @@ def prepared_by_tfds(folder, *texts):
     module = "tensorflow_datasets.core.features."
     text = {"pythonClassName": f"{module}text_feature.Text", "text": {}}
     image = {"dtype": "uint8", "encodingFormat": "png", "shape": {"dimensions": ["-1", "-1", "3"]}}
+    many = {"feature": text, "length": "-1"}
     features = {
         "image": {"pythonClassName": f"{module}image_feature.Image", "image": image},
         "text": text,
-        "words": {"pythonClassName": f"{module}sequence_feature.Sequence", "sequence": {"feature": text, "length": "-1"}},
+        "words": {"pythonClassName": f"{module}sequence_feature.Sequence", "sequence": many},
     }
     whole = {"pythonClassName": f"{module}features_dict.FeaturesDict", "featuresDict": {"features": features}}
     (folder / "features.json").write_text(json.dumps(whole))
@@ -821,6 +822,12 @@ def test_every_kind_of_picture_becomes_rgb():
     assert colour(png("L", 100)) == [100] * 3
     assert colour(png("1", 1)) == [255] * 3
     assert colour(png("I;16", 30000)) == [round(30000 / 257)] * 3
+    assert colour(b"P5 4 4 65535\n" + struct.pack(">16H", *[30000] * 16)) == [round(30000 / 257)] * 3
+    for mode, value in ("I", 200), ("F", 0.5):  # what is white in them is not known
+        file = io.BytesIO()
+        Image.new(mode, (4, 4), value).save(file, "TIFF")
+        with pytest.raises(UnreadablePicture, match="neither of 8 nor of 16 bits"):
+            load_image(file.getvalue())
     assert colour(png("RGBA", (200, 0, 0, 0))) == [255] * 3
     half = colour(png("RGBA", (200, 0, 0, 128)))
     assert np.abs(np.array(half) - (np.array([200, 0, 0]) * 128 + 255 * 127) / 255).max() <= 1
@@ -845,6 +852,23 @@ def test_exif_orientation():
     Image.fromarray(array).save(file, "PNG", exif=exif)
     upright = load_image(file.getvalue())
     assert upright.shape == (8, 4, 3) and upright[:4].min() == 255 and upright[4:].max() == 0
+    # All eight, against PIL's own way.
+    array = np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8)
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG", exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue())))
+        assert (load_image(file.getvalue()) == np.asarray(expected)).all()
+    # The resolution beside it is no number: PIL decodes the picture all the same.
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    for damaged in exif, b"Exif\0\0nonsense":
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "JPEG", exif=damaged)
+        decoded = np.asarray(Image.open(io.BytesIO(file.getvalue())))
+        expected = np.rot90(decoded, -1) if damaged is exif else decoded  # a quarter clockwise
+        assert (load_image(file.getvalue()) == expected).all()
 
 
 def test_broken_pictures_are_named(tmp_path):

@@ -177,7 +177,7 @@ def parse_example(data: bytes, key: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
-    """Bytes as text, in lists too; what is not UTF-8 stays bytes, as it may be no text: a recipe that takes it refuses."""
+    """Bytes as text, in lists too; what is not UTF-8 stays bytes: it may be no text, and recipes refuse it."""
     if isinstance(value, list):
         return [_text(one) for one in value]
     if isinstance(value, dict):

@@ -397,7 +397,7 @@ def test_broken_conversations_are_told_apart(pictures, change, reason):
     assert shape_of(source[0]) == LLAVA_PARTS
     with pytest.raises(BrokenExample) as error:
         source[1]
-    assert error.value.reason == reason and error.value.key == "talk.jsonl/2"
+    assert error.value.reason == reason and error.value.key == "json/talk.jsonl/2"
 
 
 def test_questions_and_edits(pictures):
@@ -533,7 +533,8 @@ def test_webdataset(tmp_path):
     source = pickle.loads(pickle.dumps(source))
     for i in (0, 6, 13):
         number = i - i // 5
-        assert source[i].parts[0].text == f"draw: number {number}" and source[i].key == f"s00{i // 5}/{number:05d}"
+        assert source[i].parts[0].text == f"draw: number {number}"
+        assert source[i].key == f"webdataset/s00{i // 5}.tar/{number:05d}"
         assert abs(int(source[i].parts[1].array()[0, 0, 0]) - number) <= 2
     with pytest.raises(BrokenExample, match="a field is missing"):
         source[4]
@@ -542,11 +543,12 @@ def test_webdataset(tmp_path):
     # A part of the shards, by pattern; held out, every fifth.
     assert len(make_source({**spec, "path": f"{tmp_path}/s*[01].tar"}).source) == 10
     train, val = (make_source({**spec, "split": split, "val_share": 0.2}).source for split in ("train", "val"))
-    assert [val.records[i].key for i in (4, 9, 14)] == ["s000/j0", "s001/j1", "s002/j2"]
+    last = [f"webdataset/s00{s}.tar/j{s}" for s in range(3)]
+    assert [val.records[i].key for i in (4, 9, 14)] == last
     assert len(train) == 12 and len(val) == 3 and problems(val) == {0: "a field is missing"} | {
         1: "a field is missing", 2: "a field is missing"
     }
-    assert {train[i].key for i in range(12)}.isdisjoint({"s000/j0", "s001/j1", "s002/j2"})
+    assert {train[i].key for i in range(12)}.isdisjoint(last)
 
 
 def webp():
@@ -732,7 +734,7 @@ def test_parquet(tmp_path):
     assert len(source) == 8
     for i in range(3):
         assert shape_of(source[i]) == [("read", [i, 0, 0]), ("caption:", False), (f"number {i}", True)]
-    assert shape_of(source[4])[0] == BLUE and source[4].key == "part-1/1"
+    assert shape_of(source[4])[0] == BLUE and source[4].key == "parquet/part-1.parquet/1"
     missing = "a picture is missing"
     assert problems(source) == {3: missing, 5: "a name outside its folder", 6: missing, 7: "a field is missing"}
     with pytest.raises(UserError, match="has no column 'picture', only image, text: set images"):
@@ -743,6 +745,44 @@ def test_parquet(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="cannot be read as a Parquet file"):
         make_source(spec)
+
+
+# Keys
+
+
+def test_every_example_of_a_mixture_has_a_key_of_its_own(tmp_path):
+    """Files of one name in folders of one name, as published sets have them: keys seed noise and dropped captions."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for folder in ("cc/train", "laion/train"):
+        place = tmp_path / folder
+        place.mkdir(parents=True)
+        shard(place / "0.tar", sample(1) + sample(2))
+        jsonl(place / "a.jsonl", {"text": "a"}, {"text": "b"})
+        array_record(place / "r", json.dumps({"text": "a"}).encode(), json.dumps({"text": "b"}).encode())
+        pyarrow.parquet.write_table(pyarrow.table({"image": [b"x", b"y"], "text": ["a", "b"]}), place / "p.parquet")
+
+    def keys(root):
+        found = []
+        for kind, file in ("webdataset", "0.tar"), ("json", "a.jsonl"), ("array_record", "r"), ("parquet", "p.parquet"):
+            more = dict(index_workers=1) if kind == "webdataset" else {}
+            # In one source, and each in its own.
+            for name, folders in ("both", ("cc", "laion")), ("cc", ("cc",)), ("laion", ("laion",)):
+                path = [f"{root}/{folder}/train/{file}" for folder in folders]
+                records = make_source(dict(kind=kind, name=name, path=path, recipe="pair", **more)).source.records
+                found += [records[i].key for i in range(len(records))]
+        return found
+
+    found = keys(tmp_path)
+    assert len(found) == len(set(found)) == 4 * (4 + 2 + 2)
+    assert found[:6] == [f"both/{one}/train/0.tar/0000{i}" for one in ("cc", "laion") for i in (1, 2)] + [
+        "cc/0.tar/00001", "cc/0.tar/00002"
+    ]  # fmt: skip
+    os.makedirs(tmp_path / "elsewhere/deeper")
+    for folder in "cc", "laion":
+        os.rename(tmp_path / folder, tmp_path / "elsewhere/deeper" / folder)
+    assert keys(tmp_path / "elsewhere/deeper") == found  # wherever the data lies
 
 
 # Buckets

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pisces_jax.data import storage
 from pisces_jax.data.example import BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.jsonfiles import picture_files
 from pisces_jax.data.recipes import Record
-from pisces_jax.data.records import encoded, parse_json
+from pisces_jax.data.records import encoded, labels, locate, parse_json
 from pisces_jax.errors import UserError
 
 
@@ -106,13 +108,20 @@ class ArrayRecords:
 
     names = None
 
-    def __init__(self, path: str | Sequence[str], images: Sequence[str] = ("image",), image_root: str | None = None):
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        images: Sequence[str] = ("image",),
+        image_root: str | None = None,
+        name: str = "array_record",
+    ):
         self.paths, self.images, self.image_root = storage.expand(path), tuple(images), image_root
+        self._labels = labels(name, self.paths)
         for one in self.paths:
             _refuse_remote(one)
         signatures = [storage.signature(one) for one in self.paths]
         self._open()
-        if not self._length:
+        if not self._ends[-1]:
             raise UserError(f"{self.paths[0]} holds no record: change path")
         self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
 
@@ -120,19 +129,20 @@ class ArrayRecords:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         try:
-            self._source = ArrayRecordDataSource(self.paths)
-            self._length = len(self._source)
+            self._sources = [ArrayRecordDataSource(one) for one in self.paths]
+            self._ends = np.cumsum([len(source) for source in self._sources])
         except (ValueError, OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{self.paths[0]} cannot be read as ArrayRecord ({reason}): change path") from error
 
     def __len__(self) -> int:
-        return self._length
+        return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Record:
-        key = f"{Path(self.paths[0]).name}/{int(i)}"
+        file, number = locate(self._ends, i)
+        key = f"{self._labels[file]}/{number}"
         try:
-            (data,) = self._source.__getitems__([int(i)])
+            (data,) = self._sources[file].__getitems__([number])
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
         if data[:1] == b"{":
@@ -146,7 +156,7 @@ class ArrayRecords:
         return Record(key, {name: _text(value) for name, value in fields.items()}, pictures)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_source"}
+        return {name: value for name, value in self.__dict__.items() if name != "_sources"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,8 +1,11 @@
 """What readers of file formats share: random access to records, and examples from them by a recipe."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from pisces_jax.data.example import BrokenExample, Example
 from pisces_jax.data.images import EncodedImage
@@ -72,6 +75,23 @@ class Examples:
         elif self.split == "train":
             i += i // (self._every - 1)
         return self.recipe.example(self.records[i])
+
+
+def labels(name: str, paths: Sequence[str]) -> list[str]:
+    """What the keys of each file's examples begin with: the source's `name`, and the path below what all files share.
+
+    Keys seed noise and choose whose captions are dropped: no two examples of a mixture may have the same one, and it
+    must not matter in which folder the data lies.
+    """
+    parts = [path.split("/") for path in paths]
+    shared = len(os.path.commonprefix([part[:-1] for part in parts]))
+    return ["/".join([name, *part[shared:]]) for part in parts]
+
+
+def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """The file of record i and its number there; `ends` has the sums of the files' records."""
+    file = int(np.searchsorted(ends, i, side="right"))
+    return file, int(i) - (int(ends[file - 1]) if file else 0)
 
 
 def parse_json(data: bytes, key: str) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
     """A mixture's entry from a config's: `kind`, `name`, `weight` (1), and the arguments of its reader and recipe.
 
     Kinds are those of `KINDS`; all but "shapes" take the fields of `Recipe`, and readers also `split` and `val_share`
-    (`Examples`), unless they have a `split` of their own. `name` is what reports call it, by default its kind.
+    (`Examples`), unless they have a `split` of their own. `name` is what reports call it, by default its kind, and what
+    the keys of examples in plain files begin with.
 
     Raises:
         UserError: an unknown kind or argument, or as the reader and the recipe themselves do.
@@ -62,6 +63,8 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
             raise UserError(f"source {name}: {kind} needs {key!r}: set it")
     if isinstance(given.get("images"), str):  # one name, which would be taken letter by letter
         given["images"] = (given["images"],)
+    if "name" in reader:
+        given["name"] = name
     try:
         if not takes_recipe:
             return Entry(name, weight, SOURCES[kind](**given))

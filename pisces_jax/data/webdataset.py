@@ -23,7 +23,7 @@ from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.example import BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
-from pisces_jax.data.records import PICTURES, parse_any_json, parse_json, parse_text
+from pisces_jax.data.records import PICTURES, labels, locate, parse_any_json, parse_json, parse_text
 from pisces_jax.errors import UserError
 
 VERSION = 2  # of the index
@@ -72,8 +72,10 @@ class WebDataset:
         images: Sequence[str] | None = None,
         index_dir: str | None = None,
         index_workers: int | None = None,
+        name: str = "webdataset",
     ):
         self.paths = storage.expand(path)
+        self._labels = labels(name, self.paths)
         self.images = tuple(images) if images is not None else None
         self._index_paths = index_shards(self.paths, index_dir, index_workers)
         counts, signatures, whole = [], [], 0
@@ -91,10 +93,9 @@ class WebDataset:
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Record:
-        shard = int(np.searchsorted(self._ends, i, side="right"))
+        shard, i = locate(self._ends, i)
         path, index = self.paths[shard], self._load(shard)
-        i -= int(self._ends[shard - 1]) if shard else 0
-        key = f"{Path(path).stem}/{index.key(i)}"
+        key = f"{self._labels[shard]}/{index.key(i)}"
         if index.problem[i]:
             raise BrokenExample(key, PROBLEMS[index.problem[i]], path)
         fields: dict[str, Any] = {}

@@ -145,6 +145,24 @@ def test_index(call, tmp_path):
     assert len(list((tmp_path / "index").iterdir())) == 1
 
 
+def test_index_of_a_bucket(call, tmp_path, monkeypatch):
+    """Its place does not depend on where the command runs, and that other hosts do not see it is said."""
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
+    system.pipe("/indexed/a.tar", (tmp_path / "a.tar").read_bytes())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in "one", "two":
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        status, out, err = call("index", "--path=memory://indexed/a.tar")
+        assert status == 0 and "give --index_dir a folder that all share" in out, err
+    assert len(list((tmp_path / "cache/pisces_jax/index").iterdir())) == 1
+    status, out, err = call("index", "--path=memory://indexed/a.tar", f"--index_dir={tmp_path}/shared")
+    assert status == 0 and "--index_dir" not in out, err
+    system.rm("/indexed", recursive=True)
+
+
 def test_the_mixture_of_real_sets_fills_its_rows(data_folder, tmp_path, monkeypatch):
     """CIFAR-10, OpenMoji and shapes, 4 : 3 : 3, as `configs/mixed_small.py` packs them; a tenth of each to be quick."""
     from pisces_jax import cli

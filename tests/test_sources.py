@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pisces_jax.data import storage, webdataset
 from pisces_jax.data.example import BrokenExample, Picture, Text
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
-from pisces_jax.data.recipes import Recipe
+from pisces_jax.data.recipes import Recipe, Record
 from pisces_jax.data.sources import make_source
 from pisces_jax.errors import UserError
 
@@ -175,6 +175,40 @@ def test_a_missing_dataset_is_named_without_asking_the_network(tmp_path):
         source_of("tfds", dataset="cifar10", split="train", data_dir="gs://b/tfds", recipe="pair")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(caption_format="{text"), "'{text' is no format (expected '}' before end of string): mend its braces"),
+        (dict(caption_format=("{text}", "}")), "'}' is no format"),
+        (dict(caption_format=()), "caption_format=() is no format"),
+        (dict(caption_format=3), "caption_format=3 is no format"),
+        (dict(caption_format=("{text}", 3)), "is no format: give one"),
+        (dict(caption_format=None), "caption_format=None is no format"),
+        (dict(caption_format="a {} b"), "braces without a field's name"),
+        (dict(caption_format="{0}"), "braces without a field's name"),
+        (dict(answer_format="{[1]}"), "answer_format='{[1]}' has braces without"),
+        (dict(drop="0.1"), "drop='0.1' is no rate"),
+        (dict(drop=None), "drop=None is no rate"),
+        (dict(val_share="x"), "val_share='x' is no share"),
+        (dict(weight="x"), "weight='x' is no number"),
+        (dict(recipe=["caption"]), "no recipe ['caption']"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(folder, change, words):
+    spec = dict(path=str(folder / "metadata.jsonl"), recipe="draw_caption") | change
+    for kind, where in ("json", spec), ("image_folder", {**spec, "path": str(folder)}):
+        with pytest.raises(UserError) as error:
+            source_of(kind, **where)
+        assert str(error.value).startswith(f"source {kind}: ") and words in str(error.value)
+
+
+def test_one_picture_can_be_named_by_a_word(pictures):
+    path = jsonl(pictures / "a.jsonl", {"before": "red.png", "after": "blue.png", "text": "a"})
+    assert shape_of(source_of("json", path=path, recipe="pair", images="before")[0])[0] == RED
+    path = shard(pictures / "a.tar", [("1.left.jpg", b""), ("1.right.png", png("RGB", (0, 0, 255))), ("1.txt", b"a")])
+    assert shape_of(source_of("webdataset", path=path, recipe="pair", images="right.png")[0])[0] == BLUE
+
+
 def test_make_source_names_mistakes(folder):
     with pytest.raises(UserError, match="choose one of shapes, image_folder, tfds"):
         make_source({"kind": "webdatasets"})
@@ -190,6 +224,75 @@ def test_make_source_names_mistakes(folder):
         dict(kind="image_folder", name="n", weight=2, path=str(folder), split="all", recipe="pair")
     )
     assert entry[:2] == ("n", 2.0) and len(entry.source) == 200
+
+
+def array_record(path, *records):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return str(path)
+
+
+def tf_example(**features):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+    for name, values in features.items():
+        example.features.feature[name].bytes_list.value.extend(values)
+    return example.SerializeToString()
+
+
+def prepared_by_tfds(folder, *texts):
+    """A dataset of a picture, a text and a sequence of texts, as TensorFlow Datasets writes it."""
+    records = [tf_example(image=[png("RGB", (9, 0, 0))], text=[text], words=[b"first", text]) for text in texts]
+    array_record(folder / "set-train.array_record-00000-of-00001", *records)
+    module = "tensorflow_datasets.core.features."
+    text = {"pythonClassName": f"{module}text_feature.Text", "text": {}}
+    image = {"dtype": "uint8", "encodingFormat": "png", "shape": {"dimensions": ["-1", "-1", "3"]}}
+    many = {"feature": text, "length": "-1"}
+    features = {
+        "image": {"pythonClassName": f"{module}image_feature.Image", "image": image},
+        "text": text,
+        "words": {"pythonClassName": f"{module}sequence_feature.Sequence", "sequence": many},
+    }
+    whole = {"pythonClassName": f"{module}features_dict.FeaturesDict", "featuresDict": {"features": features}}
+    (folder / "features.json").write_text(json.dumps(whole))
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    split = {"name": "train", "filepathTemplate": template, "numBytes": "1", "shardLengths": [str(len(texts))]}
+    about = {"name": "set", "version": folder.name, "fileFormat": "array_record", "splits": [split]}
+    (folder / "dataset_info.json").write_text(json.dumps(about))
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    """They break an example whose text they are, and no other: a field may be a mask."""
+    prepared_by_tfds(tmp_path / "set/1.0.0", b"good", b"\xff")
+    path = array_record(
+        tmp_path / "plain", *(tf_example(image=[png("RGB", (9, 0, 0))], text=[t], words=[b"first", t], mask=[b"\xfe"])
+        for t in (b"good", b"\xff"))
+    )  # fmt: skip
+    for spec in (
+        dict(kind="tfds", dataset="set", split="train", data_dir=str(tmp_path)), dict(kind="array_record", path=path)
+    ):  # fmt: skip
+        for text_format, said, broken in (
+            ("{text}", "good", True), ("{words[1]}", "good", True), ("{words[0]}", "first", False)
+        ):  # fmt: skip
+            source = make_source(dict(spec, recipe="pair", caption_format=text_format)).source
+            assert shape_of(source[0]) == [("read", [9, 0, 0]), (said, False)]
+            assert problems(source) == ({1: "not UTF-8"} if broken else {})
+
+
+def test_of_several_configurations_one_must_be_named(tmp_path):
+    for name in "2014/1.0.0", "2014/1.1.0", "2017/1.1.0":
+        prepared_by_tfds(tmp_path / "set" / name, name.encode())
+    spec = dict(kind="tfds", split="train", data_dir=str(tmp_path), recipe="pair")
+    with pytest.raises(UserError, match="set dataset to one of set/2014/1.0.0, set/2014/1.1.0, set/2017/1.1.0"):
+        make_source({**spec, "dataset": "set"})
+    for name, said in ("set/2014", "2014/1.1.0"), ("set/2014/1.0.0", "2014/1.0.0"), ("set/2017", "2017/1.1.0"):
+        assert texts(make_source({**spec, "dataset": name}).source[0]) == [(said, False)]
 
 
 # Recipes
@@ -280,6 +383,7 @@ def test_conversations(pictures, form):
         (dict(conversations=[]), "no conversation"),
         (dict(conversations=[{"from": "tool", "value": "x"}]), "a turn of no known form"),
         (dict(conversations=["x"]), "a turn of no known form"),
+        (dict(conversations=[LLAVA["conversations"][0], {"from": "gpt", "value": None}]), "a turn of no known form"),
         (dict(conversations=LLAVA["conversations"][:1]), "nothing that the model says"),
         (dict(image="../red.png"), "a name outside its folder"),
         (dict(image="\ud800.png"), "not UTF-8"),
@@ -293,7 +397,7 @@ def test_broken_conversations_are_told_apart(pictures, change, reason):
     assert shape_of(source[0]) == LLAVA_PARTS
     with pytest.raises(BrokenExample) as error:
         source[1]
-    assert error.value.reason == reason and error.value.key == "talk.jsonl/2"
+    assert error.value.reason == reason and error.value.key == "json/talk.jsonl/2"
 
 
 def test_questions_and_edits(pictures):
@@ -311,6 +415,23 @@ def test_questions_and_edits(pictures):
     assert example.dropped[1] == Text("draw: ") and example.drop == 0.2
     with pytest.raises(BrokenExample, match="a picture is missing"):
         source_of("json", path=path, recipe="edit", images=("before",))[0]
+
+
+@pytest.mark.parametrize("nothing", [None, [], {}])
+def test_a_caption_that_is_missing_is_no_word(pictures, nothing):
+    """Python's formats would say "None" or "[]"."""
+    whole = {"image": "red.png", "text": "a", "answers": ["r"], "number": 0}
+    path = jsonl(pictures / "a.jsonl", whole, {**whole, "text": nothing}, {**whole, "answers": [nothing]})
+    for text_format, said, broken in (
+        ("{text}", "a", 1), ("the {text!s:>3}", "the   a", 1), ("{answers[0]}", "r", 2), ("{number}", "0", None)
+    ):  # fmt: skip
+        source = source_of("json", path=path, recipe="pair", caption_format=text_format)
+        assert texts(source[0]) == [(said, False)]
+        assert problems(source) == ({broken: "a field is missing"} if broken else {})
+    recipe = Recipe("caption", "{a}")  # what TensorFlow Datasets gives
+    assert recipe.text(Record("key", {"a": np.int64(0)}, []), "{a}") == "0"
+    with pytest.raises(BrokenExample, match="a field is missing"):
+        recipe.text(Record("key", {"a": np.array([], object)}, []), "{a}")
 
 
 def test_json_that_breaks_off(pictures):
@@ -342,6 +463,25 @@ def test_json_that_breaks_off(pictures):
             assert text in ("nonsense", '{"half": ') and len(source) == 1
     with pytest.raises(UserError, match="cannot be read"):
         source_of("json", path=str(pictures / "none.json"), recipe="conversation")
+
+
+def test_blank_lines_of_any_length(pictures):
+    line = json.dumps(LLAVA).encode()
+    path = pictures / "a.jsonl"
+    path.write_bytes(b"\n".join([line, b"     ", b"", b"  " + line, b"\t\t\t\t\t\r", line, b" " * 100]))
+    source = source_of("json", path=str(path), recipe="conversation")
+    assert [shape_of(source[i]) for i in range(len(source))] == [LLAVA_PARTS] * 3
+
+
+def test_an_object_around_the_array_is_named(pictures):
+    path = pictures / "a.json"
+    for text in (json.dumps({"info": {}, "annotations": [LLAVA]}, indent=1), '{"info": {},\n"annotations": []}\n'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is one object, of the fields info, annotations: write the array in it"):
+            source_of("json", path=str(path), recipe="conversation")
+    path.write_text('{"half": \n' + json.dumps(LLAVA))  # a line that is cut is no such thing
+    source = source_of("json", path=str(path), recipe="conversation")
+    assert problems(source) == {0: "not JSON"} and shape_of(source[1]) == LLAVA_PARTS
 
 
 # WebDataset
@@ -393,7 +533,8 @@ def test_webdataset(tmp_path):
     source = pickle.loads(pickle.dumps(source))
     for i in (0, 6, 13):
         number = i - i // 5
-        assert source[i].parts[0].text == f"draw: number {number}" and source[i].key == f"s00{i // 5}/{number:05d}"
+        assert source[i].parts[0].text == f"draw: number {number}"
+        assert source[i].key == f"webdataset/s00{i // 5}.tar/{number:05d}"
         assert abs(int(source[i].parts[1].array()[0, 0, 0]) - number) <= 2
     with pytest.raises(BrokenExample, match="a field is missing"):
         source[4]
@@ -402,11 +543,12 @@ def test_webdataset(tmp_path):
     # A part of the shards, by pattern; held out, every fifth.
     assert len(make_source({**spec, "path": f"{tmp_path}/s*[01].tar"}).source) == 10
     train, val = (make_source({**spec, "split": split, "val_share": 0.2}).source for split in ("train", "val"))
-    assert [val.records[i].key for i in (4, 9, 14)] == ["s000/j0", "s001/j1", "s002/j2"]
+    last = [f"webdataset/s00{s}.tar/j{s}" for s in range(3)]
+    assert [val.records[i].key for i in (4, 9, 14)] == last
     assert len(train) == 12 and len(val) == 3 and problems(val) == {0: "a field is missing"} | {
         1: "a field is missing", 2: "a field is missing"
     }
-    assert {train[i].key for i in range(12)}.isdisjoint({"s000/j0", "s001/j1", "s002/j2"})
+    assert {train[i].key for i in range(12)}.isdisjoint(last)
 
 
 def webp():
@@ -458,7 +600,7 @@ def test_broken_shards(tmp_path):
     cases = {
         "a picture cannot be decoded": [("x.jpg", picture[: len(picture) // 2]), ("x.txt", b"x")],
         "a picture is missing": [("x.txt", b"x")],
-        "a field is missing": [("x.jpg", picture)],
+        "a field is missing": [("x.jpg", picture), ("x.json", b'{"text": null}')],
         "not UTF-8": [("x.jpg", picture), ("x.txt", b"\xff\xfe\xfa")],
         "not JSON": [("x.jpg", picture), ("x.json", b'{"text": "x')],
         "no JSON object": [("x.jpg", picture), ("x.json", b"[1]")],
@@ -485,8 +627,6 @@ def test_broken_shards(tmp_path):
     assert end > 6000
     headers = [m.offset for m in tarfile.open(whole[0])]
     assert problems(open_shard(members, headers[3] + 1024)) == {1: "the shard is cut off"}
-    found = problems(open_shard(members, headers[3] + 100))
-    assert set(found.values()) <= {"the shard is cut off", "a picture is missing"} and 0 not in found and found
     for data, message in (
         (b"", "hold no sample"), (b"no tar" * 1000, "no tar file"), (gzip.compress(bytes(9999)), "is compressed")
     ):  # fmt: skip
@@ -495,6 +635,70 @@ def test_broken_shards(tmp_path):
             make_source({**spec, "path": str(tmp_path / "x.tar")})
     with pytest.raises(UserError, match="no file matches"):
         make_source({**spec, "path": f"{tmp_path}/none*.tar"})
+
+
+def test_what_a_shard_lost_is_counted(tmp_path):
+    """Six samples of two files; where the fourth's first header is none, three are left and one is counted."""
+    path = shard(tmp_path / "a.tar", [m for i in range(6) for m in sample(i)])
+    whole = Path(path).read_bytes()
+    fourth = [member.offset for member in tarfile.open(path)][6]
+    cut = "the shard is cut off"
+
+    def found(*shards):
+        for i, data in enumerate(shards):
+            (tmp_path / f"s{i}.tar").write_bytes(data)
+        pattern = f"{tmp_path}/s{{0..{len(shards) - 1}}}.tar"
+        return source_of("webdataset", path=pattern, recipe="caption", index_workers=1)
+
+    for data in (
+        whole[:fourth],
+        whole[: fourth + 100],
+        whole[: fourth + 511],
+        whole[:fourth] + b"x" + whole[fourth + 1 :],  # its check sum is wrong
+        whole[:fourth] + bytes(512) + whole[fourth:],  # as `cat` joins archives, or a hole in a download
+        whole[:fourth] + bytes(10**6),
+    ):
+        source = found(data)
+        assert len(source) == 4 and problems(source) == {3: cut}
+        with pytest.raises(BrokenExample, match="after 00002"):
+            source[3]
+    assert not problems(found(whole)) and not problems(found(whole[:fourth] + bytes(1024)))
+    for nothing in b"", bytes(10**6):
+        assert problems(found(nothing, whole)) == {0: cut} and len(found(whole, nothing)) == 7
+        with pytest.raises(UserError, match="hold no sample"):
+            found(nothing)
+    for empty in bytes(1024), bytes(10240):  # as bsdtar and GNU tar write an archive of nothing
+        assert len(found(whole, empty)) == 6
+
+
+def test_members_with_several_suffixes(tmp_path):
+    members = [
+        ("1.in.png", png("RGB", (1, 0, 0))), ("1.out.png", png("RGB", (2, 0, 0))), ("1.txt", b"plain"),
+        ("1.prompt.txt", b"a prompt"), ("1.json", b'{"title": "own"}'), ("1.cls", b"7"),
+        ("1.meta.json", b'{"by": "me", "sizes": [4, 5]}'), ("1.tags.json", b'["x", "y"]'), ("1.first.cls", b"8"),
+        ("1.long.name.txt", b"all of it"),
+    ]  # fmt: skip
+    path = shard(tmp_path / "a.tar", members)
+    source = source_of(
+        "webdataset", path=path, recipe="edit", images=("in.png", "out.png"),
+        caption_format="{text}, {prompt}, {meta[by]}, {meta[sizes][1]}, {tags[0]}, {title}, {cls}, {first_cls}, "
+        "{long_name}",
+    )  # fmt: skip
+    assert texts(source[0]) == [("draw: plain, a prompt, me, 5, x, own, 7, 8, all of it", False)]
+    assert [shape_of(source[0])[i][1] for i in (0, 2)] == [[1, 0, 0], [2, 0, 0]]
+
+
+def test_what_lies_beside_the_samples_is_passed_over(tmp_path):
+    first, second = sample(1), sample(2)
+    members = [
+        ("README", b"x"), ("__meta__.json", b"{}"), ("._00001.jpg", b"mac"), first[0], first[1],
+        ("a/.DS_Store", b"mac"), second[0], ("LICENSE", b"x"), second[1], ("._00002.txt", b"mac"), (".git", b"x"),
+    ]  # fmt: skip
+    source = source_of("webdataset", path=shard(tmp_path / "a.tar", members), recipe="caption")
+    assert [texts(source[i])[1][0] for i in range(len(source))] == ["number 1", "number 2"]
+    members += [("../.hidden", b"x")]
+    source = source_of("webdataset", path=shard(tmp_path / "a.tar", members), recipe="caption")
+    assert problems(source) == {2: "a name outside its folder"}
 
 
 def test_shards_are_indexed_in_parallel_and_anywhere(tmp_path):
@@ -519,6 +723,7 @@ def test_parquet(tmp_path):
     rows[4]["image"] = {"bytes": None, "path": "beside.png"}
     rows[5]["image"] = {"bytes": None, "path": "../beside.png"}
     rows[6]["image"] = {"bytes": b"", "path": None}
+    rows.append({**rows[0], "text": None})
     for f, part in enumerate((rows[:3], rows[3:])):
         table = pyarrow.Table.from_pylist(part, schema=pyarrow.schema({
             "image": pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}), "text": pyarrow.string()
@@ -526,12 +731,12 @@ def test_parquet(tmp_path):
         pyarrow.parquet.write_table(table, tmp_path / f"part-{f}.parquet", row_group_size=2)
     spec = dict(kind="parquet", path=f"{tmp_path}/*.parquet", recipe="caption")
     source = pickle.loads(pickle.dumps(make_source(spec).source))
-    assert len(source) == 7
+    assert len(source) == 8
     for i in range(3):
         assert shape_of(source[i]) == [("read", [i, 0, 0]), ("caption:", False), (f"number {i}", True)]
-    assert shape_of(source[4])[0] == BLUE and source[4].key == "part-1/1"
+    assert shape_of(source[4])[0] == BLUE and source[4].key == "parquet/part-1.parquet/1"
     missing = "a picture is missing"
-    assert problems(source) == {3: missing, 5: "a name outside its folder", 6: missing}
+    assert problems(source) == {3: missing, 5: "a name outside its folder", 6: missing, 7: "a field is missing"}
     with pytest.raises(UserError, match="has no column 'picture', only image, text: set images"):
         make_source({**spec, "images": ("picture",)})
     with pytest.raises(UserError, match="'caption', but the fields are text"):
@@ -540,6 +745,44 @@ def test_parquet(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="cannot be read as a Parquet file"):
         make_source(spec)
+
+
+# Keys
+
+
+def test_every_example_of_a_mixture_has_a_key_of_its_own(tmp_path):
+    """Files of one name in folders of one name, as published sets have them: keys seed noise and dropped captions."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for folder in ("cc/train", "laion/train"):
+        place = tmp_path / folder
+        place.mkdir(parents=True)
+        shard(place / "0.tar", sample(1) + sample(2))
+        jsonl(place / "a.jsonl", {"text": "a"}, {"text": "b"})
+        array_record(place / "r", json.dumps({"text": "a"}).encode(), json.dumps({"text": "b"}).encode())
+        pyarrow.parquet.write_table(pyarrow.table({"image": [b"x", b"y"], "text": ["a", "b"]}), place / "p.parquet")
+
+    def keys(root):
+        found = []
+        for kind, file in ("webdataset", "0.tar"), ("json", "a.jsonl"), ("array_record", "r"), ("parquet", "p.parquet"):
+            more = dict(index_workers=1) if kind == "webdataset" else {}
+            # In one source, and each in its own.
+            for name, folders in ("both", ("cc", "laion")), ("cc", ("cc",)), ("laion", ("laion",)):
+                path = [f"{root}/{folder}/train/{file}" for folder in folders]
+                records = make_source(dict(kind=kind, name=name, path=path, recipe="pair", **more)).source.records
+                found += [records[i].key for i in range(len(records))]
+        return found
+
+    found = keys(tmp_path)
+    assert len(found) == len(set(found)) == 4 * (4 + 2 + 2)
+    assert found[:6] == [f"both/{one}/train/0.tar/0000{i}" for one in ("cc", "laion") for i in (1, 2)] + [
+        "cc/0.tar/00001", "cc/0.tar/00002"
+    ]  # fmt: skip
+    os.makedirs(tmp_path / "elsewhere/deeper")
+    for folder in "cc", "laion":
+        os.rename(tmp_path / folder, tmp_path / "elsewhere/deeper" / folder)
+    assert keys(tmp_path / "elsewhere/deeper") == found  # wherever the data lies
 
 
 # Buckets
@@ -619,6 +862,12 @@ def test_every_kind_of_picture_becomes_rgb():
     assert colour(png("L", 100)) == [100] * 3
     assert colour(png("1", 1)) == [255] * 3
     assert colour(png("I;16", 30000)) == [round(30000 / 257)] * 3
+    assert colour(b"P5 4 4 65535\n" + struct.pack(">16H", *[30000] * 16)) == [round(30000 / 257)] * 3
+    for mode, value in ("I", 200), ("F", 0.5):  # what is white in them is not known
+        file = io.BytesIO()
+        Image.new(mode, (4, 4), value).save(file, "TIFF")
+        with pytest.raises(UnreadablePicture, match="neither of 8 nor of 16 bits"):
+            load_image(file.getvalue())
     assert colour(png("RGBA", (200, 0, 0, 0))) == [255] * 3
     half = colour(png("RGBA", (200, 0, 0, 128)))
     assert np.abs(np.array(half) - (np.array([200, 0, 0]) * 128 + 255 * 127) / 255).max() <= 1
@@ -643,6 +892,23 @@ def test_exif_orientation():
     Image.fromarray(array).save(file, "PNG", exif=exif)
     upright = load_image(file.getvalue())
     assert upright.shape == (8, 4, 3) and upright[:4].min() == 255 and upright[4:].max() == 0
+    # All eight, against PIL's own way.
+    array = np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8)
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG", exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue())))
+        assert (load_image(file.getvalue()) == np.asarray(expected)).all()
+    # The resolution beside it is no number: PIL decodes the picture all the same.
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    for damaged in exif, b"Exif\0\0nonsense":
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "JPEG", exif=damaged)
+        decoded = np.asarray(Image.open(io.BytesIO(file.getvalue())))
+        expected = np.rot90(decoded, -1) if damaged is exif else decoded  # a quarter clockwise
+        assert (load_image(file.getvalue()) == expected).all()
 
 
 def test_broken_pictures_are_named(tmp_path):

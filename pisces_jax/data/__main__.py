@@ -105,13 +105,14 @@ def index(argv: list[str]) -> None:
     parser = cli.Parser(
         "data index",
         "Makes the index of offsets of tar shards, in parallel, where it is missing or a shard changed. Training does "
-        "so by itself; on a pod it is better done once before.",
+        "so by itself; on a pod it is better done once before, for a bucket in a folder that all hosts share.",
         ["--path='shards/{00000..00099}.tar'", "--path='gs://bucket/*.tar' --index_dir=runs/index --workers=16"],
     )
     parser.add_argument("--path", required=True, help="pattern of the shards: {00..99}, {a,b} and * are understood")
-    parser.add_argument("--index_dir", help="where the indices go (default: beside the shards)")
+    parser.add_argument("--index_dir", help="where they go (default: beside the shards, those of a bucket in ~/.cache)")
     parser.add_argument("--workers", type=cli.whole_number(1), help="processes (default: one a core)")
     flags = parser.parse(argv)
+    from pisces_jax.data import storage
     from pisces_jax.data.webdataset import PROBLEMS, WebDataset
 
     shards = WebDataset(flags.path, index_dir=flags.index_dir, index_workers=flags.workers)
@@ -119,6 +120,11 @@ def index(argv: list[str]) -> None:
     for problem, n in zip(PROBLEMS[1:], shards.problems()[1:], strict=True):
         if n:
             cli.say(f"  {problem}: {n}")
+    if flags.index_dir is None and any(map(storage.is_remote, shards.paths)):
+        cli.say(
+            "the indices are in this host's cache, which others do not see: give --index_dir a folder that all share, "
+            "and the source the same index_dir"
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from pisces_jax.errors import UserError
 
@@ -17,6 +17,15 @@ from pisces_jax.errors import UserError
 MAX_PIXELS = 128 * 1024 * 1024
 # Of the longer to the shorter side: to resize a picture of one row until that row is wide enough takes all memory.
 MAX_RATIO = 100
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
 
 
 class UnreadablePicture(UserError):
@@ -68,8 +77,9 @@ def load_image(
                 if at_least and image.format == "JPEG":
                     # PIL's draft looks at the smaller of both ratios, whatever way the picture lies.
                     image.draft(None, (at_least, at_least))
-                ImageOps.exif_transpose(image, in_place=True)  # copies only what has to be turned
-                return np.asarray(_rgb(image))
+                image.load()  # some formats have their EXIF after the picture
+                turn, rgb = _UPRIGHT.get(_orientation(image)), _rgb(image)
+                return np.asarray(rgb if turn is None else rgb.transpose(turn))
     except UnreadablePicture:
         raise
     # Damaged files make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
@@ -77,12 +87,23 @@ def load_image(
         raise UnreadablePicture(f"picture {name} cannot be read ({error}): replace or remove it") from error
 
 
+def _orientation(image: Image.Image) -> int:
+    """From the EXIF, and nothing else of it: PIL's own `exif_transpose` fails where another tag is damaged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a picture without its EXIF is a picture
+        return 1
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode to RGB."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # Converting to 8 bits clips instead of scaling; 16-bit greyscale PNGs open in these modes.
+    # PIL opens 16-bit grey as "I;16", but that of PNM files as "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # Converting to 8 bits clips instead of scaling.
         values = np.asarray(image, np.float64)
         image = Image.fromarray(np.clip(values / 257, 0, 255).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its grey values are neither of 8 nor of 16 bits, and which is white is not known")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

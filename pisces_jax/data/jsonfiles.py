@@ -15,7 +15,7 @@ from pisces_jax.data import storage
 from pisces_jax.data.example import BrokenExample, Example, identity
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Recipe, Record, sound
-from pisces_jax.data.records import SPLITS, parse_json
+from pisces_jax.data.records import SPLITS, labels, locate, parse_json
 from pisces_jax.errors import UserError
 
 CUT = -1  # in the place of an object's length: the file ends or breaks in it
@@ -34,9 +34,14 @@ class JsonRecords:
     names = None
 
     def __init__(
-        self, path: str | Sequence[str], images: Sequence[str] = ("image", "images"), image_root: str | None = None
+        self,
+        path: str | Sequence[str],
+        images: Sequence[str] = ("image", "images"),
+        image_root: str | None = None,
+        name: str = "json",
     ):
         self.paths = storage.expand(path)
+        self._labels = labels(name, self.paths)
         self.images = tuple(images)
         self.roots = [image_root if image_root is not None else one.rpartition("/")[0] or "." for one in self.paths]
         digest = hashlib.blake2b(digest_size=16)
@@ -46,6 +51,7 @@ class JsonRecords:
             digest.update(path.encode())
             digest.update(data)
             spans.append(_spans(data))
+            _refuse_one_object(path, data, spans[-1])
             if not (spans[-1][:, 1] >= 0).any():
                 raise UserError(f"{path} holds no JSON object, neither one a line nor in an array: change path")
         self._spans = np.concatenate(spans)
@@ -55,15 +61,10 @@ class JsonRecords:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def locate(self, i: int) -> tuple[int, int]:
-        """The file of object i and its number there, from 1."""
-        file = int(np.searchsorted(self._ends, i, side="right"))
-        return file, i - (int(self._ends[file - 1]) if file else 0) + 1
-
     def object(self, i: int) -> tuple[dict[str, Any], int, str]:
         """Object i, its file's number, and its key."""
-        file, number = self.locate(i)
-        key = f"{Path(self.paths[file]).name}/{number}"
+        file, number = locate(self._ends, i)
+        key = f"{self._labels[file]}/{number + 1}"
         start, length = self._spans[i].tolist()
         if length == CUT:
             raise BrokenExample(key, "not JSON", f"{self.paths[file]} breaks off or goes wrong after byte {start}")
@@ -120,8 +121,26 @@ def _line_spans(data: bytes) -> np.ndarray:
         ends = np.append(ends, len(data))
     starts = np.concatenate([[0], ends[:-1] + 1])
     spans = np.stack([starts, ends - starts], axis=1)
-    blank = [i for i in np.flatnonzero(spans[:, 1] < 4) if not data[spans[i, 0] : spans[i].sum()].strip()]
+    maybe = np.isin(np.frombuffer(data, np.uint8)[starts], list(b" \t\r\n"))  # a blank line begins with a blank
+    blank = [i for i in np.flatnonzero(maybe) if not data[spans[i, 0] : spans[i].sum()].strip()]
     return np.delete(spans, blank, axis=0).astype(np.int64)
+
+
+def _refuse_one_object(path: str, data: bytes, spans: np.ndarray) -> None:
+    """Raises `UserError` where a file of several lines is one object, as `{"annotations": [...]}` is."""
+    if len(spans) < 2:
+        return
+    try:
+        parse_json(data[spans[0, 0] : spans[0].sum()], path)
+    except BrokenExample:
+        try:
+            whole = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(whole, dict):
+            raise UserError(
+                f"{path} is one object, of the fields {', '.join(whole)}: write the array in it, or an object a line"
+            ) from None
 
 
 _SPACE = re.compile(r"[\s,]*")
@@ -168,9 +187,12 @@ class ImageFolder:
     ):
         if split not in SPLITS:
             raise UserError(f"no split {split!r}: choose train, val or all")
+        if not isinstance(val_share, (int, float)) or not 0 <= val_share <= 1:
+            raise UserError(f"val_share={val_share!r} is no share: give a number from 0 to 1")
         self.path, self.recipe, self.split = os.fspath(path).rstrip("/"), recipe, split
         try:
-            self._records = JsonRecords([storage.join(self.path, "metadata.jsonl")], images, self.path)
+            metadata = storage.join(self.path, "metadata.jsonl")
+            self._records = JsonRecords([metadata], images, self.path, Path(self.path).name)
         except storage.Unreachable as error:
             raise UserError(
                 f"{storage.join(self.path, 'metadata.jsonl')} cannot be read: set path to an image folder"

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from pisces_jax.data import storage
 from pisces_jax.data.example import BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
-from pisces_jax.data.records import encoded
+from pisces_jax.data.records import encoded, labels
 from pisces_jax.errors import UserError
 
 KEPT_BYTES = 256 * 2**20  # of row groups, in each process
@@ -33,8 +32,9 @@ class Parquet:
         UserError: a file is missing or no Parquet file, or lacks a column.
     """
 
-    def __init__(self, path: str | Sequence[str], images: Sequence[str] = ("image",)):
+    def __init__(self, path: str | Sequence[str], images: Sequence[str] = ("image",), name: str = "parquet"):
         self.paths, self.images = storage.expand(path), tuple(images)
+        self._labels = labels(name, self.paths)
         rows, digest = [], hashlib.blake2b(digest_size=16)
         self.names: Sequence[str] = []
         for number, one in enumerate(self.paths):
@@ -61,7 +61,7 @@ class Parquet:
         file, group, rows = self._groups[place].tolist()
         row = i - (int(self._ends[place]) - rows)
         path = self.paths[file]
-        key = f"{Path(path).stem}/{i - self._first(file)}"
+        key = f"{self._labels[file]}/{i - self._first(file)}"
         try:
             values = {name: column[row].as_py() for name, column in _group(path, group).items()}
         except UserError as error:

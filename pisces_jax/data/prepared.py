@@ -13,7 +13,7 @@ from pisces_jax.data.example import BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.jsonfiles import picture_files
 from pisces_jax.data.recipes import Record
-from pisces_jax.data.records import encoded, parse_json
+from pisces_jax.data.records import encoded, labels, locate, parse_json
 from pisces_jax.errors import UserError
 
 
@@ -71,14 +71,21 @@ class Tfds:
     def _plain(self, field: str, value: Any) -> Any:
         if field in self._labels and value >= 0:  # TFDS marks a hidden label by -1
             return self._labels[field][int(value)].replace("_", " ")
-        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        return _text(value)
 
 
 def _prepared_folder(data_dir: Path, name: str) -> Path:
-    """The newest version's folder: found without TFDS's own search, which asks the network."""
+    """The newest version's folder: found without TFDS's own search, which asks the network.
+
+    Raises:
+        UserError: none is there, or several configurations, of which no version is the newest of all.
+    """
     found = sorted(path.parent for path in (data_dir / name).glob("**/dataset_info.json"))
     if not found:
         raise UserError(f"no prepared dataset {name} in {data_dir}: set data_dir to where TFDS has prepared it")
+    if len({path.parent for path in found}) > 1:
+        choices = ", ".join(str(path.relative_to(data_dir)) for path in found)
+        raise UserError(f"dataset {name} in {data_dir} has several configurations: set dataset to one of {choices}")
     return max(found, key=lambda path: [int(word) if word.isdigit() else 0 for word in path.name.split(".")])
 
 
@@ -101,13 +108,20 @@ class ArrayRecords:
 
     names = None
 
-    def __init__(self, path: str | Sequence[str], images: Sequence[str] = ("image",), image_root: str | None = None):
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        images: Sequence[str] = ("image",),
+        image_root: str | None = None,
+        name: str = "array_record",
+    ):
         self.paths, self.images, self.image_root = storage.expand(path), tuple(images), image_root
+        self._labels = labels(name, self.paths)
         for one in self.paths:
             _refuse_remote(one)
         signatures = [storage.signature(one) for one in self.paths]
         self._open()
-        if not self._length:
+        if not self._ends[-1]:
             raise UserError(f"{self.paths[0]} holds no record: change path")
         self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
 
@@ -115,19 +129,20 @@ class ArrayRecords:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         try:
-            self._source = ArrayRecordDataSource(self.paths)
-            self._length = len(self._source)
+            self._sources = [ArrayRecordDataSource(one) for one in self.paths]
+            self._ends = np.cumsum([len(source) for source in self._sources])
         except (ValueError, OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{self.paths[0]} cannot be read as ArrayRecord ({reason}): change path") from error
 
     def __len__(self) -> int:
-        return self._length
+        return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Record:
-        key = f"{Path(self.paths[0]).name}/{int(i)}"
+        file, number = locate(self._ends, i)
+        key = f"{self._labels[file]}/{number}"
         try:
-            (data,) = self._source.__getitems__([int(i)])
+            (data,) = self._sources[file].__getitems__([number])
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
         if data[:1] == b"{":
@@ -141,7 +156,7 @@ class ArrayRecords:
         return Record(key, {name: _text(value) for name, value in fields.items()}, pictures)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_source"}
+        return {name: value for name, value in self.__dict__.items() if name != "_sources"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -172,8 +187,12 @@ def parse_example(data: bytes, key: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
+    """Bytes as text, in lists too; what is not UTF-8 stays bytes: it may be no text, and recipes refuse it."""
     if isinstance(value, list):
         return [_text(one) for one in value]
-    if isinstance(value, (bytes, np.bytes_)):
-        return bytes(value).decode("utf-8", "replace")
-    return value
+    if isinstance(value, dict):
+        return {name: _text(one) for name, one in value.items()}
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value

@@ -48,7 +48,7 @@ class Recipe:
     example keeps the one that its key chooses. `drop` is the rate at which drawing goes without its caption.
 
     Raises:
-        UserError: an unknown recipe, a missing format, or a rate that is none.
+        UserError: an unknown recipe, a missing format, or a format or a rate that is none.
     """
 
     recipe: str
@@ -60,14 +60,16 @@ class Recipe:
     cut: bool = False
 
     def __post_init__(self) -> None:
-        if self.recipe not in MAKERS:
+        if self.recipe not in tuple(MAKERS):
             raise UserError(f"no recipe {self.recipe!r}: choose one of {', '.join(MAKERS)}")
         if self.recipe in NEED_DETAILS and self.detailed_format is None:
             raise UserError(
                 f"the recipe {self.recipe!r} needs a detailed text: set detailed_format, such as '{{text}}: {{tags}}'"
             )
-        if not 0 <= self.drop < 1:
-            raise UserError(f"drop={self.drop} is no rate: give a number from 0 to below 1")
+        for name in ("caption_format", "detailed_format", "question_format", "answer_format"):
+            _check_format(name, getattr(self, name))
+        if not isinstance(self.drop, (int, float)) or not 0 <= self.drop < 1:
+            raise UserError(f"drop={self.drop!r} is no rate: give a number from 0 to below 1")
         if self.drop and self.recipe not in DRAWING:
             raise UserError(f"drop={self.drop} is for drawing and {self.recipe!r} draws nothing: remove it")
 
@@ -83,7 +85,7 @@ class Recipe:
             used = self.caption_format, self.detailed_format
             if self.recipe != "draw_described":
                 used = (self.detailed_format,)
-        return [one for many in used if many is not None for one in ([many] if isinstance(many, str) else many)]
+        return [one for wordings in used for one in _wordings(wordings)]
 
     @property
     def pictures(self) -> str:
@@ -93,9 +95,8 @@ class Recipe:
     def check(self, fields: Sequence[str]) -> None:
         """Raises `UserError` where a format names a field that the records do not have."""
         for text_format in self.formats:
-            for _, name, _, _ in string.Formatter().parse(text_format):
-                first = re.split(r"[.\[]", name)[0] if name is not None else None
-                if first is not None and first not in fields:
+            for first in _names(text_format):
+                if first not in fields:
                     raise UserError(
                         f"{text_format!r} names the field {first!r}, but the fields are "
                         f"{', '.join(sorted(fields))}: change the format"
@@ -116,14 +117,58 @@ class Recipe:
         if not isinstance(text_format, str):
             text_format = text_format[int(identity(record.key, "wording")[0]) % len(text_format)]
         try:
-            text = text_format.format(**record.fields).strip()
+            text = _FORMATTER.vformat(text_format, (), record.fields).strip()
         except (KeyError, IndexError) as error:
             raise BrokenExample(record.key, "a field is missing", str(error.args[0])) from error
+        except UnicodeDecodeError as error:
+            raise BrokenExample(record.key, "not UTF-8", f"byte {error.start}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise BrokenExample(record.key, "a field does not fit its format", str(error)) from error
         if not text:
             raise BrokenExample(record.key, "an empty text")
         return sound(text, record.key)
+
+
+def _wordings(text_format: str | Sequence[str] | None) -> Sequence[str]:
+    return [text_format] if isinstance(text_format, str) else text_format or ()
+
+
+def _names(text_format: str) -> list[str]:
+    """The fields that a format takes: of `{answers[0]}` and `{answers.first}` it is `answers`."""
+    return [
+        re.split(r"[.\[]", name)[0] for _, name, _, _ in string.Formatter().parse(text_format) if name is not None
+    ]
+
+
+def _check_format(name: str, given: Any) -> None:
+    """Raises `UserError` for what no record could be worded by."""
+    if given is None and name == "detailed_format":
+        return
+    if not isinstance(given, (str, list, tuple)) or not given or not all(isinstance(one, str) for one in given):
+        raise UserError(f"{name}={given!r} is no format: give one such as '{{text}}', or several in a tuple")
+    for one in _wordings(given):
+        try:
+            names = _names(one)
+        except ValueError as error:
+            raise UserError(f"{name}={one!r} is no format ({error}): mend its braces") from error
+        if any(not first or first.isdigit() for first in names):
+            raise UserError(f"{name}={one!r} has braces without a field's name: write one there, as in '{{text}}'")
+
+
+class _Formatter(string.Formatter):
+    """`str.format` for what records hold: a null or an empty list is no text ("None" or "[]" would be learned), and
+    bytes are UTF-8.
+    """
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        empty = isinstance(value, (list, tuple, dict)) and not value or isinstance(value, np.ndarray) and not value.size
+        if value is None or empty:
+            raise KeyError(field_name)
+        return value.decode() if isinstance(value, bytes) else value, first
+
+
+_FORMATTER = _Formatter()
 
 
 def sound(text: str, key: str) -> str:
@@ -233,6 +278,8 @@ def turns_of(record: Record) -> list[Turn]:
             content = turn["value"] if "value" in turn else turn["content"]
             if isinstance(content, (list, tuple)):  # parts: {"type": "text", "text": ...}, {"type": "image"}
                 content = " ".join(part["text"] if part["type"] == "text" else MARK for part in content)
+            if not isinstance(content, (str, int, float)):
+                raise TypeError(f"its text is {content!r}")
             told.append(Turn(_SPEAKERS[speaker], sound(str(content), record.key)))
         except (KeyError, TypeError) as error:
             raise BrokenExample(record.key, "a turn of no known form", repr(error)) from error

@@ -1,8 +1,11 @@
 """What readers of file formats share: random access to records, and examples from them by a recipe."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from pisces_jax.data.example import BrokenExample, Example
 from pisces_jax.data.images import EncodedImage
@@ -46,8 +49,8 @@ class Examples:
     def __init__(self, records: Records, recipe: Recipe, split: str = "all", val_share: float = 0.01):
         if split not in SPLITS:
             raise UserError(f"no split {split!r}: choose train, val or all")
-        if not 0 < val_share <= 0.5:
-            raise UserError(f"val_share={val_share} is no share: give a number above 0 and up to 0.5")
+        if not isinstance(val_share, (int, float)) or not 0 < val_share <= 0.5:
+            raise UserError(f"val_share={val_share!r} is no share: give a number above 0 and up to 0.5")
         self.records, self.recipe, self.split = records, recipe, split
         self._every = round(1 / val_share)
         held_out = len(records) // self._every
@@ -74,21 +77,42 @@ class Examples:
         return self.recipe.example(self.records[i])
 
 
+def labels(name: str, paths: Sequence[str]) -> list[str]:
+    """What the keys of each file's examples begin with: the source's `name`, and the path below what all files share.
+
+    Keys seed noise and choose whose captions are dropped: no two examples of a mixture may have the same one, and it
+    must not matter in which folder the data lies.
+    """
+    parts = [path.split("/") for path in paths]
+    shared = len(os.path.commonprefix([part[:-1] for part in parts]))
+    return ["/".join([name, *part[shared:]]) for part in parts]
+
+
+def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """The file of record i and its number there; `ends` has the sums of the files' records."""
+    file = int(np.searchsorted(ends, i, side="right"))
+    return file, int(i) - (int(ends[file - 1]) if file else 0)
+
+
 def parse_json(data: bytes, key: str) -> dict[str, Any]:
     """One JSON object.
 
     Raises:
         BrokenExample: it is not UTF-8, not JSON or no object.
     """
+    value = parse_any_json(data, key)
+    if not isinstance(value, dict):
+        raise BrokenExample(key, "no JSON object", type(value).__name__)
+    return value
+
+
+def parse_any_json(data: bytes, key: str) -> Any:
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BrokenExample(key, "not UTF-8", f"byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise BrokenExample(key, "not JSON", str(error)) from error
-    if not isinstance(value, dict):
-        raise BrokenExample(key, "no JSON object", type(value).__name__)
-    return value
 
 
 def parse_text(data: bytes, key: str) -> str:

@@ -31,7 +31,8 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
     """A mixture's entry from a config's: `kind`, `name`, `weight` (1), and the arguments of its reader and recipe.
 
     Kinds are those of `KINDS`; all but "shapes" take the fields of `Recipe`, and readers also `split` and `val_share`
-    (`Examples`), unless they have a `split` of their own. `name` is what reports call it, by default its kind.
+    (`Examples`), unless they have a `split` of their own. `name` is what reports call it, by default its kind, and what
+    the keys of examples in plain files begin with.
 
     Raises:
         UserError: an unknown kind or argument, or as the reader and the recipe themselves do.
@@ -40,7 +41,11 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
     kind = given.pop("kind", None)
     if kind not in KINDS:
         raise UserError(f"no kind of source {kind!r}: choose one of {', '.join(KINDS)}")
-    name, weight = given.pop("name", kind), float(given.pop("weight", 1.0))
+    name, weight = given.pop("name", kind), given.pop("weight", 1.0)
+    try:
+        weight = float(weight)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"source {name}: weight={weight!r} is no number: give one such as 1.0") from error
     reader = inspect.signature(READERS.get(kind) or SOURCES[kind]).parameters
     takes_recipe = kind in READERS or "recipe" in reader
     ways: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe) if takes_recipe}
@@ -56,6 +61,10 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
     for key, default in known.items():
         if key not in given and default in (inspect.Parameter.empty, dataclasses.MISSING):
             raise UserError(f"source {name}: {kind} needs {key!r}: set it")
+    if isinstance(given.get("images"), str):  # one name, which would be taken letter by letter
+        given["images"] = (given["images"],)
+    if "name" in reader:
+        given["name"] = name
     try:
         if not takes_recipe:
             return Entry(name, weight, SOURCES[kind](**given))

@@ -23,15 +23,16 @@ from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.example import BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
-from pisces_jax.data.records import PICTURES, parse_json, parse_text
+from pisces_jax.data.records import PICTURES, labels, locate, parse_any_json, parse_json, parse_text
 from pisces_jax.errors import UserError
 
-VERSION = 1  # of the index
+VERSION = 2  # of the index
 TEXTS = ("txt", "text", "caption")
 CUT = "the shard is cut off"
 _WHOLE = ""
 PROBLEMS = (_WHOLE, "duplicate key", "a name outside its folder", CUT, "a member that is no file")
 OPEN_INDICES = 256
+LONGEST_END = 2**16  # bytes: two blocks of zeros end an archive, and more of them fill it up to a record of tar's
 
 
 class Index(NamedTuple):
@@ -54,9 +55,10 @@ class Index(NamedTuple):
 class WebDataset:
     """Records of WebDataset shards. `path` is a pattern or a list of them (`storage.expand`).
 
-    A `.txt` is the field `text`, a `.json` gives its own fields, other small members go by their names. `images`
-    names the members that are pictures ("jpg", "input.png"), in the order that a recipe takes them; by default every
-    picture of a sample. `index_dir` is where the indices go, by default beside the shards.
+    A `.txt` is the field `text` and a `.json` gives its own fields; `.prompt.txt` and `.prompt.json` are the field
+    `prompt`, and other small members go by their whole names, with `_` for a dot (in a format a dot asks for an
+    attribute). `images` names the members that are pictures ("jpg", "input.png"), in the order that a recipe takes
+    them; by default every picture of a sample. `index_dir` is where the indices go, by default beside the shards.
 
     Raises:
         UserError: no shard, a missing one that was never indexed, a compressed one, or no sample at all.
@@ -70,17 +72,20 @@ class WebDataset:
         images: Sequence[str] | None = None,
         index_dir: str | None = None,
         index_workers: int | None = None,
+        name: str = "webdataset",
     ):
         self.paths = storage.expand(path)
+        self._labels = labels(name, self.paths)
         self.images = tuple(images) if images is not None else None
         self._index_paths = index_shards(self.paths, index_dir, index_workers)
-        counts, signatures = [], []
+        counts, signatures, whole = [], [], 0
         for shard in range(len(self.paths)):
             index = self._load(shard)
             counts.append(len(index.problem))
             signatures.append(index.signature)
+            whole += counts[-1] - int(np.count_nonzero(index.problem))
         self._ends = np.cumsum(counts)
-        if not self._ends[-1]:
+        if not whole:
             raise UserError(f"{self.paths[0]}{' and its like' if len(counts) > 1 else ''} hold no sample: change path")
         self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
 
@@ -88,10 +93,9 @@ class WebDataset:
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Record:
-        shard = int(np.searchsorted(self._ends, i, side="right"))
+        shard, i = locate(self._ends, i)
         path, index = self.paths[shard], self._load(shard)
-        i -= int(self._ends[shard - 1]) if shard else 0
-        key = f"{Path(path).stem}/{index.key(i)}"
+        key = f"{self._labels[shard]}/{index.key(i)}"
         if index.problem[i]:
             raise BrokenExample(key, PROBLEMS[index.problem[i]], path)
         fields: dict[str, Any] = {}
@@ -101,15 +105,19 @@ class WebDataset:
             read = functools.partial(
                 self._read, path, index.signature, int(index.offset[m]), int(index.size[m]), key
             )
-            if kind.rpartition(".")[2] in PICTURES:
+            name, _, suffix = kind.rpartition(".")
+            name = name.replace(".", "_")
+            if suffix in PICTURES:
                 pictures[kind] = EncodedImage(read, key)
-            elif kind in TEXTS:
-                fields["text"] = parse_text(read(), key)
-            elif kind == "json":
+            elif suffix in TEXTS:
+                fields[name or "text"] = parse_text(read(), key)
+            elif suffix == "json" and name:
+                fields[name] = parse_any_json(read(), key)
+            elif suffix == "json":
                 fields.update(parse_json(read(), key))
             elif index.size[m] < 2**16:  # whatever else is text is a field; arrays and the like are left alone
                 try:
-                    fields[kind] = parse_text(read(), key)
+                    fields[kind.replace(".", "_")] = parse_text(read(), key)
                 except BrokenExample as error:
                     if error.reason != "not UTF-8":
                         raise
@@ -187,7 +195,8 @@ def index_shards(paths: Sequence[str], index_dir: str | None = None, workers: in
 
 
 def _place(path: str, index_dir: str | None) -> Path:
-    digest = hashlib.blake2b(os.path.abspath(path).encode(), digest_size=6).hexdigest()
+    whole = path if storage.is_remote(path) else os.path.abspath(path)
+    digest = hashlib.blake2b(whole.encode(), digest_size=6).hexdigest()
     if index_dir is None:
         beside = Path(f"{path}.index")
         if not storage.is_remote(path) and (beside.exists() or os.access(beside.parent, os.W_OK)):
@@ -207,7 +216,7 @@ def _write_index(path: str, place: Path) -> None:
 
 
 def index_shard(path: str) -> Index:
-    """Reads through one shard's headers.
+    """Reads through one shard's headers. Where it breaks off, one more sample stands for those that are lost.
 
     Raises:
         UserError: it cannot be read, is compressed, or is no tar file.
@@ -233,10 +242,10 @@ def index_shard(path: str) -> Index:
     last = None
     try:
         for member in _members(path, total):
-            if member.isdir():
-                continue
             folder, _, name = member.name.rpartition("/")
             stem, _, kind = name.partition(".")
+            if member.isdir() or (storage.inside(member.name) and _is_no_sample(stem, kind)):
+                continue
             key, kind = (f"{folder}/{stem}" if folder else stem), kind.lower()
             if key != last or kind in current:
                 begin(key, PROBLEMS[1] if key in seen else _WHOLE)
@@ -251,13 +260,8 @@ def index_shard(path: str) -> Index:
                 spoil(CUT)
                 break
             rows.append((kinds.setdefault(kind, len(kinds)), member.offset_data, member.size))
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        if not samples and total:
-            raise UserError(f"{path} is no tar file ({error}): remove it from path") from error
-        if samples:
-            begin(f"after {samples[-1][0]}", CUT)
-    if not samples and total and not _is_empty_tar(path):
-        raise UserError(f"{path} is no tar file: remove it from path")
+    except (tarfile.TarError, EOFError, ValueError):
+        begin(f"after {samples[-1][0] if samples else 'its start'}", CUT)
     if samples:
         first.append(len(rows))
     keys = [key.encode("utf-8", "surrogateescape") for key, _ in samples]
@@ -275,15 +279,35 @@ def index_shard(path: str) -> Index:
     )
 
 
+def _is_no_sample(stem: str, kind: str) -> bool:
+    """What lies beside the samples: the notes of macOS (`._1.png`), files without a suffix, and `__meta__.json`.
+
+    The webdataset library passes over them too.
+    """
+    return not stem or not kind or (len(stem) > 4 and stem.startswith("__") and stem.endswith("__"))
+
+
 def _members(path: str, total: int) -> Iterator[tarfile.TarInfo]:
-    with tarfile.TarFile(path, fileobj=io.BufferedReader(_Reader(path, total), 2**16)) as archive:
+    """The members in order.
+
+    Raises:
+        UserError: it is no tar file.
+        TarError, EOFError, ValueError: it breaks off.
+    """
+    try:
+        archive = tarfile.TarFile(path, fileobj=io.BufferedReader(_Reader(path, total), 2**16))
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        if not total:
+            raise
+        raise UserError(f"{path} is no tar file ({error}): remove it from path") from error
+    with archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined] # or it remembers them all
             yield member
-
-
-def _is_empty_tar(path: str) -> bool:
-    return not any(storage.read(path, 0, 1024))
+        # tarfile takes a damaged header, and a file that is over, for the archive's end.
+        end = storage.read(path, archive.offset, LONGEST_END + 1)
+        if not tarfile.BLOCKSIZE <= len(end) <= LONGEST_END or end.strip(b"\0"):
+            raise tarfile.ReadError("the archive does not end")
 
 
 class _Reader(io.RawIOBase):

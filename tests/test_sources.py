@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pisces_jax.data import storage, webdataset
+from pisces_jax.data import parquet, storage, webdataset
 from pisces_jax.data.example import BrokenExample, Picture, Text
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
 from pisces_jax.data.recipes import Recipe
@@ -536,6 +536,16 @@ def test_parquet(tmp_path):
         make_source({**spec, "images": ("picture",)})
     with pytest.raises(UserError, match="'caption', but the fields are text"):
         make_source({**spec, "caption_format": "{caption}"})
+    # What is damaged is told from what is gone: the latter may come back.
+    path = tmp_path / "part-0.parquet"
+    data = path.read_bytes()
+    for content, reason in ((data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :], "a damaged row group"), (
+        None, "the file is gone or cannot be read"
+    )):  # fmt: skip
+        parquet._kept.clear()
+        path.unlink() if content is None else path.write_bytes(content)
+        assert problems(source)[0] == reason
+    path.write_bytes(data)
     path = tmp_path / "part-1.parquet"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="cannot be read as a Parquet file"):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pisces_jax.data import storage
-from pisces_jax.data.example import BrokenExample, Example, identity
+from pisces_jax.data.example import FILE_GONE, BrokenExample, Example, identity
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Recipe, Record, sound
 from pisces_jax.data.records import SPLITS, parse_json
@@ -70,7 +70,7 @@ class JsonRecords:
         try:
             data = storage.read(self.paths[file], start, length)
         except storage.Unreachable as error:
-            raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
+            raise BrokenExample(key, FILE_GONE, str(error)) from error
         return parse_json(data, key), file, key
 
     def __getitem__(self, i: int) -> Record:
@@ -102,8 +102,10 @@ def picture_files(fields: dict[str, Any], names: Sequence[str], root: str, key: 
 def _read(path: str, key: str) -> bytes:
     try:
         return storage.read(path)
-    except storage.Unreachable as error:
+    except storage.Missing as error:
         raise BrokenExample(key, "a picture is missing", path) from error
+    except storage.Unreachable as error:
+        raise BrokenExample(key, FILE_GONE, str(error)) from error
 
 
 def _spans(data: bytes) -> np.ndarray:

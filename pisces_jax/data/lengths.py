@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from pisces_jax.data.arrays import read_arrays, write_arrays
-from pisces_jax.data.example import Text, reason_of
+from pisces_jax.data.example import TRANSIENT, Text, reason_of
 from pisces_jax.data.layout import Layout, Source, lay_out
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
@@ -49,8 +49,8 @@ def scan_lengths(
     """Reads every example's text once, and decodes no picture.
 
     With `folder` the result is kept there, in a file whose name holds a hash of all that it depends on, and the arrays
-    are views of that file: a later run, another stage and worker processes share it. Large sources are read by
-    `workers` processes (by default as many as there are cores).
+    are views of that file: a later run, another stage and worker processes share it. A scan that met failures of the
+    storage is not kept. Large sources are read by `workers` processes (by default as many as there are cores).
     """
     path = None
     if folder is not None:
@@ -79,7 +79,7 @@ def scan_lengths(
         reasons=dict(reasons),
         messages=[message for part in parts for message in part.messages][:KEPT_MESSAGES],
     )
-    if path is None:
+    if path is None or TRANSIENT & reasons.keys():
         return lengths
     about = {"reasons": lengths.reasons, "messages": list(lengths.messages)}
     write_arrays(path, about, {"tokens": lengths.tokens, "reads": lengths.reads, "draws": lengths.draws})
@@ -88,7 +88,7 @@ def scan_lengths(
 
 def _load(path: Path, length: int) -> Lengths | None:
     found = read_arrays(path)
-    if found is None or len(found[1]["tokens"]) != length:
+    if found is None or len(found[1]["tokens"]) != length or TRANSIENT & found[0]["reasons"].keys():
         return None
     about, arrays = found
     return Lengths(**arrays, reasons=about["reasons"], messages=about["messages"])
@@ -140,8 +140,8 @@ def fingerprint_words(source: Source) -> list[str]:
     for i in np.linspace(0, len(source) - 1, num=min(len(source), 32)).astype(int):
         try:
             example = source[int(i)]
-        except UserError:
-            words.append("unreadable")
+        except UserError as error:
+            words += [] if reason_of(error) in TRANSIENT else ["unreadable"]
             continue
         words.append(example.key)
         words += [part.text if isinstance(part, Text) else part.role for part in example.parts]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pisces_jax.data import storage
-from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.example import FILE_GONE, BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.jsonfiles import picture_files
 from pisces_jax.data.recipes import Record
@@ -64,7 +64,7 @@ class Tfds:
         try:
             record = dict(self._records[int(i)])
         except (OSError, ValueError, IndexError, RuntimeError) as error:
-            raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
+            raise BrokenExample(key, FILE_GONE, str(error)) from error
         pictures = [encoded(record.pop(field), key) for field in self.images]
         return Record(key, {field: self._plain(field, value) for field, value in record.items()}, pictures)
 
@@ -129,7 +129,7 @@ class ArrayRecords:
         try:
             (data,) = self._source.__getitems__([int(i)])
         except (OSError, ValueError, IndexError, RuntimeError) as error:
-            raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
+            raise BrokenExample(key, FILE_GONE, str(error)) from error
         if data[:1] == b"{":
             fields = parse_json(data, key)
             return Record(key, fields, picture_files(fields, self.images, self.image_root or ".", key))

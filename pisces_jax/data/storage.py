@@ -28,6 +28,10 @@ class Unreachable(UserError):
     """A file that is not there or cannot be read; the message names it."""
 
 
+class Missing(Unreachable):
+    """A file that is surely not there."""
+
+
 def is_remote(path: str) -> bool:
     return "://" in path
 
@@ -128,7 +132,8 @@ def read(path: str, start: int = 0, length: int | None = None) -> bytes:
                 start, wanted = start + len(piece), wanted - len(piece)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
     except OSError as error:
-        raise Unreachable(f"{path} cannot be read ({error.strerror}): put it back or change path") from error
+        kind = Missing if isinstance(error, FileNotFoundError) else Unreachable
+        raise kind(f"{path} cannot be read ({error.strerror}): put it back or change path") from error
 
 
 class _File:
@@ -217,6 +222,7 @@ def _patiently(request: Callable[[], T], path: str) -> T:
         if answer:
             return answer[0]
         if raised and isinstance(raised[0], (FileNotFoundError, PermissionError)):
-            raise Unreachable(f"{path} cannot be read ({raised[0]}): change path") from raised[0]
+            kind = Missing if isinstance(raised[0], FileNotFoundError) else Unreachable
+            raise kind(f"{path} cannot be read ({raised[0]}): change path") from raised[0]
         reason = f"{type(raised[0]).__name__}: {raised[0]}" if raised else f"no answer in {TIME_LIMIT:g} s"
     raise Unreachable(f"{path} cannot be read in {ATTEMPTS} attempts ({reason}): see to the network or change path")

@@ -20,7 +20,7 @@ import numpy as np
 
 from pisces_jax.data import storage
 from pisces_jax.data.arrays import read_arrays, write_arrays
-from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.example import SHARD_CHANGED, SHARD_GONE, BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
 from pisces_jax.data.records import PICTURES, parse_json, parse_text
@@ -129,10 +129,10 @@ class WebDataset:
     def _read(path: str, signature: str, offset: int, size: int, key: str) -> bytes:
         try:
             if not storage.is_remote(path) and storage.signature(path) != signature:
-                raise BrokenExample(key, "the shard changed since it was indexed", path)
+                raise BrokenExample(key, SHARD_CHANGED, path)
             data = storage.read(path, offset, size)
         except storage.Unreachable as error:
-            raise BrokenExample(key, "the shard is gone or cannot be read", str(error)) from error
+            raise BrokenExample(key, SHARD_GONE, str(error)) from error
         if len(data) < size:
             raise BrokenExample(key, CUT, path)
         return data

@@ -83,6 +83,26 @@ def test_the_page_shows_the_rows(tmp_path):
     assert page.count("<img") == 11 and page.count("masked:") == 1
 
 
+def test_the_page_of_rows_with_cached_features(tmp_path):
+    class Cache:
+        shape = (2, 5)
+
+        def __getitem__(self, i):
+            return np.full(self.shape, i, np.float32)
+
+    path = folder_of(tmp_path / "set", 7)
+    tokenizer = train_sentencepiece(["word word <b>end</b> caption: draw:"] * 9, tmp_path / "t.model", 300)
+    entries = [
+        make_source(dict(kind="image_folder", path=path, name=recipe, recipe=recipe))
+        for recipe in ("caption", "draw_caption")
+    ]
+    layout = Layout(4, 2, 64, 2, 8, 8, 6, 4)
+    groups = PackedGroups(entries, tokenizer, layout, seed=0, features=[Cache(), Cache()])
+    page = show.page(groups, range(groups.per_epoch), "t")
+    assert page.count("<img class=read") == 7 and page.count("<span class='box draw'>cached features</span>") == 7
+    assert "<img class=draw" not in page
+
+
 def test_commands(call, tmp_path):
     for command in ("inspect", "stats", "index"):
         status, out, _ = call(command, "--help")

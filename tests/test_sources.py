@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -504,6 +505,43 @@ def test_shards_are_indexed_in_parallel_and_anywhere(tmp_path):
     source = make_source({**spec, "index_dir": str(tmp_path / "work"), "index_workers": 2}).source
     assert [texts(source[i])[1][0] for i in range(3)] == ["number 0", "number 1", "number 2"]
     assert len(list((tmp_path / "work").iterdir())) == 3 and not list(tmp_path.glob("*.index"))
+
+
+# Fingerprints: what is kept of a source (lengths, features) belongs to its files and its choice of pictures
+
+
+def test_a_fingerprint_holds_files_and_pictures(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    def write(path, *objects):
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for one in objects:
+            writer.write(json.dumps(one).encode())
+        writer.close()
+
+    tar = shard(tmp_path / "a.tar", [("1.jpg", jpeg((1, 0, 0))), ("1.png", png("RGB", (2, 0, 0))), ("1.txt", b"one")])
+    write(tmp_path / "a.array_record", {"image": "red.png", "text": "red"})
+    for spec, changes in (
+        (dict(kind="webdataset", path=tar), [dict(images=("jpg",)), dict(images=("png",)), dict(images=("png", "jpg"))]),
+        (dict(kind="array_record", path=f"{tmp_path}/a.array_record"), [
+            dict(images=("other",)), dict(image_root="/pictures"), dict(image_root="/others")
+        ]),
+    ):  # fmt: skip
+        made = [source_of(**spec, **change, recipe="caption") for change in ({}, {}, *changes)]
+        assert made[0].fingerprint == made[1].fingerprint
+        for kind in ("fingerprint", "pictures_fingerprint"):
+            assert len({getattr(source, kind) for source in made}) == len(changes) + 1
+
+
+def test_a_prepared_set_that_was_made_again_is_another(tmp_path):
+    """The same folder and split, other files."""
+    shutil.copytree(real("tfds") / "cifar10" / "3.0.2", tmp_path / "cifar10" / "3.0.2")
+    spec = dict(kind="tfds", dataset="cifar10", data_dir=tmp_path, split="test", recipe="pair", caption_format="{label}")
+    before = source_of(**spec).fingerprint
+    assert source_of(**spec).fingerprint == before
+    (file,) = (tmp_path / "cifar10/3.0.2").glob("*test*array_record*")
+    os.utime(file, (1, 1))
+    assert source_of(**spec).fingerprint != before
 
 
 # Parquet

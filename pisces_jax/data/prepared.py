@@ -54,7 +54,10 @@ class Tfds:
                 f"its splits are {', '.join(builder.info.splits)}"
             ) from error
         self.names = [field for field in features if field not in self.images]
-        self.fingerprint = f"{folder}/{split}/{self.images}"
+        files = sorted(path for path in folder.iterdir() if ".array_record" in path.name)
+        marks = "\0".join(f"{path.name} {storage.signature(str(path))}" for path in files)
+        digest = hashlib.blake2b(marks.encode(), digest_size=16).hexdigest()
+        self.fingerprint = f"{folder}/{digest}/{split}/{self.images}"
 
     def __len__(self) -> int:
         return self._length
@@ -109,7 +112,8 @@ class ArrayRecords:
         self._open()
         if not self._length:
             raise UserError(f"{self.paths[0]} holds no record: change path")
-        self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
+        self.fingerprint = f"{digest}/{self.images}/{self.image_root}"
 
     def _open(self) -> None:
         from array_record.python.array_record_data_source import ArrayRecordDataSource

@@ -82,7 +82,8 @@ class WebDataset:
         self._ends = np.cumsum(counts)
         if not self._ends[-1]:
             raise UserError(f"{self.paths[0]}{' and its like' if len(counts) > 1 else ''} hold no sample: change path")
-        self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
+        self.fingerprint = f"{digest}/{self.images}"
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -1,5 +1,6 @@
 """Sources and pictures: real data where it is there, and generated folders of everything that comes in."""
 
+import concurrent.futures
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pisces_jax.data import parquet, storage, webdataset
+from pisces_jax.data import parquet, recordfiles, storage, webdataset
 from pisces_jax.data.example import BrokenExample, Picture, Text
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
 from pisces_jax.data.recipes import Recipe
@@ -542,6 +543,50 @@ def test_a_prepared_set_that_was_made_again_is_another(tmp_path):
     (file,) = (tmp_path / "cifar10/3.0.2").glob("*test*array_record*")
     os.utime(file, (1, 1))
     assert source_of(**spec).fingerprint != before
+
+
+# ArrayRecord
+
+
+def test_many_record_files_are_read_with_few_descriptors(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    def write(f, *words):
+        path = tmp_path / f"{f:03d}.array_record"
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for word in words:
+            writer.write(json.dumps({"image": "x.png", "text": word}).encode())
+        writer.close()
+        return path
+
+    n = 3 * recordfiles.OPEN_READERS
+    paths = [write(f, f"a{f}", f"b{f}") for f in range(n)]
+    source = source_of("array_record", path=f"{tmp_path}/*.array_record", recipe="caption")
+    recordfiles._reader.cache_clear()
+    before = len(os.listdir("/proc/self/fd"))
+    copied = pickle.loads(pickle.dumps(source))
+    assert len(copied) == 2 * n
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: texts(copied[i])[1][0], [*range(2 * n), *range(2 * n)]))
+    assert found == 2 * [f"{letter}{f}" for f in range(n) for letter in "ab"]
+    assert len(os.listdir("/proc/self/fd")) - before <= recordfiles.OPEN_READERS
+    # One that is replaced is opened again; damage is told from what is gone.
+    os.replace(write(999, "new", "newer"), paths[1])
+    assert texts(copied[2])[1][0] == "new"
+    data = paths[2].read_bytes()
+    first = data.index(b'"a2"')
+    paths[2].write_bytes(data[:first] + b'"xx"' + data[first + 4 :])
+    paths[3].write_bytes(data[:1000])
+    paths[4].unlink()
+    found = {}
+    for i in range(2 * n):
+        try:
+            copied[i]
+        except BrokenExample as error:
+            found[i] = error.reason
+    assert found == {4: "a damaged record"} | dict.fromkeys(range(6, 10), "the file is gone or cannot be read")
+    with pytest.raises(UserError, match=r"003\.array_record cannot be read as ArrayRecord: mend or remove"):
+        source_of("array_record", path=f"{tmp_path}/*.array_record", recipe="caption")
 
 
 # Parquet

@@ -19,6 +19,7 @@ from pisces_jax.data.example import BrokenExample, Example, Picture
 from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Entry, Source
 from pisces_jax.data.lengths import fingerprint_words
+from pisces_jax.data.recordfiles import RecordFiles, Span
 from pisces_jax.errors import UserError
 from pisces_jax.files import write_atomic
 
@@ -56,7 +57,8 @@ class FeatureCache:
         self.name, self.count = entry.name, len(entry.source)
         self.encoder = json.loads(json.dumps(dict(encoder)))
         self._about: dict[str, Any] | None = None
-        self._records: Any = None
+        sizes = [min(SHARD, self.count - SHARD * s) for s in range(len(self.shards))]
+        self._records = RecordFiles([Span(str(p), 0, n) for p, n in zip(self.shards, sizes, strict=True)])
         try:
             about = json.loads((self.folder / "about.json").read_text())
         except (OSError, ValueError):
@@ -127,15 +129,11 @@ class FeatureCache:
         Raises:
             BrokenExample: its picture could not be read when they were made, or the record cannot be read now.
         """
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
         assert self._about is not None
-        if self._records is None:
-            self._records = ArrayRecordDataSource([str(path) for path in self.shards])
         key = f"{self.name}[{i}]"
         try:
-            (data,) = self._records.__getitems__([i])
-        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            data = self._records[i]
+        except UserError as error:
             raise BrokenExample(key, "cached features cannot be read", str(error)) from error
         if not data:
             raise BrokenExample(key, UnreadablePicture.reason, "when its features were cached")
@@ -143,9 +141,6 @@ class FeatureCache:
         if stored.dtype == np.uint16:
             stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return stored.reshape(self.shape)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None}
 
 
 def picture_words(source: Source) -> list[Any]:

@@ -13,6 +13,7 @@ from pisces_jax.data.example import FILE_GONE, BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.jsonfiles import picture_files
 from pisces_jax.data.recipes import Record
+from pisces_jax.data.recordfiles import RecordFiles, Span, count_records
 from pisces_jax.data.records import encoded, parse_json
 from pisces_jax.errors import UserError
 
@@ -46,6 +47,8 @@ class Tfds:
         try:
             decoders = dict.fromkeys(self.images, tfds.decode.SkipDecoding())
             self._records = builder.as_data_source(split, decoders=decoders)
+            files = builder.info.splits[split].file_instructions
+            self._records.data_source = RecordFiles([Span(str(one.filename), one.skip, one.take) for one in files])
             self._length = len(self._records)
         except (ValueError, OSError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -66,8 +69,10 @@ class Tfds:
         key = f"{self.dataset}/{self.split}/{int(i)}"
         try:
             record = dict(self._records[int(i)])
-        except (OSError, ValueError, IndexError, RuntimeError) as error:
+        except storage.Unreachable as error:
             raise BrokenExample(key, FILE_GONE, str(error)) from error
+        except (UserError, OSError, ValueError, RuntimeError) as error:
+            raise BrokenExample(key, "a damaged record", str(error)) from error
         pictures = [encoded(record.pop(field), key) for field in self.images]
         return Record(key, {field: self._plain(field, value) for field, value in record.items()}, pictures)
 
@@ -99,7 +104,7 @@ class ArrayRecords:
     cannot be, so there `images` names paths of files below `image_root`.
 
     Raises:
-        UserError: a file is missing, on a bucket or no ArrayRecord file.
+        UserError: a file is missing, on a bucket or no whole ArrayRecord file.
     """
 
     names = None
@@ -109,31 +114,23 @@ class ArrayRecords:
         for one in self.paths:
             _refuse_remote(one)
         signatures = [storage.signature(one) for one in self.paths]
-        self._open()
-        if not self._length:
+        self._records = RecordFiles([Span(one, 0, count_records(one)) for one in self.paths])
+        if not len(self._records):
             raise UserError(f"{self.paths[0]} holds no record: change path")
         digest = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
         self.fingerprint = f"{digest}/{self.images}/{self.image_root}"
 
-    def _open(self) -> None:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        try:
-            self._source = ArrayRecordDataSource(self.paths)
-            self._length = len(self._source)
-        except (ValueError, OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.paths[0]} cannot be read as ArrayRecord ({reason}): change path") from error
-
     def __len__(self) -> int:
-        return self._length
+        return len(self._records)
 
     def __getitem__(self, i: int) -> Record:
         key = f"{Path(self.paths[0]).name}/{int(i)}"
         try:
-            (data,) = self._source.__getitems__([int(i)])
-        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            data = self._records[int(i)]
+        except storage.Unreachable as error:
             raise BrokenExample(key, FILE_GONE, str(error)) from error
+        except UserError as error:
+            raise BrokenExample(key, "a damaged record", str(error)) from error
         if data[:1] == b"{":
             fields = parse_json(data, key)
             return Record(key, fields, picture_files(fields, self.images, self.image_root or ".", key))
@@ -143,13 +140,6 @@ class ArrayRecords:
             value = fields.pop(name, None)
             pictures += [encoded(one, key) for one in (value if isinstance(value, list) else [value])]
         return Record(key, {name: _text(value) for name, value in fields.items()}, pictures)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_source"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
 
 
 def parse_example(data: bytes, key: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import tiny_config
 
 from pisces_jax.data import features as cached
-from pisces_jax.data.example import Example, Picture, Text
+from pisces_jax.data.example import TRANSIENT, BrokenExample, Example, Picture, Text
 from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Entry
 from pisces_jax.errors import UserError
@@ -128,7 +128,31 @@ def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_
         assert all(value > 0 for value in losses[0].values())
 
 
-def test_a_broken_picture_is_masked_with_features_too(run, tmp_path):
+@pytest.mark.parametrize("reason", sorted(TRANSIENT))
+def test_a_failure_of_the_storage_stops_and_is_not_kept(run, tmp_path, reason):
+    class Source:
+        away = True
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            if i == 19 and self.away:
+                raise BrokenExample("k19", reason)
+            return Example((Picture(np.full((16, 16, 3), i, np.uint8), "draw"),), f"k{i}")
+
+    config, source = run("unified", features="features"), Source()
+    entries = [Entry("s", 1.0, source)]
+    with pytest.raises(UserError, match=f"source s: example k19: {reason}: run the same command again"):
+        features.cache_features(config, tmp_path, entries, "float32", 8)
+    assert [path.name[:5] for path in tmp_path.rglob("*.array_record")] == ["00000"]
+    source.away = False
+    assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"s": 0}
+    (cache,) = features.open_caches(config, tmp_path, entries)
+    assert np.isfinite(cache[19]).all()
+
+
+def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch):
     def broken():
         raise UnreadablePicture("picture 3 cannot be read: replace it")
 
@@ -142,11 +166,18 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path):
 
     config = run("unified", features="features")
     entries = [Entry("s", 1.0, Source())]
-    assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"s": 1}
+    for _ in range(2):  # the second time it is there already
+        assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"s": 1}
     (cache,) = features.open_caches(config, tmp_path, entries)
     assert np.isfinite(cache[2]).all()
     with pytest.raises(UserError, match="cannot be decoded"):
         cache[3]
+    monkeypatch.setattr(features, "LEAST_SEEN", 20)
+    with pytest.raises(UserError, match="source s: 1 of 20 pictures cannot be read so far, more than 1.00%"):
+        features.cache_features(config, tmp_path / "strict", entries, "float32", 8)
+    assert not list((tmp_path / "strict").rglob("*.array_record"))
+    config.data.max_broken = 0.05
+    assert features.cache_features(config, tmp_path / "strict", entries, "float32", 8) == {"s": 1}
     twice = Example((Picture(np.zeros((2, 2, 3), np.uint8), "draw"),) * 2, "k")
     with pytest.raises(UserError, match="draws 2 pictures"):
         cached.cached_picture(twice)

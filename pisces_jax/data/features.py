@@ -1,7 +1,8 @@
 """Cached features of pictures, in ArrayRecord shards: what a frozen encoder makes of them, read in their place.
 
 One record an example, by its number in the source: the features of the picture that the example draws, or where it
-draws none of its first. An example without a readable picture has an empty record.
+draws none of its first. An example without a readable picture has an empty record; how many of them a shard has stands
+in a file beside it, where it has any.
 """
 
 import hashlib
@@ -93,6 +94,10 @@ class FeatureCache:
 
         path = self.shards[shard]
         path.parent.mkdir(parents=True, exist_ok=True)
+        if empty := sum(not record for record in records):
+            write_atomic(_count_of(path), str(empty))
+        else:
+            _count_of(path).unlink(missing_ok=True)  # of a shard that was removed since
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record is read at a time
@@ -102,6 +107,11 @@ class FeatureCache:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def empty(self) -> int:
+        """How many pictures could not be read, in the shards that are written."""
+        counts = (_count_of(path) for path in self.shards if path.exists())
+        return sum(int(path.read_text()) for path in counts if path.exists())
 
     def open(self) -> "FeatureCache":
         """To be called before reading.
@@ -141,6 +151,10 @@ class FeatureCache:
         if stored.dtype == np.uint16:
             stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return stored.reshape(self.shape)
+
+
+def _count_of(shard: Path) -> Path:
+    return shard.with_suffix(".empty")
 
 
 def picture_words(source: Source) -> list[Any]:

@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.example import TRANSIENT, BrokenExample, reason_of
 from pisces_jax.data.features import DTYPES, SHARD, FeatureCache, cached_picture
 from pisces_jax.data.images import UnreadablePicture, fit
 from pisces_jax.data.layout import Entry
+from pisces_jax.data.packing import LEAST_SEEN
 from pisces_jax.errors import UserError
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
@@ -53,19 +54,23 @@ def open_caches(config: ConfigDict, workdir: Path, entries: list[Entry]) -> list
 def cache_features(
     config: ConfigDict, workdir: Path, entries: list[Entry], dtype: str, batch_size: int, threads: int = 2
 ) -> Mapping[str, int]:
-    """Writes the features of every source that are not there yet; how many pictures could not be read, by source.
+    """Writes the features of every source that are not there yet; how many pictures could not be read, by source,
+    those of shards that were there counted too.
 
     Every process writes shards of its own, on its own devices; what an interruption leaves is whole shards, and the
     same call goes on with the others.
+
+    Raises:
+        UserError: the storage fails, or more than `data.max_broken` of a source's pictures cannot be read. The shard
+            in hand is not kept.
     """
     if dtype not in DTYPES:
         raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
     folder = workdir / (config.data.features or "features")
     caches = [FeatureCache(folder, entry, encoder_of(config)) for entry in entries]
     work = {cache.name: cache.todo(jax.process_index(), jax.process_count()) for cache in caches}
-    broken = dict.fromkeys(work, 0)
     if not any(work.values()):
-        return broken
+        return {cache.name: cache.empty() for cache in caches}
     encode, size = _encoder(config, workdir, dtype)
     devices = jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
@@ -77,9 +82,12 @@ def cache_features(
                 try:
                     example = entry.source[i]
                     return fit(cached_picture(example).array(), size)
-                except (BrokenExample, UnreadablePicture):
+                except (BrokenExample, UnreadablePicture) as error:
+                    if reason_of(error) in TRANSIENT:
+                        raise UserError(f"source {entry.name}: {error}: run the same command again") from error
                     return None
 
+            broken = cache.empty()
             for shard in work[cache.name]:
                 records: list[bytes] = []
                 numbers = range(shard * SHARD, min((shard + 1) * SHARD, cache.count))
@@ -90,12 +98,21 @@ def cache_features(
                     features = encode(np.stack(filled + [blank] * (batch_size - len(filled))))
                     if not records:
                         cache.describe(features.shape[1:], dtype)
-                    broken[cache.name] += sum(image is None for image in images)
+                    broken += sum(image is None for image in images)
+                    _check_broken(cache, broken, config.data.max_broken)
                     pairs = zip(images, features[: len(images)], strict=True)
                     records += [b"" if image is None else each.tobytes() for image, each in pairs]
                 cache.write(shard, records)
                 bar.update()
-    return broken
+    return {cache.name: cache.empty() for cache in caches}
+
+
+def _check_broken(cache: FeatureCache, broken: int, most: float) -> None:
+    if broken > most * max(cache.count, LEAST_SEEN):
+        raise UserError(
+            f"source {cache.name}: {broken} of {cache.count} pictures cannot be read so far, more than {most:.2%}: "
+            "mend them or raise data.max_broken"
+        )
 
 
 def _encoder(config: ConfigDict, workdir: Path, dtype: str) -> tuple[Any, int]:

@@ -113,6 +113,13 @@ def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict
     }
 
 
+def add_process_flags(parser: Parser) -> None:
+    """For `processes.start`."""
+    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of the first of several processes")
+    parser.add_argument("--processes", type=whole_number(1), default=0, help="how many processes the run has")
+    parser.add_argument("--process", type=whole_number(0), default=-1, help="which of them this is, from 0")
+
+
 def add_amount_flags(parser: Parser) -> None:
     """How much to evaluate: the fields of `evaluation.suite.Amount`."""
     helps = {

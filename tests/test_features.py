@@ -78,9 +78,7 @@ def test_features_are_the_encoders_and_survive_interruption(run, params, tmp_pat
     assert written == [0, 1, "again", 2, 3]
     # Two processes, each with its own shards.
     for process in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        features.cache_features(config, tmp_path / "c", entries, "float32", 8)
+        features.cache_features(config, tmp_path / "c", entries, "float32", 8, share=(process, 2))
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
     assert len(contents(tmp_path / "a")) == 5
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,14 +23,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def train(workdir, count, mesh):
-    """Losses by step of the encoders' pretraining in `count` processes with four devices in all."""
+def run(workdir, count, module, *arguments):
+    """What the processes of a command print, `count` of them with four devices in all."""
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count"
     environment = {**os.environ, "XLA_FLAGS": f"{flags}={DEVICES // count}", "JAX_PLATFORMS": "cpu"}
-    command = [
-        sys.executable, "-m", "pisces_jax.train", "--config=tests/tiny_config.py:pretrain", f"--workdir={workdir}",
-        "--config.log.samples_every=0", *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", f"pisces_jax.{module}", f"--workdir={workdir}", *arguments]
     port = free_port()
     started = []
     for process in range(count):
@@ -45,8 +43,15 @@ def train(workdir, count, mesh):
     finally:
         for p in started:
             p.kill()
-    logs = "\n".join((workdir.parent / f"{workdir.name}-{i}.log").read_text()[-1500:] for i in range(count))
-    assert codes == [0] * count, logs
+    logs = [(workdir.parent / f"{workdir.name}-{i}.log").read_text() for i in range(count)]
+    assert codes == [0] * count, "\n".join(log[-1500:] for log in logs)
+    return logs
+
+
+def train(workdir, count, mesh):
+    """Losses by step of the encoders' pretraining."""
+    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    run(workdir, count, "train", "--config=tests/tiny_config.py:pretrain", "--config.log.samples_every=0", *axes)
     entries = [json.loads(line) for line in (workdir / "pretrain/metrics.jsonl").read_text().splitlines()]
     wanted = ("train/contrastive_understanding", "train/reconstruction", "train/norm/gradient", "val/reconstruction")
     return [(e["step"], {k: v for k, v in e.items() if k in wanted}) for e in entries]
@@ -63,6 +68,22 @@ def test_several_processes_equal_one(tmp_path):
         assert len(got) == len(expected)  # written once, not by every process
         for (step, values), (same, truth) in zip(got, expected, strict=True):
             assert step == same and values == pytest.approx(truth, rel=2e-5)
+
+
+@pytest.mark.slow
+def test_features_by_several_processes(tmp_path):
+    """Each writes shards of its own; the same files in the end, and one of them says so."""
+    train(tmp_path / "one", 1, dict(fsdp=4))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    files = []
+    for name, count in ("one", 1), ("two", 2):
+        flags = ("--config=tests/tiny_config.py:decoder", "--config.data.train.pair.num_examples=5000")
+        first, *others = run(tmp_path / name, count, "cache", *flags)
+        assert first.count("features of 5000 examples") == 1 and "to train on them" in first
+        assert not any("examples" in other for other in others)
+        folder = tmp_path / name / "features"
+        files.append({p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
+    assert files[0] == files[1] and len([path for path in files[0] if path.suffix == ".array_record"]) == 3
 
 
 def test_incomplete_arguments_are_refused():

@@ -22,7 +22,7 @@ from pisces_jax.data.layout import Entry, Source
 from pisces_jax.data.lengths import fingerprint_words
 from pisces_jax.data.recordfiles import RecordFiles, Span
 from pisces_jax.errors import UserError
-from pisces_jax.files import write_atomic
+from pisces_jax.files import replacing, write_atomic
 
 SHARD = 4096  # records
 # NumPy has no bfloat16: its bits are kept.
@@ -93,20 +93,15 @@ class FeatureCache:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         path = self.shards[shard]
-        path.parent.mkdir(parents=True, exist_ok=True)
         if empty := sum(not record for record in records):
             write_atomic(_count_of(path), str(empty))
         else:
             _count_of(path).unlink(missing_ok=True)  # of a shard that was removed since
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record is read at a time
             for record in records:
                 writer.write(record)
             writer.close()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def empty(self) -> int:
         """How many pictures could not be read, in the shards that are written."""

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from pisces_jax import processes
 from pisces_jax.data.example import TRANSIENT, BrokenExample, reason_of
 from pisces_jax.data.features import DTYPES, SHARD, FeatureCache, cached_picture
 from pisces_jax.data.images import UnreadablePicture, fit
@@ -52,13 +53,19 @@ def open_caches(config: ConfigDict, workdir: Path, entries: list[Entry]) -> list
 
 
 def cache_features(
-    config: ConfigDict, workdir: Path, entries: list[Entry], dtype: str, batch_size: int, threads: int = 2
+    config: ConfigDict,
+    workdir: Path,
+    entries: list[Entry],
+    dtype: str,
+    batch_size: int,
+    threads: int = 2,
+    share: tuple[int, int] = (0, 1),
 ) -> Mapping[str, int]:
     """Writes the features of every source that are not there yet; how many pictures could not be read, by source,
     those of shards that were there counted too.
 
-    Every process writes shards of its own, on its own devices; what an interruption leaves is whole shards, and the
-    same call goes on with the others.
+    Every process writes its `share` of the shards (part i of n), on its own devices; what an interruption leaves is
+    whole shards, and the same call goes on with the others. It returns when all processes are done.
 
     Raises:
         UserError: the storage fails, or more than `data.max_broken` of a source's pictures cannot be read. The shard
@@ -68,15 +75,33 @@ def cache_features(
         raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
     folder = workdir / (config.data.features or "features")
     caches = [FeatureCache(folder, entry, encoder_of(config)) for entry in entries]
-    work = {cache.name: cache.todo(jax.process_index(), jax.process_count()) for cache in caches}
-    if not any(work.values()):
-        return {cache.name: cache.empty() for cache in caches}
+    work = {cache.name: cache.todo(*share) for cache in caches}
+    missing = any(cache.todo(0, 1) for cache in caches)
+    processes.meet("features to write")  # the weights are read by all processes or by none
+    if missing:
+        _write(config, workdir, list(zip(entries, caches, strict=True)), work, dtype, batch_size, threads)
+    processes.meet("features written")
+    return {cache.name: cache.empty() for cache in caches}
+
+
+def _write(
+    config: ConfigDict,
+    workdir: Path,
+    caches: Sequence[tuple[Entry, FeatureCache]],
+    work: Mapping[str, Sequence[int]],
+    dtype: str,
+    batch_size: int,
+    threads: int,
+) -> None:
     encode, size = _encoder(config, workdir, dtype)
     devices = jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
-    bar = tqdm(total=sum(map(len, work.values())), desc="features", unit="shard", mininterval=1.0)
+    bar = tqdm(
+        total=sum(map(len, work.values())), desc="features", unit="shard", mininterval=1.0,
+        disable=not processes.primary(),
+    )  # fmt: skip
     with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for entry, cache in zip(entries, caches, strict=True):
+        for entry, cache in caches:
 
             def load(i: int, entry: Entry = entry) -> np.ndarray | None:
                 try:
@@ -104,7 +129,6 @@ def cache_features(
                     records += [b"" if image is None else each.tobytes() for image, each in pairs]
                 cache.write(shard, records)
                 bar.update()
-    return {cache.name: cache.empty() for cache in caches}
 
 
 def _check_broken(cache: FeatureCache, broken: int, most: float) -> None:

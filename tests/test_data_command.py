@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 import tarfile
 from importlib import import_module
@@ -163,6 +165,28 @@ def test_index(call, tmp_path):
     assert status == 0, err
     assert out.splitlines() == ["4 samples in 1 shards", "  duplicate key: 1", "  a name outside its folder: 1"]
     assert len(list((tmp_path / "index").iterdir())) == 1
+
+
+def test_workers_of_the_command_import_no_jax(tmp_path):
+    """A file that every Python of the command reads first notes which process imports JAX."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('jax', 'pisces_jax'):\n"
+        f"            open({str(tmp_path / 'imports')!r}, 'a').write(f'{{name}} {{os.getpid()}}\\n')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    for name in "abc":
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            archive.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
+    command = [sys.executable, "-m", "pisces_jax.data", "index", f"--path={tmp_path}/?.tar", "--workers=2"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "3 samples in 3 shards\n", done.stderr
+    noted = [line.split() for line in (tmp_path / "imports").read_text().splitlines()]
+    assert len({process for name, process in noted if name == "pisces_jax"}) == 3  # the command and two workers
+    assert not [name for name, _ in noted if name == "jax"]
 
 
 def test_the_mixture_of_real_sets_fills_its_rows(data_folder, tmp_path, monkeypatch):

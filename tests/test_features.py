@@ -1,19 +1,25 @@
 """Cached features: the same numbers as from pictures, whole shards or none, the same by any processes."""
 
+import json
+import os
+import shutil
+
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny_config
 
 from pisces_jax.data import features as cached
-from pisces_jax.data.example import TRANSIENT, BrokenExample, Example, Picture, Text
+from pisces_jax.data.example import FILE_GONE, BrokenExample, Example, Picture, Text
 from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Entry
 from pisces_jax.errors import UserError
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
-from pisces_jax.training import features, input, programs
+from pisces_jax.training import checkpoints, features, input, programs
 from pisces_jax.training.config import vit_config
+from pisces_jax.weights.folder import export_part
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,7 @@ def params():
 @pytest.fixture
 def run(monkeypatch, params):
     monkeypatch.setattr(features, "load_part", lambda workdir, name, part: params["decoder"][part])
+    monkeypatch.setattr(features, "part_mark", lambda workdir, name, part: "as it was")
     monkeypatch.setattr(features, "SHARD", 16)
     monkeypatch.setattr(cached, "SHARD", 16)
 
@@ -102,6 +109,57 @@ def test_another_encoder_or_form_is_refused(run, tmp_path):
         features.cache_features(config, tmp_path, entries, "float32", 8)
 
 
+def test_an_encoder_that_was_replaced_is_refused(run, params, tmp_path, monkeypatch):
+    """A published folder; then the same name with other weights."""
+    config = run("decoder", features="features")
+    folder = tmp_path / "published"
+    config.parts.generation_encoder = str(folder)
+    monkeypatch.setattr(features, "part_mark", checkpoints.part_mark)
+    settings, weights = vit_config(config, "generation_encoder"), params["decoder"]["generation_encoder"]
+    export_part(folder, "generation_encoder", settings, weights, native=True)
+    entries = input.entries_of(config.data.train)
+    features.cache_features(config, tmp_path, entries, "float32", 64)
+    (cache,) = features.open_caches(config, tmp_path, entries)
+    np.testing.assert_allclose(cache[5], expected(config, params, entries[0], 5), atol=1e-5)
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():
+        os.utime(path, (1, 1))
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "copy", folder)  # the same, as another host has it
+    features.open_caches(config, tmp_path, entries)
+    shutil.rmtree(folder)
+    export_part(folder, "generation_encoder", settings, jax.tree.map(lambda x: x + 1, weights), native=True)
+    with pytest.raises(UserError, match="trained or replaced since: remove it"):
+        features.open_caches(config, tmp_path, entries)
+
+
+def test_a_run_that_was_trained_anew_is_another(tmp_path):
+    """Its weights and its step; and those of the run that it took the part from."""
+
+    def train(name, seed, steps=3, **parts):
+        run = tmp_path / name
+        shutil.rmtree(run, ignore_errors=True)
+        folder = run / "checkpoints" / str(steps) / "state"
+        weights = {"encoder": {"kernel": np.random.default_rng(seed).normal(size=8)}}
+        ocp.PyTreeCheckpointer().save(folder, {"trained": weights})
+        (run / "config.json").write_text(json.dumps(dict(steps=steps, parts=parts)))
+
+    marks = []
+    for change in (
+        lambda: (train("first", 0), train("second", 0, encoder="first")),
+        lambda: train("first", 1),
+        lambda: train("first", 1, steps=4),
+        lambda: train("second", 1, encoder="first"),
+    ):
+        change()
+        marks.append(checkpoints.part_mark(tmp_path, "second", "encoder"))
+        assert marks[-1] == checkpoints.part_mark(tmp_path, "second", "encoder")
+    assert len(set(marks)) == 4
+    shutil.rmtree(tmp_path / "first" / "checkpoints")
+    with pytest.raises(UserError, match=r"first is not finished \(0 of 4 steps\): train it first"):
+        checkpoints.part_mark(tmp_path, "second", "encoder")
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
 def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_path, dtype, tolerance):
     """bfloat16 keeps 8 bits: a relative error of 2^-9 a number."""
@@ -126,8 +184,7 @@ def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_
         assert all(value > 0 for value in losses[0].values())
 
 
-@pytest.mark.parametrize("reason", sorted(TRANSIENT))
-def test_a_failure_of_the_storage_stops_and_is_not_kept(run, tmp_path, reason):
+def test_a_failure_of_the_storage_stops_and_is_not_kept(run, tmp_path):
     class Source:
         away = True
 
@@ -136,12 +193,12 @@ def test_a_failure_of_the_storage_stops_and_is_not_kept(run, tmp_path, reason):
 
         def __getitem__(self, i):
             if i == 19 and self.away:
-                raise BrokenExample("k19", reason)
+                raise BrokenExample("k19", FILE_GONE)
             return Example((Picture(np.full((16, 16, 3), i, np.uint8), "draw"),), f"k{i}")
 
     config, source = run("unified", features="features"), Source()
     entries = [Entry("s", 1.0, source)]
-    with pytest.raises(UserError, match=f"source s: example k19: {reason}: run the same command again"):
+    with pytest.raises(UserError, match=f"source s: example k19: {FILE_GONE}: run the same command again"):
         features.cache_features(config, tmp_path, entries, "float32", 8)
     assert [path.name[:5] for path in tmp_path.rglob("*.array_record")] == ["00000"]
     source.away = False

@@ -65,7 +65,10 @@ class FeatureCache:
         except (OSError, ValueError):
             return
         if about["encoder"] != self.encoder:
-            raise UserError(f"{self.folder} holds features of another encoder or pooling: remove it and cache again")
+            raise UserError(
+                f"{self.folder} holds features of another encoder or pooling, or of one that was trained or replaced "
+                "since: remove it and cache again"
+            )
         self._about = about
 
     @property

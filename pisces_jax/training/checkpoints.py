@@ -9,6 +9,7 @@ A checkpoint holds what its run trains. Frozen parts are read again from where t
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from pisces_jax.training import optimizer
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.step import State
 from pisces_jax.training.tokenizer import load_tokenizer
-from pisces_jax.weights.folder import is_folder, read_source
+from pisces_jax.weights.folder import folder_mark, is_folder, read_source
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
 _FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
@@ -150,6 +151,32 @@ def _changed(state: State) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def part_mark(workdir: Path, name: str, part: str) -> str:
+    """Changes when what `load_part` gives, or a published folder of that name, changes: also when a run is trained anew.
+
+    Raises:
+        UserError: the run or the folder is missing, or the run is unfinished.
+    """
+    if is_folder(name):
+        return folder_mark(name)
+    config, step = _finished(workdir, name)
+    # Orbax names a checkpoint's files at random and lists them here.
+    manifest = workdir / name / "checkpoints" / str(step) / "state" / "manifest.ocdbt"
+    digest = hashlib.blake2b(f"{step} ".encode() + manifest.read_bytes(), digest_size=8)
+    if source := config.parts.get(part, ""):
+        digest.update(part_mark(workdir, source, part).encode())
+    return digest.hexdigest()
+
+
+def _finished(workdir: Path, name: str) -> tuple[ConfigDict, int]:
+    """A run's config and last step."""
+    run = workdir / name
+    config = read_config(run)
+    if not is_finished(run):
+        raise UserError(f"{run} is not finished ({finished_step(run)} of {config.steps} steps): train it first")
+    return config, finished_step(run)
+
+
 def load_part(workdir: Path, name: str, part: str) -> Any:
     """The weights of `part` as run `name` left them: trained there (averaged, where the run averages), or where it
     itself took them from. Host arrays.
@@ -157,11 +184,9 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
     Raises:
         UserError: the run is missing or unfinished, or has no such part.
     """
+    config, step = _finished(workdir, name)
     run = workdir / name
-    config = read_config(run)
-    if not is_finished(run):
-        raise UserError(f"{run} is not finished ({finished_step(run)} of {config.steps} steps): train it first")
-    path = run.absolute() / "checkpoints" / str(finished_step(run)) / "state"
+    path = run.absolute() / "checkpoints" / str(step) / "state"
     checkpointer = ocp.PyTreeCheckpointer()
     tree = checkpointer.metadata(path).item_metadata.tree
     kept = tree["average"] if tree.get("average") else tree["trained"]

@@ -23,18 +23,20 @@ from pisces_jax.errors import UserError
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
 from pisces_jax.training import config as settings
-from pisces_jax.training.checkpoints import load_part
+from pisces_jax.training.checkpoints import load_part, part_mark
+from pisces_jax.weights.folder import is_folder, read_source
 
 PART = "generation_encoder"
 
 
-def encoder_of(config: ConfigDict) -> dict[str, Any]:
-    """What cached features are from: the run of the encoder, its settings and the pooling."""
+def encoder_of(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """What cached features are from: the encoder's run or published folder, its weights, settings and the pooling."""
     start = config.parts.get(PART, "")
     if not start:
         raise UserError(f"config key parts.{PART} is not set: features are cached of an encoder that was trained")
     return {
         "start": start,
+        "weights": part_mark(workdir, start, PART),
         "settings": dataclasses.asdict(settings.vit_config(config, PART)),
         "pool": config.model.pool,
     }
@@ -48,7 +50,7 @@ def open_caches(config: ConfigDict, workdir: Path, entries: list[Entry]) -> list
     """
     if not config.data.features:
         return None
-    folder, encoder = workdir / config.data.features, encoder_of(config)
+    folder, encoder = workdir / config.data.features, encoder_of(config, workdir)
     return [FeatureCache(folder, entry, encoder).open() for entry in entries]
 
 
@@ -74,7 +76,8 @@ def cache_features(
     if dtype not in DTYPES:
         raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
     folder = workdir / (config.data.features or "features")
-    caches = [FeatureCache(folder, entry, encoder_of(config)) for entry in entries]
+    encoder = encoder_of(config, workdir)
+    caches = [FeatureCache(folder, entry, encoder) for entry in entries]
     work = {cache.name: cache.todo(*share) for cache in caches}
     missing = any(cache.todo(0, 1) for cache in caches)
     processes.meet("features to write")  # the weights are read by all processes or by none
@@ -145,7 +148,8 @@ def _encoder(config: ConfigDict, workdir: Path, dtype: str) -> tuple[Any, int]:
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     storage = jnp.dtype(config.storage.get(PART, "float32"))
-    params = load_part(workdir, config.parts[PART], PART)
+    start = config.parts[PART]
+    params = read_source(start, vit.config, PART) if is_folder(start) else load_part(workdir, start, PART)
     params = jax.device_put(jax.tree.map(lambda x: x.astype(storage), params), whole)
 
     @jax.jit

@@ -59,6 +59,18 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def all_agree(digest: str) -> bool:
+    """Whether all processes come with the same digest (hexadecimal, as long in all of them)."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return True
+    mine = np.frombuffer(bytes.fromhex(digest), np.uint8)
+    return bool((multihost_utils.process_allgather(mine) == mine).all())
+
+
 @contextmanager
 def primary_first(name: str) -> Iterator[None]:
     """The first process goes through the block alone, then all others: for files that one makes and all read."""

@@ -86,6 +86,49 @@ def test_features_by_several_processes(tmp_path):
     assert files[0] == files[1] and len([path for path in files[0] if path.suffix == ".array_record"]) == 3
 
 
+def test_processes_that_pack_other_examples_stop(tmp_path):
+    """Each of two processes reads a folder of its own, in one of which a text is missing."""
+    program = (
+        "import sys, pathlib\n"
+        "from pisces_jax import cli, processes\n"
+        "from pisces_jax.errors import run_command\n"
+        "def main():\n"
+        "    port, process, workdir, folder = sys.argv[1:]\n"
+        "    processes.start(f'127.0.0.1:{port}', 2, int(process))\n"
+        "    from pisces_jax.data.tokenizers import open_tokenizer\n"
+        "    from pisces_jax.training import input\n"
+        "    from pisces_jax.training.programs import make_program\n"
+        "    from pisces_jax.training.tokenizer import load_tokenizer\n"
+        "    config = cli.load_stages('tests/tiny_config.py:pretrain', {})['pretrain']\n"
+        "    tokenizer = load_tokenizer(config, pathlib.Path(workdir))\n"
+        "    config.data.train = dict(f=dict(kind='image_folder', path=folder, recipe='pair'))\n"
+        "    input.train_iterator(config, tokenizer, make_program(config, 300), pathlib.Path(workdir))\n"
+        "    print('agreed')\n"
+        "run_command(main)\n"
+    )
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in range(9)]
+    for name, held in ("whole", lines), ("holed", [*lines[:4], "{", *lines[5:]]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.jsonl").write_text("\n".join(held))
+    for other, expected in ("whole", (0, "agreed")), ("holed", (1, "do not find the same examples")):
+        port = free_port()
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(port), str(i), str(tmp_path / "work"), str(tmp_path / folder)],
+                cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+            for i, folder in enumerate(("whole", other))
+        ]  # fmt: skip
+        try:
+            said = [p.communicate(timeout=200)[0] for p in started]
+        finally:
+            for p in started:
+                p.kill()
+        for p, words in zip(started, said, strict=True):
+            assert p.returncode == expected[0] and expected[1] in words, words
+
+
 def test_incomplete_arguments_are_refused():
     with pytest.raises(UserError, match="give all three, or none"):
         processes.start("127.0.0.1:1234", 2)

@@ -3,7 +3,7 @@
     WORKDIR/tokenizer.model
     WORKDIR/NAME/config.json            what is run; a folder without it is not ours
     WORKDIR/NAME/metrics.jsonl
-    WORKDIR/NAME/checkpoints/STEP/      state (what the run changes) and iterator (one number)
+    WORKDIR/NAME/checkpoints/STEP/      state (what the run changes) and iterator (its place)
 
 A checkpoint holds what its run trains. Frozen parts are read again from where they came, as `config.parts` says.
 """
@@ -105,7 +105,7 @@ def is_finished(run: Path) -> bool:
 
 
 class Checkpoints:
-    """Saves and restores the state of one run, with the number that its input stands at."""
+    """Saves and restores the state of one run, with the place that its input stands at."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self._folder = (run / "checkpoints").absolute()

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pisces_jax.data import parquet, recordfiles, storage, webdataset
+from pisces_jax.data import jsonfiles, parquet, recordfiles, storage, webdataset
 from pisces_jax.data.example import BrokenExample, Picture, Text
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
 from pisces_jax.data.recipes import Recipe
@@ -690,6 +690,39 @@ def test_a_bucket_that_fails_or_hangs_is_given_up(bucket, monkeypatch):
         storage.signature("memory://missing.bin")
     with pytest.raises(UserError, match="no known kind of storage"):
         storage.read("nonsense://a")
+
+
+def test_a_large_file_comes_in_blocks(bucket, monkeypatch, tmp_path):
+    """A request has the time limit of one block, whatever the size of the file."""
+    monkeypatch.setattr(storage, "BLOCK", 1000)
+    data = np.random.default_rng(0).integers(0, 256, 4000, np.uint8).tobytes()
+    asked = []
+    real = type(bucket).cat_file
+
+    def noted(self, path, start=None, end=None):
+        assert start < max(1, self.size(path)), "a request beyond the end is an error of some buckets"
+        asked.append(end - start)
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(bucket), "cat_file", noted)
+    for length in (4000, 2500, 1000, 999, 1, 0):
+        bucket.pipe("/a.bin", data[:length])
+        (tmp_path / "a.bin").write_bytes(data[:length])
+        for path in ("memory://a.bin", str(tmp_path / "a.bin")):
+            for start, wanted in ((0, None), (0, 1000), (0, 2500), (500, 2200), (700, None), (10, 9000), (0, 10)):
+                if start <= length:
+                    expected = data[:length][start:][:wanted]
+                    assert storage.read(path, start, wanted) == expected, (path, length, start, wanted)
+    assert max(asked) == 1000
+
+
+def test_lines_are_found_in_blocks(pictures, monkeypatch):
+    path = jsonl(pictures / "talk.jsonl", *({**LLAVA, "id": "x" * i} for i in range(40)))
+    whole = source_of("json", path=path, recipe="conversation").records._spans
+    assert [len(line) for line in Path(path).read_bytes().splitlines()] == whole[:, 1].tolist()
+    for block in (1, 7, 1000):
+        monkeypatch.setattr(jsonfiles, "BLOCK", block)
+        np.testing.assert_array_equal(source_of("json", path=path, recipe="conversation").records._spans, whole)
 
 
 def test_patterns(tmp_path):

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
-from pisces_jax.data import jsonfiles, parquet, recordfiles, storage, webdataset
+from pisces_jax.data import jsonfiles, lengths, parquet, recordfiles, storage, webdataset
 from pisces_jax.data.example import BrokenExample, Picture, Text
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
+from pisces_jax.data.layout import Layout
 from pisces_jax.data.recipes import Recipe
 from pisces_jax.data.sources import make_source
 from pisces_jax.errors import UserError
@@ -523,7 +525,7 @@ def test_a_fingerprint_holds_files_and_pictures(tmp_path):
     tar = shard(tmp_path / "a.tar", [("1.jpg", jpeg((1, 0, 0))), ("1.png", png("RGB", (2, 0, 0))), ("1.txt", b"one")])
     write(tmp_path / "a.array_record", {"image": "red.png", "text": "red"})
     for spec, changes in (
-        (dict(kind="webdataset", path=tar), [dict(images=("jpg",)), dict(images=("png",)), dict(images=("png", "jpg"))]),
+        (dict(kind="webdataset", path=tar), [dict(images=names) for names in (("jpg",), ("png",), ("png", "jpg"))]),
         (dict(kind="array_record", path=f"{tmp_path}/a.array_record"), [
             dict(images=("other",)), dict(image_root="/pictures"), dict(image_root="/others")
         ]),
@@ -537,7 +539,8 @@ def test_a_fingerprint_holds_files_and_pictures(tmp_path):
 def test_a_prepared_set_that_was_made_again_is_another(tmp_path):
     """The same folder and split, other files."""
     shutil.copytree(real("tfds") / "cifar10" / "3.0.2", tmp_path / "cifar10" / "3.0.2")
-    spec = dict(kind="tfds", dataset="cifar10", data_dir=tmp_path, split="test", recipe="pair", caption_format="{label}")
+    spec = dict(kind="tfds", dataset="cifar10", data_dir=tmp_path, split="test")
+    spec |= dict(recipe="pair", caption_format="{label}")
     before = source_of(**spec).fingerprint
     assert source_of(**spec).fingerprint == before
     (file,) = (tmp_path / "cifar10/3.0.2").glob("*test*array_record*")
@@ -664,6 +667,90 @@ def test_sources_on_a_bucket(bucket, tmp_path, folder):
     pictures = image_folder("memory://folder")
     assert len(pictures) == 200 and (picture(pictures[9]).array() == [9, 0, 0]).all()
     assert shape_of(source_of("json", path="memory://talk/talk.json", recipe="conversation")[0]) == LLAVA_PARTS
+
+
+@pytest.fixture
+def requests(bucket, monkeypatch):
+    """The paths of all requests for bytes."""
+    asked = []
+    real = type(bucket).cat_file
+
+    def noted(self, path, start=None, end=None):
+        asked.append(path)
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(bucket), "cat_file", noted)
+    return asked
+
+
+def test_remote_metadata_is_read_once(bucket, requests, folder):
+    for path in folder.iterdir():
+        bucket.pipe(f"/folder/{path.name}", path.read_bytes())
+    bucket.pipe("/talk/a.jsonl", b"\n".join(json.dumps({**LLAVA, "image": None}).encode() for _ in range(50)))
+    bucket.pipe("/talk/b.json", json.dumps([{"text": "b"}] * 50).encode())
+    for make, files, length in (
+        (lambda: image_folder("memory://folder", recipe="caption"), 1, 200),
+        (lambda: source_of("json", path="memory://talk/*", recipe="pair").records, 2, 100),
+    ):
+        requests.clear()
+        source = make()
+        assert len(source) == length and len(requests) == files
+        first = [source[i].key for i in range(length)]
+        assert len(requests) == files
+        copied = pickle.loads(pickle.dumps(source))  # a worker process
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda i: copied[i].key, range(length))) == first  # noqa: B023
+        assert len(requests) == 2 * files
+
+
+def test_members_that_no_field_needs_are_not_fetched(bucket, requests, tmp_path):
+    about = json.dumps({"caption": "from json", "text": "json's text"}).encode()
+
+    def make(members, recipe="caption", **spec):
+        bucket.pipe("/s.tar", Path(shard(tmp_path / "s.tar", members)).read_bytes())
+        source = source_of("webdataset", path="memory://s.tar", recipe=recipe, index_dir=str(tmp_path / "i"), **spec)
+        requests.clear()
+        example = source[0]
+        fetched = len(requests)
+        picture(example).array()
+        assert len(requests) == fetched + 1
+        return texts(example)[-1][0], fetched
+
+    jpg, txt, js, cls = ("1.jpg", jpeg((1, 0, 0))), ("1.txt", b"from txt"), ("1.json", about), ("1.cls", b"7")
+    assert make([jpg, js, txt, cls]) == ("from txt", 1)
+    assert make([jpg, txt, js]) == ("json's text", 2)  # what comes later stands, as ever
+    assert make([jpg, js, txt, cls], caption_format="{caption}") == ("from json", 1)
+    assert make([jpg, js, txt, cls], caption_format="{caption} {cls}") == ("from json 7", 2)
+    assert make([jpg, js, txt, cls], caption_format="{text[0]} {cls}") == ("f 7", 3)  # cls may be in the json
+    assert make([jpg, js, txt, cls], caption_format="a picture") == ("a picture", 0)
+    assert make([jpg, txt, cls], caption_format="{text:{cls}}")[0] == "from txt"
+    turns = ("1.json", json.dumps({"conversations": LLAVA["conversations"]}).encode())
+    assert make([jpg, turns, txt, cls], recipe="conversation") == ("Yes.", 3)
+
+
+def test_lengths_of_remote_shards_are_read_many_at_once(bucket, tmp_path, monkeypatch):
+    n = 4 * lengths.THREADS
+    members = [m for i in range(n) for m in sample(i % 200, f"{i} words".encode())]
+    members = [(f"{k // 2:05d}{name[5:]}", data) for k, (name, data) in enumerate(members)]
+    local = shard(tmp_path / "s.tar", members)
+    bucket.pipe("/s.tar", Path(local).read_bytes())
+    sources = [
+        source_of("webdataset", path=path, recipe="caption", index_dir=str(tmp_path / "i"))
+        for path in ("memory://s.tar", local)
+    ]
+    together = threading.Barrier(lengths.THREADS, timeout=60)
+    real = type(bucket).cat_file
+
+    def waits(self, path, start=None, end=None):
+        together.wait()
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(bucket), "cat_file", waits)
+    layout = Layout(4, 4, 64, 1, 1, 1, 8, 8)
+    remote, here = (lengths.scan_lengths(source, tiny.Letters(), layout) for source in sources)
+    assert not remote.reasons
+    for a, b in zip(remote[:3], here[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_bucket_that_fails_or_hangs_is_given_up(bucket, monkeypatch):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pisces_jax.data.records import SPLITS, parse_json
 from pisces_jax.errors import UserError
 
 BLOCK = 2**26  # bytes that are looked through at a time
+_lock = threading.Lock()
 CUT = -1  # in the place of an object's length: the file ends or breaks in it
 
 
@@ -39,11 +41,14 @@ class JsonRecords:
     ):
         self.paths = storage.expand(path)
         self.images = tuple(images)
+        self._kept: dict[str, bytes] = {}  # what remote files hold
         self.roots = [image_root if image_root is not None else one.rpartition("/")[0] or "." for one in self.paths]
         digest = hashlib.blake2b(digest_size=16)
         spans = []
         for path in self.paths:
             data = storage.read(path)
+            if storage.is_remote(path):
+                self._kept[path] = data
             digest.update(path.encode())
             digest.update(data)
             spans.append(_spans(data))
@@ -69,10 +74,21 @@ class JsonRecords:
         if length == CUT:
             raise BrokenExample(key, "not JSON", f"{self.paths[file]} breaks off or goes wrong after byte {start}")
         try:
-            data = storage.read(self.paths[file], start, length)
+            data = self._bytes(self.paths[file], start, length)
         except storage.Unreachable as error:
             raise BrokenExample(key, FILE_GONE, str(error)) from error
         return parse_json(data, key), file, key
+
+    def _bytes(self, path: str, start: int, length: int) -> bytes:
+        if not storage.is_remote(path):
+            return storage.read(path, start, length)
+        with _lock:  # one thread fetches the file, whole: a request an object would take longer by far
+            if path not in self._kept:
+                self._kept[path] = storage.read(path)
+        return self._kept[path][start : start + length]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}  # a worker process fetches them itself
 
     def __getitem__(self, i: int) -> Record:
         fields, file, key = self.object(i)

@@ -13,11 +13,11 @@ OPEN_READERS = 64  # each has a descriptor
 
 
 class Span(NamedTuple):
-    """`count` records of a file, from record `first`."""
+    """`length` records of a file, from record `first`."""
 
     path: str
     first: int
-    count: int
+    length: int
 
 
 class RecordFiles:
@@ -25,7 +25,7 @@ class RecordFiles:
 
     def __init__(self, spans: Sequence[Span]):
         self._spans = list(spans)
-        self._ends = np.cumsum([span.count for span in spans], dtype=np.int64)
+        self._ends = np.cumsum([span.length for span in spans], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._spans else 0
@@ -38,15 +38,15 @@ class RecordFiles:
         """
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
-        path, first, count = self._spans[place := int(np.searchsorted(self._ends, i, side="right"))]
-        position = first + i - int(self._ends[place]) + count
+        path, first, length = self._spans[place := int(np.searchsorted(self._ends, i, side="right"))]
+        position = first + i - int(self._ends[place]) + length
         try:
             return _reader(path, storage.signature(path)).read([position])[0]
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             # What the library says of bytes that are there and wrong; all else may be the storage.
             kind = UserError if "Corrupted" in reason else storage.Unreachable
-            raise kind(f"record {position} of {path} cannot be read ({reason}): put the file back or mend it") from error
+            raise kind(f"record {position} of {path} cannot be read ({reason}): mend or replace the file") from error
 
 
 def count_records(path: str) -> int:

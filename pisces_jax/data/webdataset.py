@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from pisces_jax.data import storage
 from pisces_jax.data.arrays import read_arrays, write_arrays
@@ -63,6 +64,7 @@ class WebDataset:
     """
 
     names = None
+    wanted: frozenset[str] | None = None  # the fields that are used; None: perhaps all
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class WebDataset:
     ):
         self.paths = storage.expand(path)
         self.images = tuple(images) if images is not None else None
+        self.remote = any(map(storage.is_remote, self.paths))
         self._index_paths = index_shards(self.paths, index_dir, index_workers)
         counts, signatures = [], []
         for shard in range(len(self.paths)):
@@ -97,7 +100,7 @@ class WebDataset:
             raise BrokenExample(key, PROBLEMS[index.problem[i]], path)
         fields: dict[str, Any] = {}
         pictures = {}
-        for m in range(int(index.first[i]), int(index.first[i + 1])):
+        for m in self._needed(index, i):
             kind = index.kinds[index.kind[m]]
             read = functools.partial(
                 self._read, path, index.signature, int(index.offset[m]), int(index.size[m]), key
@@ -119,6 +122,25 @@ class WebDataset:
         if missing or not pictures:
             raise BrokenExample(key, "a picture is missing", f"no .{' and .'.join(missing or PICTURES[:1])} in {path}")
         return Record(key, fields, [pictures[kind] for kind in wanted])
+
+    def _needed(self, index: Index, i: int) -> list[int]:
+        """The members of sample i that are a picture or may give a field that is used: others are not fetched."""
+        members = range(int(index.first[i]), int(index.first[i + 1]))
+        if self.wanted is None:
+            return list(members)
+        needed, left = [], self.wanted
+        for m in reversed(members):
+            kind = index.kinds[index.kind[m]]
+            if kind in TEXTS:
+                use = "text" in self.wanted
+                left -= {"text"}  # a .json before it would give one in vain
+            elif kind == "json":
+                use = bool(left)
+            else:
+                begins = kind.replace(".", "_")
+                use = kind.rpartition(".")[2] in PICTURES or any(begins.startswith(name) for name in self.wanted)
+            needed += [m] if use else []
+        return needed[::-1]
 
     def problems(self) -> list[int]:
         """How many samples have each of `PROBLEMS`."""
@@ -180,7 +202,8 @@ def index_shards(paths: Sequence[str], index_dir: str | None = None, workers: in
         # Spawned, as everything here: the caller may have started JAX. Threads would wait for one another.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-            for done in [pool.submit(_write_index, path, place) for path, place in todo]:
+            made = [pool.submit(_write_index, path, place) for path, place in todo]
+            for done in tqdm(made, desc="index", unit="shard", delay=3.0, mininterval=1.0):
                 done.result()
     if todo:
         _load_index.cache_clear()

@@ -152,7 +152,7 @@ def _changed(state: State) -> dict[str, Any]:
 
 
 def part_mark(workdir: Path, name: str, part: str) -> str:
-    """Changes when what `load_part` gives, or a published folder of that name, changes: also when a run is trained anew.
+    """Changes when what `load_part` gives, or a published folder of that name, changes: a run trained anew has another.
 
     Raises:
         UserError: the run or the folder is missing, or the run is unfinished.

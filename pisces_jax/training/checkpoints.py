@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
@@ -194,7 +195,8 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
     if part in kept:
         which = "average" if tree.get("average") else "trained"
         wanted = {which: {part: kept[part]}}
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=None), wanted)
+        # As they were laid on devices, they would come to the same number of devices and processes alone.
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         got = checkpointer.restore(
             path, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         )

@@ -5,7 +5,7 @@ python -m pisces_jax.cache --config=configs/X.py[:stage] --workdir=DIR [--config
 
 from pathlib import Path
 
-from pisces_jax import cli
+from pisces_jax import cli, processes
 from pisces_jax.errors import UserError, run_command
 
 
@@ -25,10 +25,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     parser.add_argument("--batch_size", type=cli.whole_number(1), default=64, help="pictures at a time (default 64)")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="that decode pictures (default 2)")
+    cli.add_process_flags(parser)
     flags = parser.parse(rest)
+    processes.start(flags.coordinator, flags.processes, flags.process)
     stages = cli.load_stages(flags.config, overrides)
     if len(stages) > 1:
         raise UserError(f"--config={flags.config} has several stages: name one, such as :{list(stages)[-1]}")
+    import jax
+
     from pisces_jax.training.features import cache_features
     from pisces_jax.training.tokenizer import entries_of
 
@@ -37,12 +41,15 @@ def main() -> None:
     for sources in (config.data.train, config.data.evaluate):
         if not sources:
             continue
-        entries = entries_of(sources)
-        broken = cache_features(config, flags.workdir, entries, flags.dtype, flags.batch_size, flags.threads)
-        for entry in entries:
+        with processes.primary_first("sources"):  # which may be indexed
+            entries = entries_of(sources)
+        share = jax.process_index(), jax.process_count()
+        broken = cache_features(config, flags.workdir, entries, flags.dtype, flags.batch_size, flags.threads, share)
+        for entry in entries if processes.primary() else ():
             words = f", {broken[entry.name]} of them not readable" if broken[entry.name] else ""
             cli.say(f"{entry.name}: features of {len(entry.source)} examples{words}")
-    cli.say(f"to train on them: --config.data.features={config.data.features or 'features'}")
+    if processes.primary():
+        cli.say(f"to train on them: --config.data.features={config.data.features or 'features'}")
 
 
 if __name__ == "__main__":

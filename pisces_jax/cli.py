@@ -1,4 +1,7 @@
-"""What the commands share: flags whose mistakes are one sentence, configs from files, and output that is whole."""
+"""What the commands share: flags whose mistakes are one sentence, configs from files, and output that is whole.
+
+A data worker imports its command's module again, and with it this one: what brings JAX is imported inside functions.
+"""
 
 import argparse
 import dataclasses
@@ -13,15 +16,16 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from pisces_jax.errors import UserError
-from pisces_jax.evaluation.suite import SPREAD_IMAGES, Amount
-from pisces_jax.training.config import OPEN_KEYS, in_order, run_config
+
+if TYPE_CHECKING:
+    from pisces_jax.evaluation.suite import Amount
 
 Stages = dict[str, ConfigDict]
 """Runs by name, each after those that it takes weights from."""
@@ -103,6 +107,8 @@ def add_drawing_flags(parser: Parser) -> None:
 
 def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict[str, Any]:
     """Arguments of `Model.draw`, from the flags and where they are silent from the run's config."""
+    from pisces_jax.training.config import run_config
+
     chosen = config.get("sampling", run_config().sampling)  # runs of before there was that key
     flag = {name: getattr(given, name, None) for name in ("describe", "temperature", "guidance")}
     return {
@@ -113,8 +119,17 @@ def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict
     }
 
 
+def add_process_flags(parser: Parser) -> None:
+    """For `processes.start`."""
+    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of the first of several processes")
+    parser.add_argument("--processes", type=whole_number(1), default=0, help="how many processes the run has")
+    parser.add_argument("--process", type=whole_number(0), default=-1, help="which of them this is, from 0")
+
+
 def add_amount_flags(parser: Parser) -> None:
     """How much to evaluate: the fields of `evaluation.suite.Amount`."""
+    from pisces_jax.evaluation.suite import SPREAD_IMAGES, Amount
+
     helps = {
         "per_task": "prompts of each of GenEval's kinds",
         "images": "pictures a prompt",
@@ -130,7 +145,9 @@ def add_amount_flags(parser: Parser) -> None:
         parser.add_argument(f"--{field.name}", type=whole_number(least), default=field.default, help=text)
 
 
-def amount(given: argparse.Namespace) -> Amount:
+def amount(given: argparse.Namespace) -> "Amount":
+    from pisces_jax.evaluation.suite import Amount
+
     return Amount(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Amount)})
 
 
@@ -164,6 +181,8 @@ def load_stages(config: str, overrides: Mapping[str, str]) -> Stages:
     Raises:
         UserError: no such file, stage or key, a file that fails, or a value of the wrong type.
     """
+    from pisces_jax.training.config import in_order
+
     path, _, stage = config.partition(":")
     whole = _run(path)
     stages = whole.get("stages")
@@ -235,6 +254,8 @@ def _likeness(key: str, other: str) -> float:
 
 def _missing(config: ConfigDict, key: str) -> str | None:
     """None if `key` may be set, else the key most like it."""
+    from pisces_jax.training.config import OPEN_KEYS
+
     node: Any = config
     parts = key.split(".")
     for i, part in enumerate(parts):

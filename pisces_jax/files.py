@@ -2,23 +2,23 @@
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: str | bytes | Iterable[bytes | memoryview]) -> None:
-    """Writes the whole file or none of it, with the permissions of any new file; makes its folder.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, to be written in the block, that takes its place when the block ends well.
 
-    `data` may also be pieces, to be written one after the other.
+    It has the permissions of any new file, and a name of its own among all processes on all hosts that share the
+    folder, which is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            if isinstance(data, str):
-                data = data.encode()
-            for piece in [data] if isinstance(data, bytes) else data:
-                file.write(piece)
+        yield Path(temporary)
         os.chmod(temporary, 0o666 & ~umask())  # a temporary file is for its owner alone
         os.replace(temporary, path)
     except BaseException:
@@ -40,3 +40,12 @@ def synchronize(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_atomic(path: Path, data: str | bytes | Iterable[bytes | memoryview]) -> None:
+    """Writes the whole file or none of it; `data` may also be pieces, to be written one after the other."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        if isinstance(data, str):
+            data = data.encode()
+        for piece in [data] if isinstance(data, bytes) else data:
+            file.write(piece)

@@ -50,19 +50,34 @@ def primary() -> bool:
     return jax.process_index() == 0
 
 
-@contextmanager
-def primary_first(name: str) -> Iterator[None]:
-    """The first process goes through the block alone, then all others: for files that one makes and all read."""
+def meet(name: str) -> None:
+    """Returns when every process has come here."""
     import jax
     from jax.experimental import multihost_utils
 
-    if jax.process_count() == 1:
-        yield
-        return
-    if not primary():
+    if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def all_agree(digest: str) -> bool:
+    """Whether all processes come with the same digest (hexadecimal, as long in all of them)."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return True
+    mine = np.frombuffer(bytes.fromhex(digest), np.uint8)
+    return bool((multihost_utils.process_allgather(mine) == mine).all())
+
+
+@contextmanager
+def primary_first(name: str) -> Iterator[None]:
+    """The first process goes through the block alone, then all others: for files that one makes and all read."""
+    if not primary():
+        meet(name)
     try:
         yield
     finally:
         if primary():
-            multihost_utils.sync_global_devices(name)
+            meet(name)

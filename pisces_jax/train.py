@@ -32,9 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE[:STAGE]", help="a file like those in configs/")
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the runs are kept")
-    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of the first of several processes")
-    parser.add_argument("--processes", type=cli.whole_number(1), default=0, help="how many processes the run has")
-    parser.add_argument("--process", type=cli.whole_number(0), default=-1, help="which of them this is, from 0")
+    cli.add_process_flags(parser)
     parser.add_argument(
         "--dry_run", action="store_true", help="try one of everything on this machine, say go, and leave nothing"
     )

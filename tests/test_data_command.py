@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 import tarfile
 from importlib import import_module
@@ -81,6 +83,26 @@ def test_the_page_shows_the_rows(tmp_path):
     pairs = Pairs(entries[:1], tokenizer, 32, 4, seed=0)
     page = show.page(pairs, range(12), "pairs")
     assert page.count("<img") == 11 and page.count("masked:") == 1
+
+
+def test_the_page_of_rows_with_cached_features(tmp_path):
+    class Cache:
+        shape = (2, 5)
+
+        def __getitem__(self, i):
+            return np.full(self.shape, i, np.float32)
+
+    path = folder_of(tmp_path / "set", 7)
+    tokenizer = train_sentencepiece(["word word <b>end</b> caption: draw:"] * 9, tmp_path / "t.model", 300)
+    entries = [
+        make_source(dict(kind="image_folder", path=path, name=recipe, recipe=recipe))
+        for recipe in ("caption", "draw_caption")
+    ]
+    layout = Layout(4, 2, 64, 2, 8, 8, 6, 4)
+    groups = PackedGroups(entries, tokenizer, layout, seed=0, features=[Cache(), Cache()])
+    page = show.page(groups, range(groups.per_epoch), "t")
+    assert page.count("<img class=read") == 7 and page.count("<span class='box draw'>cached features</span>") == 7
+    assert "<img class=draw" not in page
 
 
 def test_commands(call, tmp_path):
@@ -161,6 +183,28 @@ def test_index_of_a_bucket(call, tmp_path, monkeypatch):
     status, out, err = call("index", "--path=memory://indexed/a.tar", f"--index_dir={tmp_path}/shared")
     assert status == 0 and "--index_dir" not in out, err
     system.rm("/indexed", recursive=True)
+
+
+def test_workers_of_the_command_import_no_jax(tmp_path):
+    """A file that every Python of the command reads first notes which process imports JAX."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('jax', 'pisces_jax'):\n"
+        f"            open({str(tmp_path / 'imports')!r}, 'a').write(f'{{name}} {{os.getpid()}}\\n')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    for name in "abc":
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            archive.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
+    command = [sys.executable, "-m", "pisces_jax.data", "index", f"--path={tmp_path}/?.tar", "--workers=2"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "3 samples in 3 shards\n", done.stderr
+    noted = [line.split() for line in (tmp_path / "imports").read_text().splitlines()]
+    assert len({process for name, process in noted if name == "pisces_jax"}) == 3  # the command and two workers
+    assert not [name for name, _ in noted if name == "jax"]
 
 
 def test_the_mixture_of_real_sets_fills_its_rows(data_folder, tmp_path, monkeypatch):

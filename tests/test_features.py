@@ -1,19 +1,25 @@
 """Cached features: the same numbers as from pictures, whole shards or none, the same by any processes."""
 
+import json
+import os
+import shutil
+
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny_config
 
 from pisces_jax.data import features as cached
-from pisces_jax.data.example import Example, Picture, Text
+from pisces_jax.data.example import FILE_GONE, BrokenExample, Example, Picture, Text
 from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Entry
 from pisces_jax.errors import UserError
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
-from pisces_jax.training import features, input, programs
+from pisces_jax.training import checkpoints, features, input, programs
 from pisces_jax.training.config import vit_config
+from pisces_jax.weights.folder import export_part
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,7 @@ def params():
 @pytest.fixture
 def run(monkeypatch, params):
     monkeypatch.setattr(features, "load_part", lambda workdir, name, part: params["decoder"][part])
+    monkeypatch.setattr(features, "part_mark", lambda workdir, name, part: "as it was")
     monkeypatch.setattr(features, "SHARD", 16)
     monkeypatch.setattr(cached, "SHARD", 16)
 
@@ -78,9 +85,7 @@ def test_features_are_the_encoders_and_survive_interruption(run, params, tmp_pat
     assert written == [0, 1, "again", 2, 3]
     # Two processes, each with its own shards.
     for process in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        features.cache_features(config, tmp_path / "c", entries, "float32", 8)
+        features.cache_features(config, tmp_path / "c", entries, "float32", 8, share=(process, 2))
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
     assert len(contents(tmp_path / "a")) == 5
 
@@ -102,6 +107,57 @@ def test_another_encoder_or_form_is_refused(run, tmp_path):
     cache.shards[0].unlink()
     with pytest.raises(UserError, match="was begun as bfloat16"):
         features.cache_features(config, tmp_path, entries, "float32", 8)
+
+
+def test_an_encoder_that_was_replaced_is_refused(run, params, tmp_path, monkeypatch):
+    """A published folder; then the same name with other weights."""
+    config = run("decoder", features="features")
+    folder = tmp_path / "published"
+    config.parts.generation_encoder = str(folder)
+    monkeypatch.setattr(features, "part_mark", checkpoints.part_mark)
+    settings, weights = vit_config(config, "generation_encoder"), params["decoder"]["generation_encoder"]
+    export_part(folder, "generation_encoder", settings, weights, native=True)
+    entries = input.entries_of(config.data.train)
+    features.cache_features(config, tmp_path, entries, "float32", 64)
+    (cache,) = features.open_caches(config, tmp_path, entries)
+    np.testing.assert_allclose(cache[5], expected(config, params, entries[0], 5), atol=1e-5)
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():
+        os.utime(path, (1, 1))
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "copy", folder)  # the same, as another host has it
+    features.open_caches(config, tmp_path, entries)
+    shutil.rmtree(folder)
+    export_part(folder, "generation_encoder", settings, jax.tree.map(lambda x: x + 1, weights), native=True)
+    with pytest.raises(UserError, match="trained or replaced since: remove it"):
+        features.open_caches(config, tmp_path, entries)
+
+
+def test_a_run_that_was_trained_anew_is_another(tmp_path):
+    """Its weights and its step; and those of the run that it took the part from."""
+
+    def train(name, seed, steps=3, **parts):
+        run = tmp_path / name
+        shutil.rmtree(run, ignore_errors=True)
+        folder = run / "checkpoints" / str(steps) / "state"
+        weights = {"encoder": {"kernel": np.random.default_rng(seed).normal(size=8)}}
+        ocp.PyTreeCheckpointer().save(folder, {"trained": weights})
+        (run / "config.json").write_text(json.dumps(dict(steps=steps, parts=parts)))
+
+    marks = []
+    for change in (
+        lambda: (train("first", 0), train("second", 0, encoder="first")),
+        lambda: train("first", 1),
+        lambda: train("first", 1, steps=4),
+        lambda: train("second", 1, encoder="first"),
+    ):
+        change()
+        marks.append(checkpoints.part_mark(tmp_path, "second", "encoder"))
+        assert marks[-1] == checkpoints.part_mark(tmp_path, "second", "encoder")
+    assert len(set(marks)) == 4
+    shutil.rmtree(tmp_path / "first" / "checkpoints")
+    with pytest.raises(UserError, match=r"first is not finished \(0 of 4 steps\): train it first"):
+        checkpoints.part_mark(tmp_path, "second", "encoder")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
@@ -128,7 +184,30 @@ def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_
         assert all(value > 0 for value in losses[0].values())
 
 
-def test_a_broken_picture_is_masked_with_features_too(run, tmp_path):
+def test_a_failure_of_the_storage_stops_and_is_not_kept(run, tmp_path):
+    class Source:
+        away = True
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            if i == 19 and self.away:
+                raise BrokenExample("k19", FILE_GONE)
+            return Example((Picture(np.full((16, 16, 3), i, np.uint8), "draw"),), f"k{i}")
+
+    config, source = run("unified", features="features"), Source()
+    entries = [Entry("s", 1.0, source)]
+    with pytest.raises(UserError, match=f"source s: example k19: {FILE_GONE}: run the same command again"):
+        features.cache_features(config, tmp_path, entries, "float32", 8)
+    assert [path.name[:5] for path in tmp_path.rglob("*.array_record")] == ["00000"]
+    source.away = False
+    assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"s": 0}
+    (cache,) = features.open_caches(config, tmp_path, entries)
+    assert np.isfinite(cache[19]).all()
+
+
+def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch):
     def broken():
         raise UnreadablePicture("picture 3 cannot be read: replace it")
 
@@ -142,11 +221,18 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path):
 
     config = run("unified", features="features")
     entries = [Entry("s", 1.0, Source())]
-    assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"s": 1}
+    for _ in range(2):  # the second time it is there already
+        assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"s": 1}
     (cache,) = features.open_caches(config, tmp_path, entries)
     assert np.isfinite(cache[2]).all()
     with pytest.raises(UserError, match="cannot be decoded"):
         cache[3]
+    monkeypatch.setattr(features, "LEAST_SEEN", 20)
+    with pytest.raises(UserError, match="source s: 1 of 20 pictures cannot be read so far, more than 1.00%"):
+        features.cache_features(config, tmp_path / "strict", entries, "float32", 8)
+    assert not list((tmp_path / "strict").rglob("*.array_record"))
+    config.data.max_broken = 0.05
+    assert features.cache_features(config, tmp_path / "strict", entries, "float32", 8) == {"s": 1}
     twice = Example((Picture(np.zeros((2, 2, 3), np.uint8), "draw"),) * 2, "k")
     with pytest.raises(UserError, match="draws 2 pictures"):
         cached.cached_picture(twice)

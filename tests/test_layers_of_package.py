@@ -132,6 +132,20 @@ def test_data_workers_need_no_jax():
     )
 
 
+COMMAND_MODULES = sorted(name_of(path) for path in FILES if 'if __name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("module", COMMAND_MODULES)
+def test_a_spawned_worker_of_a_command_imports_no_jax(module):
+    """What `multiprocessing` does in a new worker of `python -m MODULE` is to import that module again."""
+    run_python(
+        "import multiprocessing.spawn, sys\n"
+        "multiprocessing.spawn._fixup_main_from_name(sys.argv[1])\n"
+        "assert '__mp_main__' in sys.modules and 'jax' not in sys.modules",
+        module,
+    )
+
+
 def test_nothing_imports_tensorflow():
     """Only the TensorBoard writer does, when it is used; where it is not installed, an attempt counts."""
     modules = [name_of(path) for path in FILES if path.stem != "__main__"]

@@ -11,7 +11,7 @@ import tiny
 from pisces_jax.data import epochs, lengths
 from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.binning import pack
-from pisces_jax.data.example import BrokenExample, Example, Picture, Text, identity
+from pisces_jax.data.example import TRANSIENT, BrokenExample, Example, Picture, Text, identity
 from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Layout, lay_out
 from pisces_jax.data.lengths import Lengths, scan_lengths
@@ -354,6 +354,31 @@ def test_lengths_are_stored_by_what_they_depend_on(tmp_path):
     for path in paths:
         path.write_bytes(path.read_bytes()[:-100])
     assert (scan_lengths(source, Letters(), LAYOUT, "a", tmp_path / "lengths").tokens == first.tokens).all()
+
+
+@pytest.mark.parametrize("reason", sorted(TRANSIENT))
+def test_a_failure_of_the_storage_is_not_kept(tmp_path, reason):
+    class Away(Words):
+        away = ()
+
+        def __getitem__(self, i):
+            if i in self.away:
+                raise BrokenExample(f"a/{i}", reason)
+            return super().__getitem__(i)
+
+    source = Away("a", 60)
+    whole = scan_lengths(source, Letters(), LAYOUT, "a").tokens
+    source.away = (7, 59)  # one that the name of the file is made from, one that it is not
+    holed = scan_lengths(source, Letters(), LAYOUT, "a", tmp_path)
+    assert np.flatnonzero(holed.tokens != whole).tolist() == [7, 59] and holed.reasons == {reason: 2}
+    source.away = ()
+    assert (scan_lengths(source, Letters(), LAYOUT, "a", tmp_path).tokens == whole).all()
+    # A file of before, in which such a failure stands, is read anew.
+    (path,) = tmp_path.iterdir()
+    write_arrays(path, {"reasons": {reason: 60}, "messages": []}, {
+        "tokens": np.full(60, -1, np.int32), "reads": holed.reads, "draws": holed.draws
+    })  # fmt: skip
+    assert (scan_lengths(source, Letters(), LAYOUT, "a", tmp_path).tokens == whole).all()
 
 
 def test_stored_arrays_are_shared_by_name(tmp_path):

@@ -3,11 +3,14 @@
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from array_record.python import array_record_module
 
 from pisces_jax import processes
 from pisces_jax.errors import UserError
@@ -22,14 +25,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def train(workdir, count, mesh):
-    """Losses by step of the encoders' pretraining in `count` processes with four devices in all."""
+def run(workdir, count, module, *arguments):
+    """What the processes of a command print, `count` of them with four devices in all."""
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count"
     environment = {**os.environ, "XLA_FLAGS": f"{flags}={DEVICES // count}", "JAX_PLATFORMS": "cpu"}
-    command = [
-        sys.executable, "-m", "pisces_jax.train", "--config=tests/tiny_config.py:pretrain", f"--workdir={workdir}",
-        "--config.log.samples_every=0", *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", f"pisces_jax.{module}", f"--workdir={workdir}", *arguments]
     port = free_port()
     started = []
     for process in range(count):
@@ -45,8 +45,15 @@ def train(workdir, count, mesh):
     finally:
         for p in started:
             p.kill()
-    logs = "\n".join((workdir.parent / f"{workdir.name}-{i}.log").read_text()[-1500:] for i in range(count))
-    assert codes == [0] * count, logs
+    logs = [(workdir.parent / f"{workdir.name}-{i}.log").read_text() for i in range(count)]
+    assert codes == [0] * count, "\n".join(log[-1500:] for log in logs)
+    return logs
+
+
+def train(workdir, count, mesh):
+    """Losses by step of the encoders' pretraining."""
+    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    run(workdir, count, "train", "--config=tests/tiny_config.py:pretrain", "--config.log.samples_every=0", *axes)
     entries = [json.loads(line) for line in (workdir / "pretrain/metrics.jsonl").read_text().splitlines()]
     wanted = ("train/contrastive_understanding", "train/reconstruction", "train/norm/gradient", "val/reconstruction")
     return [(e["step"], {k: v for k, v in e.items() if k in wanted}) for e in entries]
@@ -63,6 +70,72 @@ def test_several_processes_equal_one(tmp_path):
         assert len(got) == len(expected)  # written once, not by every process
         for (step, values), (same, truth) in zip(got, expected, strict=True):
             assert step == same and values == pytest.approx(truth, rel=2e-5)
+
+
+@pytest.mark.slow
+def test_features_by_several_processes(tmp_path):
+    """Each writes shards of its own; the same features in the end, and one of them says so."""
+
+    def bfloat16(path):
+        records = b"".join(array_record_module.ArrayRecordReader(str(path)).read_all())
+        return (np.frombuffer(records, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+    train(tmp_path / "one", 1, dict(fsdp=4))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    files = []
+    for name, count in ("one", 1), ("two", 2):
+        flags = ("--config=tests/tiny_config.py:decoder", "--config.data.train.pair.num_examples=5000")
+        first, *others = run(tmp_path / name, count, "cache", *flags)
+        assert first.count("features of 5000 examples") == 1 and "to train on them" in first
+        assert not any("examples" in other for other in others)
+        folder = tmp_path / name / "features"
+        files.append({p.relative_to(folder): bfloat16(p) for p in sorted(folder.rglob("*.array_record"))})
+    assert list(files[0]) == list(files[1]) and len(files[0]) == 3
+    for path, values in files[0].items():  # another number of pictures on each device may round another way
+        np.testing.assert_allclose(files[1][path], values, rtol=2**-6, atol=1e-3)
+
+
+def test_processes_that_pack_other_examples_stop(tmp_path):
+    """Each of two processes reads a folder of its own, in one of which a text is missing."""
+    program = (
+        "import sys, pathlib\n"
+        "from pisces_jax import cli, processes\n"
+        "from pisces_jax.errors import run_command\n"
+        "def main():\n"
+        "    port, process, workdir, folder = sys.argv[1:]\n"
+        "    processes.start(f'127.0.0.1:{port}', 2, int(process))\n"
+        "    from pisces_jax.data.tokenizers import open_tokenizer\n"
+        "    from pisces_jax.training import input\n"
+        "    from pisces_jax.training.programs import make_program\n"
+        "    from pisces_jax.training.tokenizer import load_tokenizer\n"
+        "    config = cli.load_stages('tests/tiny_config.py:pretrain', {})['pretrain']\n"
+        "    tokenizer = load_tokenizer(config, pathlib.Path(workdir))\n"
+        "    config.data.train = dict(f=dict(kind='image_folder', path=folder, recipe='pair'))\n"
+        "    input.train_iterator(config, tokenizer, make_program(config, 300), pathlib.Path(workdir))\n"
+        "    print('agreed')\n"
+        "run_command(main)\n"
+    )
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in range(9)]
+    for name, held in ("whole", lines), ("holed", [*lines[:4], "{", *lines[5:]]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.jsonl").write_text("\n".join(held))
+    for other, expected in ("whole", (0, "agreed")), ("holed", (1, "do not find the same examples")):
+        port = free_port()
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(port), str(i), str(tmp_path / "work"), str(tmp_path / folder)],
+                cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+            for i, folder in enumerate(("whole", other))
+        ]  # fmt: skip
+        try:
+            said = [p.communicate(timeout=200)[0] for p in started]
+        finally:
+            for p in started:
+                p.kill()
+        for p, words in zip(started, said, strict=True):
+            assert p.returncode == expected[0] and expected[1] in words, words
 
 
 def test_incomplete_arguments_are_refused():

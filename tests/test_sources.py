@@ -1,10 +1,12 @@
 """Sources and pictures: real data where it is there, and generated folders of everything that comes in."""
 
+import concurrent.futures
 import gzip
 import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image, ImageOps
 
-from pisces_jax.data import storage, webdataset
+from pisces_jax.data import jsonfiles, lengths, parquet, recordfiles, storage, webdataset
 from pisces_jax.data.example import BrokenExample, Picture, Text
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
+from pisces_jax.data.layout import Layout
 from pisces_jax.data.recipes import Recipe, Record
 from pisces_jax.data.sources import make_source
 from pisces_jax.errors import UserError
@@ -710,6 +714,88 @@ def test_shards_are_indexed_in_parallel_and_anywhere(tmp_path):
     assert len(list((tmp_path / "work").iterdir())) == 3 and not list(tmp_path.glob("*.index"))
 
 
+# Fingerprints: what is kept of a source (lengths, features) belongs to its files and its choice of pictures
+
+
+def test_a_fingerprint_holds_files_and_pictures(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    def write(path, *objects):
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for one in objects:
+            writer.write(json.dumps(one).encode())
+        writer.close()
+
+    tar = shard(tmp_path / "a.tar", [("1.jpg", jpeg((1, 0, 0))), ("1.png", png("RGB", (2, 0, 0))), ("1.txt", b"one")])
+    write(tmp_path / "a.array_record", {"image": "red.png", "text": "red"})
+    for spec, changes in (
+        (dict(kind="webdataset", path=tar), [dict(images=names) for names in (("jpg",), ("png",), ("png", "jpg"))]),
+        (dict(kind="array_record", path=f"{tmp_path}/a.array_record"), [
+            dict(images=("other",)), dict(image_root="/pictures"), dict(image_root="/others")
+        ]),
+    ):  # fmt: skip
+        made = [source_of(**spec, **change, recipe="caption") for change in ({}, {}, *changes)]
+        assert made[0].fingerprint == made[1].fingerprint
+        for kind in ("fingerprint", "pictures_fingerprint"):
+            assert len({getattr(source, kind) for source in made}) == len(changes) + 1
+
+
+def test_a_prepared_set_that_was_made_again_is_another(tmp_path):
+    """The same folder and split, other files."""
+    shutil.copytree(real("tfds") / "cifar10" / "3.0.2", tmp_path / "cifar10" / "3.0.2")
+    spec = dict(kind="tfds", dataset="cifar10", data_dir=tmp_path, split="test")
+    spec |= dict(recipe="pair", caption_format="{label}")
+    before = source_of(**spec).fingerprint
+    assert source_of(**spec).fingerprint == before
+    (file,) = (tmp_path / "cifar10/3.0.2").glob("*test*array_record*")
+    os.utime(file, (1, 1))
+    assert source_of(**spec).fingerprint != before
+
+
+# ArrayRecord
+
+
+def test_many_record_files_are_read_with_few_descriptors(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    def write(f, *words):
+        path = tmp_path / f"{f:03d}.array_record"
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for word in words:
+            writer.write(json.dumps({"image": "x.png", "text": word}).encode())
+        writer.close()
+        return path
+
+    n = 3 * recordfiles.OPEN_READERS
+    paths = [write(f, f"a{f}", f"b{f}") for f in range(n)]
+    source = source_of("array_record", path=f"{tmp_path}/*.array_record", recipe="caption")
+    recordfiles._reader.cache_clear()
+    before = len(os.listdir("/proc/self/fd"))
+    copied = pickle.loads(pickle.dumps(source))
+    assert len(copied) == 2 * n
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: texts(copied[i])[1][0], [*range(2 * n), *range(2 * n)]))
+    assert found == 2 * [f"{letter}{f}" for f in range(n) for letter in "ab"]
+    assert len(os.listdir("/proc/self/fd")) - before <= recordfiles.OPEN_READERS
+    # One that is replaced is opened again; damage is told from what is gone.
+    os.replace(write(999, "new", "newer"), paths[1])
+    assert texts(copied[2])[1][0] == "new"
+    data = paths[2].read_bytes()
+    first = data.index(b'"a2"')
+    paths[2].write_bytes(data[:first] + b'"xx"' + data[first + 4 :])
+    paths[3].write_bytes(data[:1000])
+    paths[4].unlink()
+    found = {}
+    for i in range(2 * n):
+        try:
+            copied[i]
+        except BrokenExample as error:
+            found[i] = error.reason
+    assert found == {4: "a damaged record"} | dict.fromkeys(range(6, 10), "the file is gone or cannot be read")
+    with pytest.raises(UserError, match=r"003\.array_record cannot be read as ArrayRecord: mend or remove"):
+        source_of("array_record", path=f"{tmp_path}/*.array_record", recipe="caption")
+
+
 # Parquet
 
 
@@ -741,6 +827,16 @@ def test_parquet(tmp_path):
         make_source({**spec, "images": ("picture",)})
     with pytest.raises(UserError, match="'caption', but the fields are text"):
         make_source({**spec, "caption_format": "{caption}"})
+    # What is damaged is told from what is gone: the latter may come back.
+    path = tmp_path / "part-0.parquet"
+    data = path.read_bytes()
+    for content, reason in ((data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :], "a damaged row group"), (
+        None, "the file is gone or cannot be read"
+    )):  # fmt: skip
+        parquet._kept.clear()
+        path.unlink() if content is None else path.write_bytes(content)
+        assert problems(source)[0] == reason
+    path.write_bytes(data)
     path = tmp_path / "part-1.parquet"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="cannot be read as a Parquet file"):
@@ -816,6 +912,90 @@ def test_sources_on_a_bucket(bucket, tmp_path, folder):
     assert shape_of(source_of("json", path="memory://talk/talk.json", recipe="conversation")[0]) == LLAVA_PARTS
 
 
+@pytest.fixture
+def requests(bucket, monkeypatch):
+    """The paths of all requests for bytes."""
+    asked = []
+    real = type(bucket).cat_file
+
+    def noted(self, path, start=None, end=None):
+        asked.append(path)
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(bucket), "cat_file", noted)
+    return asked
+
+
+def test_remote_metadata_is_read_once(bucket, requests, folder):
+    for path in folder.iterdir():
+        bucket.pipe(f"/folder/{path.name}", path.read_bytes())
+    bucket.pipe("/talk/a.jsonl", b"\n".join(json.dumps({**LLAVA, "image": None}).encode() for _ in range(50)))
+    bucket.pipe("/talk/b.json", json.dumps([{"text": "b"}] * 50).encode())
+    for make, files, length in (
+        (lambda: image_folder("memory://folder", recipe="caption"), 1, 200),
+        (lambda: source_of("json", path="memory://talk/*", recipe="pair").records, 2, 100),
+    ):
+        requests.clear()
+        source = make()
+        assert len(source) == length and len(requests) == files
+        first = [source[i].key for i in range(length)]
+        assert len(requests) == files
+        copied = pickle.loads(pickle.dumps(source))  # a worker process
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda i: copied[i].key, range(length))) == first  # noqa: B023
+        assert len(requests) == 2 * files
+
+
+def test_members_that_no_field_needs_are_not_fetched(bucket, requests, tmp_path):
+    about = json.dumps({"caption": "from json", "text": "json's text"}).encode()
+
+    def make(members, recipe="caption", **spec):
+        bucket.pipe("/s.tar", Path(shard(tmp_path / "s.tar", members)).read_bytes())
+        source = source_of("webdataset", path="memory://s.tar", recipe=recipe, index_dir=str(tmp_path / "i"), **spec)
+        requests.clear()
+        example = source[0]
+        fetched = len(requests)
+        picture(example).array()
+        assert len(requests) == fetched + 1
+        return texts(example)[-1][0], fetched
+
+    jpg, txt, js, cls = ("1.jpg", jpeg((1, 0, 0))), ("1.txt", b"from txt"), ("1.json", about), ("1.cls", b"7")
+    assert make([jpg, js, txt, cls]) == ("from txt", 1)
+    assert make([jpg, txt, js]) == ("json's text", 2)  # what comes later stands, as ever
+    assert make([jpg, js, txt, cls], caption_format="{caption}") == ("from json", 1)
+    assert make([jpg, js, txt, cls], caption_format="{caption} {cls}") == ("from json 7", 2)
+    assert make([jpg, js, txt, cls], caption_format="{text[0]} {cls}") == ("f 7", 3)  # cls may be in the json
+    assert make([jpg, js, txt, cls], caption_format="a picture") == ("a picture", 0)
+    assert make([jpg, txt, cls], caption_format="{text:{cls}}")[0] == "from txt"
+    turns = ("1.json", json.dumps({"conversations": LLAVA["conversations"]}).encode())
+    assert make([jpg, turns, txt, cls], recipe="conversation") == ("Yes.", 3)
+
+
+def test_lengths_of_remote_shards_are_read_many_at_once(bucket, tmp_path, monkeypatch):
+    n = 4 * lengths.THREADS
+    members = [m for i in range(n) for m in sample(i % 200, f"{i} words".encode())]
+    members = [(f"{k // 2:05d}{name[5:]}", data) for k, (name, data) in enumerate(members)]
+    local = shard(tmp_path / "s.tar", members)
+    bucket.pipe("/s.tar", Path(local).read_bytes())
+    sources = [
+        source_of("webdataset", path=path, recipe="caption", index_dir=str(tmp_path / "i"))
+        for path in ("memory://s.tar", local)
+    ]
+    together = threading.Barrier(lengths.THREADS, timeout=60)
+    real = type(bucket).cat_file
+
+    def waits(self, path, start=None, end=None):
+        together.wait()
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(bucket), "cat_file", waits)
+    layout = Layout(4, 4, 64, 1, 1, 1, 8, 8)
+    remote, here = (lengths.scan_lengths(source, tiny.Letters(), layout) for source in sources)
+    assert not remote.reasons
+    for a, b in zip(remote[:3], here[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_bucket_that_fails_or_hangs_is_given_up(bucket, monkeypatch):
     bucket.pipe("/a.bin", b"0123456789")
     assert storage.read("memory://a.bin", 2, 3) == b"234" and storage.size("memory://a.bin") == 10
@@ -840,6 +1020,39 @@ def test_a_bucket_that_fails_or_hangs_is_given_up(bucket, monkeypatch):
         storage.signature("memory://missing.bin")
     with pytest.raises(UserError, match="no known kind of storage"):
         storage.read("nonsense://a")
+
+
+def test_a_large_file_comes_in_blocks(bucket, monkeypatch, tmp_path):
+    """A request has the time limit of one block, whatever the size of the file."""
+    monkeypatch.setattr(storage, "BLOCK", 1000)
+    data = np.random.default_rng(0).integers(0, 256, 4000, np.uint8).tobytes()
+    asked = []
+    real = type(bucket).cat_file
+
+    def noted(self, path, start=None, end=None):
+        assert start < max(1, self.size(path)), "a request beyond the end is an error of some buckets"
+        asked.append(end - start)
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(bucket), "cat_file", noted)
+    for length in (4000, 2500, 1000, 999, 1, 0):
+        bucket.pipe("/a.bin", data[:length])
+        (tmp_path / "a.bin").write_bytes(data[:length])
+        for path in ("memory://a.bin", str(tmp_path / "a.bin")):
+            for start, wanted in ((0, None), (0, 1000), (0, 2500), (500, 2200), (700, None), (10, 9000), (0, 10)):
+                if start <= length:
+                    expected = data[:length][start:][:wanted]
+                    assert storage.read(path, start, wanted) == expected, (path, length, start, wanted)
+    assert max(asked) == 1000
+
+
+def test_lines_are_found_in_blocks(pictures, monkeypatch):
+    path = jsonl(pictures / "talk.jsonl", *({**LLAVA, "id": "x" * i} for i in range(40)))
+    whole = source_of("json", path=path, recipe="conversation").records._spans
+    assert [len(line) for line in Path(path).read_bytes().splitlines()] == whole[:, 1].tolist()
+    for block in (1, 7, 1000):
+        monkeypatch.setattr(jsonfiles, "BLOCK", block)
+        np.testing.assert_array_equal(source_of("json", path=path, recipe="conversation").records._spans, whole)
 
 
 def test_patterns(tmp_path):

@@ -405,7 +405,7 @@ def saved(run):
 
 def assert_same_end(run, other):
     (step, arrays, iterator), (other_step, other_arrays, other_iterator) = saved(run), saved(other)
-    assert step == other_step and iterator == other_iterator == {"next_batch": step}
+    assert step == other_step == iterator["next_batch"] and iterator == other_iterator
     assert arrays.keys() == other_arrays.keys() and len(arrays) > 20
     for name, value in arrays.items():
         np.testing.assert_array_equal(value, other_arrays[name], err_msg=name)

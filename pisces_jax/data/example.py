@@ -81,6 +81,14 @@ class BrokenExample(UserError):
         return type(self), self._words
 
 
+SHARD_GONE = "the shard is gone or cannot be read"
+SHARD_CHANGED = "the shard changed since it was indexed"
+FILE_GONE = "the file is gone or cannot be read"
+# Reasons that lie in the storage and not in the example: it may be whole another time, so what is found out under
+# them is not kept.
+TRANSIENT = frozenset({SHARD_GONE, SHARD_CHANGED, FILE_GONE})
+
+
 def reason_of(error: UserError) -> str:
     """What a broken example is counted by."""
     return getattr(error, "reason", "unreadable")

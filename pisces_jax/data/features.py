@@ -1,7 +1,8 @@
 """Cached features of pictures, in ArrayRecord shards: what a frozen encoder makes of them, read in their place.
 
 One record an example, by its number in the source: the features of the picture that the example draws, or where it
-draws none of its first. An example without a readable picture has an empty record.
+draws none of its first. An example without a readable picture has an empty record; how many of them a shard has stands
+in a file beside it, where it has any.
 """
 
 import hashlib
@@ -19,8 +20,9 @@ from pisces_jax.data.example import BrokenExample, Example, Picture
 from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Entry, Source
 from pisces_jax.data.lengths import fingerprint_words
+from pisces_jax.data.recordfiles import RecordFiles, Span
 from pisces_jax.errors import UserError
-from pisces_jax.files import write_atomic
+from pisces_jax.files import replacing, write_atomic
 
 SHARD = 4096  # records
 # NumPy has no bfloat16: its bits are kept.
@@ -56,13 +58,17 @@ class FeatureCache:
         self.name, self.count = entry.name, len(entry.source)
         self.encoder = json.loads(json.dumps(dict(encoder)))
         self._about: dict[str, Any] | None = None
-        self._records: Any = None
+        sizes = [min(SHARD, self.count - SHARD * s) for s in range(len(self.shards))]
+        self._records = RecordFiles([Span(str(p), 0, n) for p, n in zip(self.shards, sizes, strict=True)])
         try:
             about = json.loads((self.folder / "about.json").read_text())
         except (OSError, ValueError):
             return
         if about["encoder"] != self.encoder:
-            raise UserError(f"{self.folder} holds features of another encoder or pooling: remove it and cache again")
+            raise UserError(
+                f"{self.folder} holds features of another encoder or pooling, or of one that was trained or replaced "
+                "since: remove it and cache again"
+            )
         self._about = about
 
     @property
@@ -90,16 +96,20 @@ class FeatureCache:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         path = self.shards[shard]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        if empty := sum(not record for record in records):
+            write_atomic(_count_of(path), str(empty))
+        else:
+            _count_of(path).unlink(missing_ok=True)  # of a shard that was removed since
+        with replacing(path) as temporary:
             writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record is read at a time
             for record in records:
                 writer.write(record)
             writer.close()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+    def empty(self) -> int:
+        """How many pictures could not be read, in the shards that are written."""
+        counts = (_count_of(path) for path in self.shards if path.exists())
+        return sum(int(path.read_text()) for path in counts if path.exists())
 
     def open(self) -> "FeatureCache":
         """To be called before reading.
@@ -127,15 +137,11 @@ class FeatureCache:
         Raises:
             BrokenExample: its picture could not be read when they were made, or the record cannot be read now.
         """
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
         assert self._about is not None
-        if self._records is None:
-            self._records = ArrayRecordDataSource([str(path) for path in self.shards])
         key = f"{self.name}[{i}]"
         try:
-            (data,) = self._records.__getitems__([i])
-        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            data = self._records[i]
+        except UserError as error:
             raise BrokenExample(key, "cached features cannot be read", str(error)) from error
         if not data:
             raise BrokenExample(key, UnreadablePicture.reason, "when its features were cached")
@@ -144,8 +150,9 @@ class FeatureCache:
             stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return stored.reshape(self.shape)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None}
+
+def _count_of(shard: Path) -> Path:
+    return shard.with_suffix(".empty")
 
 
 def picture_words(source: Source) -> list[Any]:

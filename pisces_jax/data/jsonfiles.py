@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from pisces_jax.data import storage
-from pisces_jax.data.example import BrokenExample, Example, identity
+from pisces_jax.data.example import FILE_GONE, BrokenExample, Example, identity
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Recipe, Record, sound
 from pisces_jax.data.records import SPLITS, labels, locate, parse_json
 from pisces_jax.errors import UserError
 
+BLOCK = 2**26  # bytes that are looked through at a time
+_lock = threading.Lock()
 CUT = -1  # in the place of an object's length: the file ends or breaks in it
 
 
@@ -43,11 +46,14 @@ class JsonRecords:
         self.paths = storage.expand(path)
         self._labels = labels(name, self.paths)
         self.images = tuple(images)
+        self._kept: dict[str, bytes] = {}  # what remote files hold
         self.roots = [image_root if image_root is not None else one.rpartition("/")[0] or "." for one in self.paths]
         digest = hashlib.blake2b(digest_size=16)
         spans = []
         for path in self.paths:
             data = storage.read(path)
+            if storage.is_remote(path):
+                self._kept[path] = data
             digest.update(path.encode())
             digest.update(data)
             spans.append(_spans(data))
@@ -69,10 +75,21 @@ class JsonRecords:
         if length == CUT:
             raise BrokenExample(key, "not JSON", f"{self.paths[file]} breaks off or goes wrong after byte {start}")
         try:
-            data = storage.read(self.paths[file], start, length)
+            data = self._bytes(self.paths[file], start, length)
         except storage.Unreachable as error:
-            raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
+            raise BrokenExample(key, FILE_GONE, str(error)) from error
         return parse_json(data, key), file, key
+
+    def _bytes(self, path: str, start: int, length: int) -> bytes:
+        if not storage.is_remote(path):
+            return storage.read(path, start, length)
+        with _lock:  # one thread fetches the file, whole: a request an object would take longer by far
+            if path not in self._kept:
+                self._kept[path] = storage.read(path)
+        return self._kept[path][start : start + length]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}  # a worker process fetches them itself
 
     def __getitem__(self, i: int) -> Record:
         fields, file, key = self.object(i)
@@ -103,8 +120,10 @@ def picture_files(fields: dict[str, Any], names: Sequence[str], root: str, key: 
 def _read(path: str, key: str) -> bytes:
     try:
         return storage.read(path)
-    except storage.Unreachable as error:
+    except storage.Missing as error:
         raise BrokenExample(key, "a picture is missing", path) from error
+    except storage.Unreachable as error:
+        raise BrokenExample(key, FILE_GONE, str(error)) from error
 
 
 def _spans(data: bytes) -> np.ndarray:
@@ -116,7 +135,7 @@ def _spans(data: bytes) -> np.ndarray:
 
 
 def _line_spans(data: bytes) -> np.ndarray:
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+    ends = _places(data, ord("\n"))
     if not data.endswith(b"\n"):
         ends = np.append(ends, len(data))
     starts = np.concatenate([[0], ends[:-1] + 1])
@@ -141,6 +160,13 @@ def _refuse_one_object(path: str, data: bytes, spans: np.ndarray) -> None:
             raise UserError(
                 f"{path} is one object, of the fields {', '.join(whole)}: write the array in it, or an object a line"
             ) from None
+
+
+def _places(data: bytes, byte: int) -> np.ndarray:
+    """Where that byte is; by blocks, as comparing takes another byte for each."""
+    array = np.frombuffer(data, np.uint8)
+    starts = range(0, len(array), BLOCK)
+    return np.concatenate([start + np.flatnonzero(array[start : start + BLOCK] == byte) for start in starts])
 
 
 _SPACE = re.compile(r"[\s,]*")

@@ -2,26 +2,27 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
-import logging
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Shaped
+from tqdm import tqdm
 
 from pisces_jax.data.arrays import read_arrays, write_arrays
-from pisces_jax.data.example import Text, reason_of
+from pisces_jax.data.example import TRANSIENT, Text, reason_of
 from pisces_jax.data.layout import Layout, Source, lay_out
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 WORTH_PROCESSES = 200_000  # examples
+SPAN = 4096  # examples that are read in one go
+THREADS = 32  # that wait for remote storage, in each process
 KEPT_MESSAGES = 100
 
 
@@ -49,8 +50,9 @@ def scan_lengths(
     """Reads every example's text once, and decodes no picture.
 
     With `folder` the result is kept there, in a file whose name holds a hash of all that it depends on, and the arrays
-    are views of that file: a later run, another stage and worker processes share it. Large sources are read by
-    `workers` processes (by default as many as there are cores).
+    are views of that file: a later run, another stage and worker processes share it. A scan that met failures of the
+    storage is not kept. Large sources are read by `workers` processes (by default as many as there are cores), remote
+    ones by many threads in each.
     """
     path = None
     if folder is not None:
@@ -58,17 +60,21 @@ def scan_lengths(
         if (found := _load(path, len(source))) is not None:
             return found
     workers = 1 if len(source) < WORTH_PROCESSES else workers or os.cpu_count() or 1
-    bounds = np.linspace(0, len(source), 1 if workers == 1 else 16 * workers + 1, dtype=np.int64)
-    if workers == 1:
-        parts = [_scan(source, tokenizer, layout, 0, len(source))]
-    else:
-        logger.info("source %s: reading the lengths of %d examples", name, len(source))
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(
-            workers, context, initializer=_start, initargs=(source, tokenizer, layout)
-        ) as pool:
-            spans = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-            parts = list(pool.map(_scan_span, spans))
+    work = source, tokenizer, layout
+    spans = [(start, min(start + SPAN, len(source))) for start in range(0, len(source), SPAN)]
+    parts = []
+    # Progress of what takes longer than a moment.
+    bar = tqdm(total=len(source), desc=f"lengths of {name}", unit="example", delay=3.0, mininterval=1.0)
+    with bar, contextlib.ExitStack() as stack:
+        if workers == 1:
+            scanned: Iterable[Lengths] = (_scan(*work, *span) for span in spans)
+        else:
+            context = multiprocessing.get_context("spawn")
+            pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start, initargs=work)
+            scanned = stack.enter_context(pool).map(_scan_span, spans)
+        for part in scanned:
+            parts.append(part)
+            bar.update(len(part.tokens))
     reasons = collections.Counter[str]()
     for part in parts:
         reasons.update(part.reasons)
@@ -79,16 +85,25 @@ def scan_lengths(
         reasons=dict(reasons),
         messages=[message for part in parts for message in part.messages][:KEPT_MESSAGES],
     )
-    if path is None:
+    if path is None or TRANSIENT & reasons.keys():
         return lengths
     about = {"reasons": lengths.reasons, "messages": list(lengths.messages)}
     write_arrays(path, about, {"tokens": lengths.tokens, "reads": lengths.reads, "draws": lengths.draws})
     return _load(path, len(source)) or lengths
 
 
+def digest(lengths: Sequence[Lengths]) -> str:
+    """Of all that a packing takes from its sources: two that differ in it are different batches."""
+    made = hashlib.blake2b(digest_size=8)
+    for each in lengths:
+        for array in each[:3]:
+            made.update(np.ascontiguousarray(array).data)
+    return made.hexdigest()
+
+
 def _load(path: Path, length: int) -> Lengths | None:
     found = read_arrays(path)
-    if found is None or len(found[1]["tokens"]) != length:
+    if found is None or len(found[1]["tokens"]) != length or TRANSIENT & found[0]["reasons"].keys():
         return None
     about, arrays = found
     return Lengths(**arrays, reasons=about["reasons"], messages=about["messages"])
@@ -98,18 +113,27 @@ def _scan(source: Source, tokenizer: Tokenizer, layout: Layout, start: int, stop
     tokens = np.zeros(stop - start, np.int32)
     reads, draws = np.zeros(stop - start, np.uint16), np.zeros(stop - start, np.uint16)
     reasons, messages = collections.Counter[str](), list[str]()
-    for i in range(start, stop):
+
+    def measure(i: int) -> tuple[int, int, int] | UserError:
         try:
             laid_out = lay_out(source[i], tokenizer, layout)
         except UserError as error:
-            tokens[i - start] = -1
-            reasons[reason_of(error)] += 1
-            if len(messages) < KEPT_MESSAGES:
-                messages.append(str(error))
-            continue
-        tokens[i - start] = len(laid_out.tokens)
-        reads[i - start] = sum(placed.role == "read" for placed in laid_out.pictures)
-        draws[i - start] = len(laid_out.pictures) - reads[i - start]
+            return error
+        read = sum(placed.role == "read" for placed in laid_out.pictures)
+        return len(laid_out.tokens), read, len(laid_out.pictures) - read
+
+    with contextlib.ExitStack() as stack:
+        # Remote examples are waited for, many at once.
+        remote = getattr(source, "remote", False)
+        at_once = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS)).map if remote else map
+        for i, found in enumerate(at_once(measure, range(start, stop))):
+            if isinstance(found, UserError):
+                tokens[i] = -1
+                reasons[reason_of(found)] += 1
+                if len(messages) < KEPT_MESSAGES:
+                    messages.append(str(found))
+            else:
+                tokens[i], reads[i], draws[i] = found
     return Lengths(tokens, reads, draws, dict(reasons), messages)
 
 
@@ -140,8 +164,8 @@ def fingerprint_words(source: Source) -> list[str]:
     for i in np.linspace(0, len(source) - 1, num=min(len(source), 32)).astype(int):
         try:
             example = source[int(i)]
-        except UserError:
-            words.append("unreadable")
+        except UserError as error:
+            words += [] if reason_of(error) in TRANSIENT else ["unreadable"]
             continue
         words.append(example.key)
         words += [part.text if isinstance(part, Text) else part.role for part in example.parts]

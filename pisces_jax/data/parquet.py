@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pisces_jax.data import storage
-from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.example import FILE_GONE, BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
 from pisces_jax.data.records import encoded, labels
@@ -64,8 +64,10 @@ class Parquet:
         key = f"{self._labels[file]}/{i - self._first(file)}"
         try:
             values = {name: column[row].as_py() for name, column in _group(path, group).items()}
+        except storage.Unreachable as error:
+            raise BrokenExample(key, FILE_GONE, str(error)) from error
         except UserError as error:
-            raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
+            raise BrokenExample(key, "a damaged row group", str(error)) from error
         except UnicodeDecodeError as error:
             raise BrokenExample(key, "not UTF-8", str(error)) from error
         pictures: list[EncodedImage] = []
@@ -93,8 +95,10 @@ class Parquet:
 def _picture_file(path: str, key: str) -> bytes:
     try:
         return storage.read(path)
-    except storage.Unreachable as error:
+    except storage.Missing as error:
         raise BrokenExample(key, "a picture is missing", path) from error
+    except storage.Unreachable as error:
+        raise BrokenExample(key, FILE_GONE, str(error)) from error
 
 
 class _Remote:
@@ -139,8 +143,15 @@ def _open(path: str) -> Any:
         source = pyarrow.PythonFile(_Remote(path), mode="r") if storage.is_remote(path) else path
         return pyarrow.parquet.ParquetFile(source)
     except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a Parquet file ({reason}): mend or remove it") from error
+        raise _failed(path, error) from error
+
+
+def _failed(path: str, error: Exception) -> UserError:
+    """Of a damaged file a `UserError`; `storage.Unreachable` where it is the storage that failed."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # Arrow raises OSError for damaged bytes too, but to that the system has given no number.
+    kind = storage.Unreachable if getattr(error, "errno", None) else UserError
+    return kind(f"{path} cannot be read as a Parquet file ({reason}): mend or remove it")
 
 
 _lock = threading.Lock()
@@ -157,8 +168,7 @@ def _group(path: str, group: int) -> dict[str, Any]:
             try:
                 table = _open(path).read_row_group(group)
             except (OSError, pyarrow.ArrowException) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(f"{path} cannot be read ({reason}): mend or remove it") from error
+                raise _failed(path, error) from error
             found = {name: table.column(name) for name in table.column_names}, table.nbytes
             _kept[path, group] = found
         _kept.move_to_end((path, group))

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from pisces_jax.data import lengths
 from pisces_jax.data.packing import LEAST_SEEN, MAX_BROKEN, Broken, PackedGroups
 from pisces_jax.data.pairs import Pairs
 from pisces_jax.errors import UserError
@@ -55,7 +56,8 @@ class _Batches:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches in order; `get_state()` is `{"next_batch": n}`, good for any threads, workers and hosts.
+    """Batches in order; the state is the number of the next one, good for any threads, workers and hosts, and a digest
+    of the lengths, by which a state of other data is refused.
 
     `broken` counts, by (key, reason), examples of this host's batches so far that are masked. As soon as they are
     more than `max_broken` of the `seen` examples (of a thousand at least), the next batch is a `UserError` that holds
@@ -75,6 +77,7 @@ class BatchIterator(Iterator[Batch]):
         self._end = len(batches) if num_batches is None else min(num_batches, len(batches))
         self._next = 0
         self._max_broken = max_broken
+        self.digest = lengths.digest(batches.items.lengths)
         self._reader: Any = None
         self.seen = 0
         self.broken: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -128,11 +131,20 @@ class BatchIterator(Iterator[Batch]):
             reader = reader.mp_prefetch(options)
         return iter(reader)
 
-    def get_state(self) -> dict[str, int]:
-        return {"next_batch": self._next}
+    def get_state(self) -> dict[str, Any]:
+        return {"next_batch": self._next, "lengths": self.digest}
 
-    def set_state(self, state: Mapping[str, int]) -> None:
-        """Continues with batch `state["next_batch"]`."""
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues with batch `state["next_batch"]`.
+
+        Raises:
+            UserError: the state is of other data. One without a digest, as checkpoints of before have it, is believed.
+        """
+        if state.get("lengths", self.digest) != self.digest:
+            raise UserError(
+                "the examples of data.train, or their lengths, are not those of the checkpoint, so its place in them "
+                "means nothing: put the data back as they were, or start anew in another --workdir"
+            )
         self.close()
         self._next = int(state["next_batch"])
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from pisces_jax.data import storage
-from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.example import FILE_GONE, BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.jsonfiles import picture_files
 from pisces_jax.data.recipes import Record
+from pisces_jax.data.recordfiles import RecordFiles, Span, count_records
 from pisces_jax.data.records import encoded, labels, locate, parse_json
 from pisces_jax.errors import UserError
 
@@ -46,6 +47,8 @@ class Tfds:
         try:
             decoders = dict.fromkeys(self.images, tfds.decode.SkipDecoding())
             self._records = builder.as_data_source(split, decoders=decoders)
+            files = builder.info.splits[split].file_instructions
+            self._records.data_source = RecordFiles([Span(str(one.filename), one.skip, one.take) for one in files])
             self._length = len(self._records)
         except (ValueError, OSError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -54,7 +57,10 @@ class Tfds:
                 f"its splits are {', '.join(builder.info.splits)}"
             ) from error
         self.names = [field for field in features if field not in self.images]
-        self.fingerprint = f"{folder}/{split}/{self.images}"
+        files = sorted(path for path in folder.iterdir() if ".array_record" in path.name)
+        marks = "\0".join(f"{path.name} {storage.signature(str(path))}" for path in files)
+        digest = hashlib.blake2b(marks.encode(), digest_size=16).hexdigest()
+        self.fingerprint = f"{folder}/{digest}/{split}/{self.images}"
 
     def __len__(self) -> int:
         return self._length
@@ -63,8 +69,10 @@ class Tfds:
         key = f"{self.dataset}/{self.split}/{int(i)}"
         try:
             record = dict(self._records[int(i)])
-        except (OSError, ValueError, IndexError, RuntimeError) as error:
-            raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
+        except storage.Unreachable as error:
+            raise BrokenExample(key, FILE_GONE, str(error)) from error
+        except (UserError, OSError, ValueError, RuntimeError) as error:
+            raise BrokenExample(key, "a damaged record", str(error)) from error
         pictures = [encoded(record.pop(field), key) for field in self.images]
         return Record(key, {field: self._plain(field, value) for field, value in record.items()}, pictures)
 
@@ -103,7 +111,7 @@ class ArrayRecords:
     cannot be, so there `images` names paths of files below `image_root`.
 
     Raises:
-        UserError: a file is missing, on a bucket or no ArrayRecord file.
+        UserError: a file is missing, on a bucket or no whole ArrayRecord file.
     """
 
     names = None
@@ -120,31 +128,26 @@ class ArrayRecords:
         for one in self.paths:
             _refuse_remote(one)
         signatures = [storage.signature(one) for one in self.paths]
-        self._open()
-        if not self._ends[-1]:
+        counts = [count_records(one) for one in self.paths]
+        self._records = RecordFiles([Span(one, 0, count) for one, count in zip(self.paths, counts, strict=True)])
+        self._ends = np.cumsum(counts)
+        if not len(self._records):
             raise UserError(f"{self.paths[0]} holds no record: change path")
-        self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
-
-    def _open(self) -> None:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        try:
-            self._sources = [ArrayRecordDataSource(one) for one in self.paths]
-            self._ends = np.cumsum([len(source) for source in self._sources])
-        except (ValueError, OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.paths[0]} cannot be read as ArrayRecord ({reason}): change path") from error
+        digest = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
+        self.fingerprint = f"{digest}/{self.images}/{self.image_root}"
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._records)
 
     def __getitem__(self, i: int) -> Record:
         file, number = locate(self._ends, i)
         key = f"{self._labels[file]}/{number}"
         try:
-            (data,) = self._sources[file].__getitems__([number])
-        except (OSError, ValueError, IndexError, RuntimeError) as error:
-            raise BrokenExample(key, "the file is gone or cannot be read", str(error)) from error
+            data = self._records[int(i)]
+        except storage.Unreachable as error:
+            raise BrokenExample(key, FILE_GONE, str(error)) from error
+        except UserError as error:
+            raise BrokenExample(key, "a damaged record", str(error)) from error
         if data[:1] == b"{":
             fields = parse_json(data, key)
             return Record(key, fields, picture_files(fields, self.images, self.image_root or ".", key))
@@ -154,13 +157,6 @@ class ArrayRecords:
             value = fields.pop(name, None)
             pictures += [encoded(one, key) for one in (value if isinstance(value, list) else [value])]
         return Record(key, {name: _text(value) for name, value in fields.items()}, pictures)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_sources"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
 
 
 def parse_example(data: bytes, key: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -59,6 +61,9 @@ class Examples:
             raise UserError(f"the split {split!r} is empty: it has {len(records)} records in all")
         if records.names is not None:
             recipe.check(records.names)
+        self.remote = getattr(records, "remote", False)  # every example is a request: `lengths` reads many at once
+        if hasattr(records, "wanted"):
+            records.wanted = used_fields(recipe)
         self.fingerprint = f"{records.fingerprint}/{split}/{self._every}/{recipe}"
         # Other texts of the same pictures have the same features.
         self.pictures_fingerprint = f"{records.fingerprint}/{split}/{self._every}/{recipe.pictures}"
@@ -92,6 +97,18 @@ def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
     """The file of record i and its number there; `ends` has the sums of the files' records."""
     file = int(np.searchsorted(ends, i, side="right"))
     return file, int(i) - (int(ends[file - 1]) if file else 0)
+
+
+def used_fields(recipe: Recipe) -> frozenset[str] | None:
+    """The fields that a recipe's formats name; None where they cannot be told from its formats."""
+    names = set()
+    for text_format in recipe.formats:
+        for _, name, inner, _ in string.Formatter().parse(text_format):
+            if inner and "{" in inner:
+                return None
+            if name is not None:
+                names.add(re.split(r"[.\[]", name)[0])
+    return None if recipe.recipe == "conversation" else frozenset(names)
 
 
 def parse_json(data: bytes, key: str) -> dict[str, Any]:

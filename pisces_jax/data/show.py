@@ -26,7 +26,8 @@ code { color: #999; font-size: .85em }
 mark code { color: #2a6b2f }
 img { height: 6em; max-width: 12em; image-rendering: pixelated; vertical-align: middle; margin: .1em .3em;
       border: 2px solid #999; border-radius: .2em }
-img.draw { border-color: #d08700 } .broken { color: #b00020 }
+.box { border: 2px solid #999; border-radius: .2em; padding: 1em .5em; margin: .1em .3em }
+img.draw, .box.draw { border-color: #d08700 } .broken { color: #b00020 }
 """
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b")
 
@@ -67,7 +68,8 @@ def _group(groups: PackedGroups, i: int, made: Made) -> Iterator[str]:
             pictures = {}
             for role in ("read", "draw"):
                 for slot in np.flatnonzero(group[f"{role}_valid"] & (group[f"{role}_row"] == row)):
-                    pictures[int(group[f"{role}_start"][slot])] = role, group[f"{role}_images"][slot]
+                    shown = group[f"{role}_images"][slot] if f"{role}_images" in group else None
+                    pictures[int(group[f"{role}_start"][slot])] = role, shown
             here = {start - span[0]: picture for start, picture in pictures.items() if span[0] <= start <= span[-1]}
             words = _sequence(groups.tokenizer, group["tokens"][row, span], group["learn"][row, span], here)
             yield _segment(groups, s, f"{len(span)} tokens from {span[0]}", words)
@@ -94,9 +96,9 @@ def _sequence(
     tokenizer: Tokenizer,
     tokens: Int32[np.ndarray, "L"],
     learn: Bool[np.ndarray, "L"],
-    pictures: dict[int, tuple[str, np.ndarray]],
+    pictures: dict[int, tuple[str, np.ndarray | None]],
 ) -> str:
-    """The tokens as text, special ones by name, a picture where its vectors begin."""
+    """The tokens as text, special ones by name, a picture (None: its cached features) where its vectors begin."""
     special = {
         tokenizer.bos: "bos", tokenizer.eos: "eos", tokenizer.begin_image: "[IMG]", tokenizer.end_image: "[/IMG]",
         tokenizer.pad: "pad",
@@ -130,7 +132,9 @@ def _marked(words: str, learned: bool) -> str:
     return f"<mark>{words}</mark>" if learned else words
 
 
-def _image(role: str, array: UInt8[np.ndarray, "S S 3"]) -> str:
+def _image(role: str, array: UInt8[np.ndarray, "S S 3"] | None) -> str:
+    if array is None:
+        return f"<span class='box {role}'>cached features</span>"
     file = io.BytesIO()
     Image.fromarray(array).save(file, "PNG")
     return f"<img class={role} alt='{role}' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"

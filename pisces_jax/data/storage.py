@@ -1,13 +1,15 @@
 """Bytes from local paths and from buckets (`gs://`, anything that fsspec knows), with time limits and retries.
 
-A local file is read with `pread` from a descriptor that stays open. A remote read that takes longer than `TIME_LIMIT`
-is given up and tried again, `ATTEMPTS` times in all, waiting longer each time: nothing waits for ever. Credentials are
-the user's own, as gcsfs finds them.
+A local file is read with `pread` from a descriptor that stays open. A remote request asks for `BLOCK` bytes at most;
+where it takes longer than `TIME_LIMIT` it is given up and tried again, `ATTEMPTS` times in all, waiting longer each
+time: nothing waits for ever, and a large file may come over a slow line. Credentials are the user's own, as gcsfs finds
+them.
 """
 
 import collections
 import glob
 import hashlib
+import io
 import os
 import re
 import threading
@@ -18,6 +20,7 @@ from typing import Any, TypeVar
 from pisces_jax.errors import UserError
 
 TIME_LIMIT = 30.0  # seconds that one remote request may take
+BLOCK = 2**24  # bytes that one request asks for
 ATTEMPTS = 4
 OPEN_FILES = 128  # descriptors that a process keeps
 
@@ -26,6 +29,10 @@ T = TypeVar("T")
 
 class Unreachable(UserError):
     """A file that is not there or cannot be read; the message names it."""
+
+
+class Missing(Unreachable):
+    """A file that is surely not there."""
 
 
 def is_remote(path: str) -> bool:
@@ -115,20 +122,31 @@ def read(path: str, start: int = 0, length: int | None = None) -> bytes:
     Raises:
         Unreachable: it is not there, or it is remote and did not answer in time.
     """
+    first = _block(path, start, BLOCK if length is None else min(length, BLOCK))
+    if len(first) < BLOCK or length == BLOCK:
+        return first
+    end = size(path) if length is None else min(size(path), start + length)
+    whole = io.BytesIO()  # which hands over its bytes without a copy
+    whole.write(first)
+    while (at := start + whole.tell()) < end and (piece := _block(path, at, min(BLOCK, end - at))):
+        whole.write(piece)
+    return whole.getvalue()
+
+
+def _block(path: str, start: int, length: int) -> bytes:
     if is_remote(path):
         system, inner = _system(path)
-        end = None if length is None else start + length
-        return _patiently(lambda: system.cat_file(inner, start=start, end=end), path)
+        return _patiently(lambda: system.cat_file(inner, start=start, end=start + length), path)
     try:
-        with _opened(path) as file:
-            wanted = os.fstat(file.number).st_size - start if length is None else length
-            pieces = []
-            while wanted > 0 and (piece := os.pread(file.number, wanted, start)):
+        pieces = []
+        with _opened(path) as file:  # some file systems give less than is asked for
+            while length > 0 and (piece := os.pread(file.number, length, start)):
                 pieces.append(piece)
-                start, wanted = start + len(piece), wanted - len(piece)
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                start, length = start + len(piece), length - len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
     except OSError as error:
-        raise Unreachable(f"{path} cannot be read ({error.strerror}): put it back or change path") from error
+        kind = Missing if isinstance(error, FileNotFoundError) else Unreachable
+        raise kind(f"{path} cannot be read ({error.strerror}): put it back or change path") from error
 
 
 class _File:
@@ -217,6 +235,7 @@ def _patiently(request: Callable[[], T], path: str) -> T:
         if answer:
             return answer[0]
         if raised and isinstance(raised[0], (FileNotFoundError, PermissionError)):
-            raise Unreachable(f"{path} cannot be read ({raised[0]}): change path") from raised[0]
+            kind = Missing if isinstance(raised[0], FileNotFoundError) else Unreachable
+            raise kind(f"{path} cannot be read ({raised[0]}): change path") from raised[0]
         reason = f"{type(raised[0]).__name__}: {raised[0]}" if raised else f"no answer in {TIME_LIMIT:g} s"
     raise Unreachable(f"{path} cannot be read in {ATTEMPTS} attempts ({reason}): see to the network or change path")

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from pisces_jax.data import storage
 from pisces_jax.data.arrays import read_arrays, write_arrays
-from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.example import SHARD_CHANGED, SHARD_GONE, BrokenExample
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
 from pisces_jax.data.records import PICTURES, labels, locate, parse_any_json, parse_json, parse_text
@@ -65,6 +66,7 @@ class WebDataset:
     """
 
     names = None
+    wanted: frozenset[str] | None = None  # the fields that are used; None: perhaps all
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class WebDataset:
         self.paths = storage.expand(path)
         self._labels = labels(name, self.paths)
         self.images = tuple(images) if images is not None else None
+        self.remote = any(map(storage.is_remote, self.paths))
         self._index_paths = index_shards(self.paths, index_dir, index_workers)
         counts, signatures, whole = [], [], 0
         for shard in range(len(self.paths)):
@@ -87,7 +90,8 @@ class WebDataset:
         self._ends = np.cumsum(counts)
         if not whole:
             raise UserError(f"{self.paths[0]}{' and its like' if len(counts) > 1 else ''} hold no sample: change path")
-        self.fingerprint = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
+        self.fingerprint = f"{digest}/{self.images}"
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -100,7 +104,7 @@ class WebDataset:
             raise BrokenExample(key, PROBLEMS[index.problem[i]], path)
         fields: dict[str, Any] = {}
         pictures = {}
-        for m in range(int(index.first[i]), int(index.first[i + 1])):
+        for m in self._needed(index, i):
             kind = index.kinds[index.kind[m]]
             read = functools.partial(
                 self._read, path, index.signature, int(index.offset[m]), int(index.size[m]), key
@@ -127,6 +131,25 @@ class WebDataset:
             raise BrokenExample(key, "a picture is missing", f"no .{' and .'.join(missing or PICTURES[:1])} in {path}")
         return Record(key, fields, [pictures[kind] for kind in wanted])
 
+    def _needed(self, index: Index, i: int) -> list[int]:
+        """The members of sample i that are a picture or may give a field that is used: others are not fetched."""
+        members = range(int(index.first[i]), int(index.first[i + 1]))
+        if self.wanted is None:
+            return list(members)
+        needed, left = [], self.wanted
+        for m in reversed(members):
+            kind = index.kinds[index.kind[m]]
+            if kind in TEXTS:
+                use = "text" in self.wanted
+                left -= {"text"}  # a .json before it would give one in vain
+            elif kind == "json":
+                use = bool(left)
+            else:
+                begins = kind.replace(".", "_")
+                use = kind.rpartition(".")[2] in PICTURES or any(begins.startswith(name) for name in self.wanted)
+            needed += [m] if use else []
+        return needed[::-1]
+
     def problems(self) -> list[int]:
         """How many samples have each of `PROBLEMS`."""
         return sum(
@@ -137,10 +160,10 @@ class WebDataset:
     def _read(path: str, signature: str, offset: int, size: int, key: str) -> bytes:
         try:
             if not storage.is_remote(path) and storage.signature(path) != signature:
-                raise BrokenExample(key, "the shard changed since it was indexed", path)
+                raise BrokenExample(key, SHARD_CHANGED, path)
             data = storage.read(path, offset, size)
         except storage.Unreachable as error:
-            raise BrokenExample(key, "the shard is gone or cannot be read", str(error)) from error
+            raise BrokenExample(key, SHARD_GONE, str(error)) from error
         if len(data) < size:
             raise BrokenExample(key, CUT, path)
         return data
@@ -187,7 +210,8 @@ def index_shards(paths: Sequence[str], index_dir: str | None = None, workers: in
         # Spawned, as everything here: the caller may have started JAX. Threads would wait for one another.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-            for done in [pool.submit(_write_index, path, place) for path, place in todo]:
+            made = [pool.submit(_write_index, path, place) for path, place in todo]
+            for done in tqdm(made, desc="index", unit="shard", delay=3.0, mininterval=1.0):
                 done.result()
     if todo:
         _load_index.cache_clear()

@@ -3,12 +3,13 @@
     WORKDIR/tokenizer.model
     WORKDIR/NAME/config.json            what is run; a folder without it is not ours
     WORKDIR/NAME/metrics.jsonl
-    WORKDIR/NAME/checkpoints/STEP/      state (what the run changes) and iterator (one number)
+    WORKDIR/NAME/checkpoints/STEP/      state (what the run changes) and iterator (its place)
 
 A checkpoint holds what its run trains. Frozen parts are read again from where they came, as `config.parts` says.
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
@@ -26,7 +28,7 @@ from pisces_jax.training import optimizer
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.step import State
 from pisces_jax.training.tokenizer import load_tokenizer
-from pisces_jax.weights.folder import is_folder, part_shapes, read_source
+from pisces_jax.weights.folder import folder_mark, is_folder, part_shapes, read_source
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
 _FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
@@ -104,7 +106,7 @@ def is_finished(run: Path) -> bool:
 
 
 class Checkpoints:
-    """Saves and restores the state of one run, with the number that its input stands at."""
+    """Saves and restores the state of one run, with the place that its input stands at."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self._folder = (run / "checkpoints").absolute()
@@ -150,6 +152,32 @@ def _changed(state: State) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def part_mark(workdir: Path, name: str, part: str) -> str:
+    """Changes when what `load_part` gives, or a published folder of that name, changes: a run trained anew has another.
+
+    Raises:
+        UserError: the run or the folder is missing, or the run is unfinished.
+    """
+    if is_folder(name):
+        return folder_mark(name)
+    config, step = _finished(workdir, name)
+    # Orbax names a checkpoint's files at random and lists them here.
+    manifest = workdir / name / "checkpoints" / str(step) / "state" / "manifest.ocdbt"
+    digest = hashlib.blake2b(f"{step} ".encode() + manifest.read_bytes(), digest_size=8)
+    if source := config.parts.get(part, ""):
+        digest.update(part_mark(workdir, source, part).encode())
+    return digest.hexdigest()
+
+
+def _finished(workdir: Path, name: str) -> tuple[ConfigDict, int]:
+    """A run's config and last step."""
+    run = workdir / name
+    config = read_config(run)
+    if not is_finished(run):
+        raise UserError(f"{run} is not finished ({finished_step(run)} of {config.steps} steps): train it first")
+    return config, finished_step(run)
+
+
 def load_part(workdir: Path, name: str, part: str) -> Any:
     """The weights of `part` as run `name` left them: trained there (averaged, where the run averages), or where it
     itself took them from. Host arrays.
@@ -157,11 +185,9 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
     Raises:
         UserError: the run is missing or unfinished, or has no such part.
     """
+    config, step = _finished(workdir, name)
     run = workdir / name
-    config = read_config(run)
-    if not is_finished(run):
-        raise UserError(f"{run} is not finished ({finished_step(run)} of {config.steps} steps): train it first")
-    path = run.absolute() / "checkpoints" / str(finished_step(run)) / "state"
+    path = run.absolute() / "checkpoints" / str(step) / "state"
     checkpointer = ocp.PyTreeCheckpointer()
     tree = checkpointer.metadata(path).item_metadata.tree
     kept = tree["average"] if tree.get("average") else tree["trained"]
@@ -169,7 +195,8 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
     if part in kept:
         which = "average" if tree.get("average") else "trained"
         wanted = {which: {part: kept[part]}}
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=None), wanted)
+        # As they were laid on devices, they would come to the same number of devices and processes alone.
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         got = checkpointer.restore(
             path, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         )

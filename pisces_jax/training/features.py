@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pisces_jax.data.example import BrokenExample
+from pisces_jax import processes
+from pisces_jax.data.example import TRANSIENT, BrokenExample, reason_of
 from pisces_jax.data.features import DTYPES, SHARD, FeatureCache, cached_picture
 from pisces_jax.data.images import UnreadablePicture, fit
 from pisces_jax.data.layout import Entry
+from pisces_jax.data.packing import LEAST_SEEN
 from pisces_jax.errors import UserError
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
 from pisces_jax.training import config as settings
-from pisces_jax.training.checkpoints import load_part
+from pisces_jax.training.checkpoints import load_part, part_mark
+from pisces_jax.weights.folder import is_folder, read_source
 
 PART = "generation_encoder"
 
 
-def encoder_of(config: ConfigDict) -> dict[str, Any]:
-    """What cached features are from: the run of the encoder, its settings and the pooling."""
+def encoder_of(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """What cached features are from: the encoder's run or published folder, its weights, settings and the pooling."""
     start = config.parts.get(PART, "")
     if not start:
         raise UserError(f"config key parts.{PART} is not set: features are cached of an encoder that was trained")
     return {
         "start": start,
+        "weights": part_mark(workdir, start, PART),
         "settings": dataclasses.asdict(settings.vit_config(config, PART)),
         "pool": config.model.pool,
     }
@@ -46,40 +50,72 @@ def open_caches(config: ConfigDict, workdir: Path, entries: list[Entry]) -> list
     """
     if not config.data.features:
         return None
-    folder, encoder = workdir / config.data.features, encoder_of(config)
+    folder, encoder = workdir / config.data.features, encoder_of(config, workdir)
     return [FeatureCache(folder, entry, encoder).open() for entry in entries]
 
 
 def cache_features(
-    config: ConfigDict, workdir: Path, entries: list[Entry], dtype: str, batch_size: int, threads: int = 2
+    config: ConfigDict,
+    workdir: Path,
+    entries: list[Entry],
+    dtype: str,
+    batch_size: int,
+    threads: int = 2,
+    share: tuple[int, int] = (0, 1),
 ) -> Mapping[str, int]:
-    """Writes the features of every source that are not there yet; how many pictures could not be read, by source.
+    """Writes the features of every source that are not there yet; how many pictures could not be read, by source,
+    those of shards that were there counted too.
 
-    Every process writes shards of its own, on its own devices; what an interruption leaves is whole shards, and the
-    same call goes on with the others.
+    Every process writes its `share` of the shards (part i of n), on its own devices; what an interruption leaves is
+    whole shards, and the same call goes on with the others. It returns when all processes are done.
+
+    Raises:
+        UserError: the storage fails, or more than `data.max_broken` of a source's pictures cannot be read. The shard
+            in hand is not kept.
     """
     if dtype not in DTYPES:
         raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
     folder = workdir / (config.data.features or "features")
-    caches = [FeatureCache(folder, entry, encoder_of(config)) for entry in entries]
-    work = {cache.name: cache.todo(jax.process_index(), jax.process_count()) for cache in caches}
-    broken = dict.fromkeys(work, 0)
-    if not any(work.values()):
-        return broken
+    encoder = encoder_of(config, workdir)
+    caches = [FeatureCache(folder, entry, encoder) for entry in entries]
+    work = {cache.name: cache.todo(*share) for cache in caches}
+    missing = any(cache.todo(0, 1) for cache in caches)
+    processes.meet("features to write")  # the weights are read by all processes or by none
+    if missing:
+        _write(config, workdir, list(zip(entries, caches, strict=True)), work, dtype, batch_size, threads)
+    processes.meet("features written")
+    return {cache.name: cache.empty() for cache in caches}
+
+
+def _write(
+    config: ConfigDict,
+    workdir: Path,
+    caches: Sequence[tuple[Entry, FeatureCache]],
+    work: Mapping[str, Sequence[int]],
+    dtype: str,
+    batch_size: int,
+    threads: int,
+) -> None:
     encode, size = _encoder(config, workdir, dtype)
     devices = jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
-    bar = tqdm(total=sum(map(len, work.values())), desc="features", unit="shard", mininterval=1.0)
+    bar = tqdm(
+        total=sum(map(len, work.values())), desc="features", unit="shard", mininterval=1.0,
+        disable=not processes.primary(),
+    )  # fmt: skip
     with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for entry, cache in zip(entries, caches, strict=True):
+        for entry, cache in caches:
 
             def load(i: int, entry: Entry = entry) -> np.ndarray | None:
                 try:
                     example = entry.source[i]
                     return fit(cached_picture(example).array(), size)
-                except (BrokenExample, UnreadablePicture):
+                except (BrokenExample, UnreadablePicture) as error:
+                    if reason_of(error) in TRANSIENT:
+                        raise UserError(f"source {entry.name}: {error}: run the same command again") from error
                     return None
 
+            broken = cache.empty()
             for shard in work[cache.name]:
                 records: list[bytes] = []
                 numbers = range(shard * SHARD, min((shard + 1) * SHARD, cache.count))
@@ -90,12 +126,20 @@ def cache_features(
                     features = encode(np.stack(filled + [blank] * (batch_size - len(filled))))
                     if not records:
                         cache.describe(features.shape[1:], dtype)
-                    broken[cache.name] += sum(image is None for image in images)
+                    broken += sum(image is None for image in images)
+                    _check_broken(cache, broken, config.data.max_broken)
                     pairs = zip(images, features[: len(images)], strict=True)
                     records += [b"" if image is None else each.tobytes() for image, each in pairs]
                 cache.write(shard, records)
                 bar.update()
-    return broken
+
+
+def _check_broken(cache: FeatureCache, broken: int, most: float) -> None:
+    if broken > most * max(cache.count, LEAST_SEEN):
+        raise UserError(
+            f"source {cache.name}: {broken} of {cache.count} pictures cannot be read so far, more than {most:.2%}: "
+            "mend them or raise data.max_broken"
+        )
 
 
 def _encoder(config: ConfigDict, workdir: Path, dtype: str) -> tuple[Any, int]:
@@ -104,7 +148,8 @@ def _encoder(config: ConfigDict, workdir: Path, dtype: str) -> tuple[Any, int]:
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     storage = jnp.dtype(config.storage.get(PART, "float32"))
-    params = load_part(workdir, config.parts[PART], PART)
+    start = config.parts[PART]
+    params = read_source(start, vit.config, PART) if is_folder(start) else load_part(workdir, start, PART)
     params = jax.device_put(jax.tree.map(lambda x: x.astype(storage), params), whole)
 
     @jax.jit

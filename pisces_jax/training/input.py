@@ -12,6 +12,7 @@ from pisces_jax.data.packing import PackedGroups
 from pisces_jax.data.pairs import Pairs
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
+from pisces_jax.processes import all_agree, primary_first
 from pisces_jax.training.config import vit_config
 from pisces_jax.training.features import open_caches
 from pisces_jax.training.programs import TextProgram, UnifiedProgram
@@ -23,11 +24,20 @@ def items(
 ) -> Any:
     """Packed rows or pairs of these sources, as the program reads them.
 
+    Of several processes the first one indexes shards and reads lengths, and the others find them.
+
     Raises:
         UserError: no source, or one that cannot be used.
     """
     if not sources:
         raise UserError("config key data.train names no source: give at least one")
+    with primary_first("items"):
+        return _items(config, tokenizer, program, workdir, sources, **kwargs)
+
+
+def _items(
+    config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, sources: ConfigDict, **kwargs: Any
+) -> Any:
     entries = entries_of(sources)
     d = config.data
     # Every stage of a work directory, and every worker, finds the lengths that were read once.
@@ -50,10 +60,17 @@ def items(
 
 def _iterator(made: Any, config: ConfigDict, share: tuple[int, int], **kwargs: Any) -> pipeline.BatchIterator:
     make = pipeline.pairs_iterator if isinstance(made, Pairs) else pipeline.packed_iterator
-    return make(
+    iterator = make(
         made, config.batch_size, process_index=share[0], process_count=share[1], max_broken=config.data.max_broken,
         **kwargs,
     )  # fmt: skip
+    # Processes that pack different examples would lose some and repeat others, without an error.
+    if not all_agree(iterator.digest):
+        raise UserError(
+            "the processes of this run do not find the same examples, or cannot read the same ones of them: see that "
+            "all hosts reach the same data, and start again"
+        )
+    return iterator
 
 
 def train_iterator(

@@ -43,6 +43,8 @@ def run(monkeypatch, params):
 
     def make(stage, **data):
         config = tiny_config.get_config(stage)
+        if stage == "unified":
+            del config.parts["decoder"]  # which learns from pictures, and there are none
         config.data.update(data)
         return config
 
@@ -236,3 +238,10 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
     twice = Example((Picture(np.zeros((2, 2, 3), np.uint8), "draw"),) * 2, "k")
     with pytest.raises(UserError, match="draws 2 pictures"):
         cached.cached_picture(twice)
+
+
+def test_a_decoder_does_not_learn_from_features():
+    config = tiny_config.get_config("unified")
+    config.data.features = "features"
+    with pytest.raises(UserError, match="parts.decoder: a decoder learns from pictures"):
+        programs.make_program(config, 300)

@@ -118,7 +118,7 @@ def test_a_run_on_texts_alone_is_exported(trained, tmp_path, monkeypatch):
     source = dict(kind="json", path=f"{tmp_path}/chats.jsonl", recipe="conversation")
     language = dataclasses.replace(LLAMA, vocab_size=llama_rows(folder) - 4, layers=1)
     config = run_config(
-        name="text", program="text", steps=1, batch_size=2,
+        name="text", program="text", steps=1, batch_size=8,
         model=dict(language_model=settings(language)), parts=dict(language_model=f"{folder}/llama"),
         data=dict(tokenizer=f"{folder}/llama", row_length=64, rows=1, train=dict(chats=source)),
         optimizer=dict(learning_rate=0.0),

@@ -88,7 +88,7 @@ def unified_run(
         trained = ("language_model", "understanding_projector", "generation_projector", "vector_head")
         config.parts.update(dict.fromkeys((*trained, "understanding_encoder"), start))
     config.optimizer.table = FROZEN_GENERATION
-    merge(config, dict(optimizer=dict(muon=MUON, muon_iterations=3)))  # five are no better here, and dearer
+    config.optimizer.muon = MUON
     if decode:
         config.model.decoder = ConfigDict(pixel_decoder(size))
         config.parts.decoder = "decoder"

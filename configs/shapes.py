@@ -57,12 +57,12 @@ def get_config(stage: str = "") -> ConfigDict:
         unified_run(
             "stage2", "stage1", SIZE,
             data(10, 11, most_drawn=2, describe=0.55, conversation=1.1, draw_details=1.2, draw_described=0.5),
-            steps=740, optimizer=optimizer(3e-3, 0, 0.8), loss=dict(vectors=100.0), log=LOG,
+            steps=680, optimizer=optimizer(3e-3, 0, 0.8), loss=dict(vectors=150.0), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
             data(10, 9, conversation=1.8, caption=0.05, describe=0.25, draw_details=0.2, draw_described=1.6),
-            decode=True, steps=900, optimizer=optimizer(2.4e-3, 0), loss=dict(vectors=100.0),
+            decode=True, steps=800, optimizer=optimizer(2.4e-3, 0), loss=dict(vectors=150.0),
             sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

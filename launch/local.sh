@@ -20,6 +20,9 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ $# -gt 0 ] || fail "no training flags: $usage"
+for number in "$processes" "$devices"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "--processes and --devices must be whole numbers from 1, not '$number'"
+done
 [ $((devices % processes)) = 0 ] || fail "--devices=$devices must be a multiple of --processes=$processes"
 
 export JAX_PLATFORMS=cpu

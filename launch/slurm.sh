@@ -4,7 +4,8 @@
 #   launch/slurm.sh --nodes=4 --gpus=8 --time=24:00:00 --python=.venv/bin/python -- \
 #       --config=configs/text_8b.py --workdir=/shared/runs
 #
-# A job that is requeued continues by itself: SIGTERM comes two minutes before the end and the run saves.
+# A job that is requeued, as after a node's failure or pre-emption, continues by itself. Two minutes before the time limit
+# SIGTERM comes and the run saves: the same command again continues it.
 
 source "$(dirname "$0")/common.sh"
 usage="usage: launch/slurm.sh [--dry-run] --nodes=N --gpus=G [--time=T] [--partition=P] [--account=A] [--python=PY] -- TRAINING FLAGS"

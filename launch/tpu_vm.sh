@@ -2,10 +2,11 @@
 # Cloud TPU VMs through queued resources: asks for a slice, waits for it, installs, trains on all its hosts.
 #
 #   launch/tpu_vm.sh --name=pisces --zone=us-central2-b --type=v4-128 --runtime=tpu-ubuntu2204-base \
-#       --repository=https://github.com/ME/pisces_jax --flags=tpu -- --config=configs/text_8b.py --workdir=gs://BUCKET/runs
+#       --repository=https://github.com/ME/pisces_jax --flags=tpu -- --config=configs/text_8b.py --workdir=/mnt/runs
 #   launch/tpu_vm.sh --name=pisces --zone=us-central2-b --delete
 #
-# --spot asks for pre-emptible machines: the same command again continues the run. --slices=N asks for N slices.
+# --workdir is a folder that all hosts share, such as a mounted bucket. --spot asks for pre-emptible machines: after one
+# was taken, --delete and the same command again continue the run. --slices=N asks for N slices.
 
 source "$(dirname "$0")/common.sh"
 usage="usage: launch/tpu_vm.sh [--dry-run] --name=N --zone=Z (--type=T --repository=URL [--runtime=R] [--project=P] [--slices=N] [--spot] [--flags=G,G] -- TRAINING FLAGS | --delete)"
@@ -69,8 +70,10 @@ else
 fi
 
 printf -v training '%q ' "$@"
-remote="set -e; test -d pisces_jax || git clone --depth=1 $repository pisces_jax; cd pisces_jax"
-remote+="; test -d .venv || python3 -m venv .venv; .venv/bin/pip install -q -e '.[tpu]' -c constraints.txt"
+remote="set -e; test -d pisces_jax || git clone --depth=1 $repository pisces_jax; cd pisces_jax; git pull -q --ff-only"
+# The machines' own Python may be older than what is needed: uv brings one.
+remote+="; test -d .venv || { python3 -m pip install -q --user uv; python3 -m uv venv -q --seed --python=3.12 .venv; }"
+remote+="; .venv/bin/pip install -q -e '.[tpu]' -c constraints.txt"
 remote+="; export LIBTPU_INIT_ARGS=\"\$(.venv/bin/python -m pisces_jax.xla_flags ${groups//,/ })\""
 remote+="; .venv/bin/python -m pisces_jax.train $training"
 started=()

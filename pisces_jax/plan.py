@@ -45,6 +45,8 @@ def main() -> None:
     if len(stages) > 1:
         raise UserError(f"--config={flags.config} has several stages: name one, as {flags.config}:{list(stages)[-1]}")
     (config,) = stages.values()
+    if flags.search and flags.mesh is not None:
+        raise UserError("--search tries meshes: leave --mesh out, or --search")
     if flags.mesh is not None:
         config.mesh.update({**dict(data=1, fsdp=-1, tensor=1), **flags.mesh})
 
@@ -63,11 +65,15 @@ def main() -> None:
         chosen = search.best(plans)
         cli.say("\n" + report.table(plans) + "\n")
         if chosen is not None:
-            cli.say("best that fits:\n" + report.describe(chosen))
+            cli.say("best that fits:\n" + report.describe(chosen) + f"\nset: {report.settings(chosen)}")
+        else:
+            nearest = min(plans, key=lambda p: p.peak_bytes)
+            cli.say("none of these fits; the one that lacks least:\n" + report.describe(nearest))
         smallest = None
         if where.chip is not None:
             smallest = search.smallest_slice(config, flags.topology, flags.vocab_size, cli.say)
-            cli.say(f"smallest slice that fits: {smallest.topology if smallest else 'none'}")
+            found_it = f"{smallest.topology}, set: {report.settings(smallest)}" if smallest else "none that was tried"
+            cli.say(f"smallest slice that fits: {found_it}")
         found = {
             "best": chosen.to_json() if chosen else None,
             "smallest": smallest.to_json() if smallest else None,

@@ -37,10 +37,22 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
 
 
 def _several() -> bool:
-    """Whether the environment says that this process is one of several: a TPU slice of several hosts, or SLURM."""
+    """Whether the environment says that this process is one of several: SLURM, TPU slices (JAX asks the machine's
+    metadata; GKE says it in variables), or several slices."""
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         return True
-    return len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]) > 1
+    if int(os.environ.get("MEGASCALE_NUM_SLICES") or "1") > 1:
+        return True
+    if len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]) > 1:
+        return True
+    return _tpu_hosts() > 1
+
+
+def _tpu_hosts() -> int:
+    """How many hosts the slice of this Cloud TPU VM has, as its metadata says; 1 anywhere else."""
+    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
+
+    return len(GceTpuCluster._get_worker_list_in_slice()) if GceTpuCluster.is_env_present() else 1
 
 
 def primary() -> bool:

@@ -21,6 +21,7 @@ from pisces_jax.planning.batch import batch_shapes
 from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan
 from pisces_jax.sharding import make_mesh, user_mesh
 from pisces_jax.training import flops
+from pisces_jax.training.programs import make_program
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
@@ -87,10 +88,20 @@ def test_collectives_in_loops_count_every_trip():
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=(0,4,1,5,2,6,3,7) {'a'}", [0, 2]),
+        # 0 to 7 as four pairs, transposed: 0, 2, 4, 6 and 1, 3, 5, 7.
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", [0, 1]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'b'}", [0, 1, 2, 3]),
     ],
 )
 def test_replica_groups(attributes, expected):
     assert hlo._group(attributes, "all-reduce", {"x": 2, "y": 4}) == expected
+
+
+def test_replica_groups_of_an_unknown_form_are_not_taken_for_all():
+    for attributes in ("replica_groups=something new", "replica_groups=mesh['a'=2], device_ids=(2..3) {'a'}"):
+        with pytest.raises(ValueError, match="unknown form"):
+            hlo._group(attributes, "all-reduce", {"x": 2})
 
 
 def test_a_fused_reduce_scatter_counts_as_one():
@@ -152,6 +163,23 @@ def test_the_planned_batch_is_what_packing_makes():
     assert {k: (v.shape, v.dtype) for k, v in made.items()} == {
         k: (shape, np.dtype(dtype)) for k, (shape, dtype) in batch_shapes(config, trainer.program).items()
     }
+
+
+def test_the_planned_batch_has_features_where_they_are_cached():
+    """As `PackedGroups.empty` and `Pairs.empty` have them; and the encoder, which does not run, costs nothing."""
+    config = unified()
+    config.data.features = "features"
+    trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 32)
+    shapes = batch_shapes(config, trainer.program)
+    assert "draw_images" not in shapes
+    assert shapes["draw_features"] == ((8, config.data.draw_slots, 4, 16), jnp.float32)
+    cost = flops.step_flops_by_part(trainer.program, {k: shape for k, (shape, _) in shapes.items()}, {"language_model"})
+    assert cost["generation_encoder"] == 0 < cost["language_model"]
+    decoder = tiny.config(
+        program="decoder", batch_size=8, model=tiny.model_settings(32), data=dict(text_length=12, features="features")
+    )  # fmt: skip
+    program = make_program(decoder, 32)
+    assert batch_shapes(decoder, program)["features"] == ((8, 4, 16), jnp.float32)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 
 from pisces_jax import processes
 from pisces_jax.errors import UserError
@@ -146,9 +147,20 @@ def test_incomplete_arguments_are_refused():
 
 
 def test_whether_there_are_others(monkeypatch):
-    for name in ("SLURM_NTASKS", "SLURM_PROCID", "TPU_WORKER_HOSTNAMES"):
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
         monkeypatch.delenv(name, raising=False)
     assert not processes._several()
+    # A Cloud TPU VM says it in its metadata alone, which JAX reads.
+    monkeypatch.setattr(GceTpuCluster, "is_env_present", lambda: True)
+    for hosts in (1, 4):
+        monkeypatch.setattr(GceTpuCluster, "_get_worker_list_in_slice", lambda hosts=hosts: ["10.0.0.1"] * hosts)
+        assert processes._several() == (hosts > 1)
+    monkeypatch.undo()
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
+    assert processes._several()
+    monkeypatch.delenv("MEGASCALE_NUM_SLICES")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     assert not processes._several()
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "t1v-0,t1v-1")

@@ -8,15 +8,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pisces_jax.sharding import batch_sharding
-from pisces_jax.training.programs import Program, TextProgram, UnifiedProgram
+from pisces_jax.training.programs import Program, Reconstruction, TextProgram, UnifiedProgram
 
 
 def batch_shapes(config: ConfigDict, program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shape and dtype of every array of the global batch, as the input pipeline makes them."""
     d, size = config.data, config.batch_size
     if not isinstance(program, TextProgram | UnifiedProgram):
-        side = program.reconstruction.encoder.config.image_size  # type: ignore[attr-defined]
+        r: Reconstruction = program.reconstruction  # type: ignore[attr-defined]
+        side, dit = r.encoder.config.image_size, r.decoder.config
+        cached = {"features": ((size, dit.condition_vectors, dit.condition_width), jnp.float32)} if d.features else {}
         return {
+            **cached,
             "image": ((size, side, side, 3), jnp.uint8),
             "tokens": ((size, d.text_length), jnp.int32),
             "text_mask": ((size, d.text_length), jnp.bool_),
@@ -34,7 +37,13 @@ def batch_shapes(config: ConfigDict, program: Program) -> dict[str, tuple[tuple[
         pools["read"] = d.read_slots, c.understanding_encoder.image_size
         pools["draw"] = d.draw_slots, c.generation_encoder.image_size
     for role, (slots, side) in pools.items():
-        shapes[f"{role}_images"] = ((size, slots, side, side, 3), jnp.uint8)
+        if role == "draw" and d.features and isinstance(program, UnifiedProgram):
+            c = program.model.config
+            shapes["draw_features"] = (
+                (size, slots, c.draw_vectors, c.generation_encoder.output_width), jnp.float32
+            )  # fmt: skip
+        else:
+            shapes[f"{role}_images"] = ((size, slots, side, side, 3), jnp.uint8)
         for name in ("row", "start", "source"):
             shapes[f"{role}_{name}"] = ((size, slots), jnp.int32)
         shapes[f"{role}_valid"] = ((size, slots), jnp.bool_)

@@ -41,6 +41,7 @@ class Plan:
     mesh: dict[str, int]
     batch_size: int
     rows_per_device: float
+    accumulate: int
     remat: str
     fits: bool
     peak_bytes: int
@@ -146,6 +147,7 @@ def plan_trainer(trainer: Trainer, where: Slice, options: Mapping[str, str] | No
         mesh=user_mesh(mesh),
         batch_size=config.batch_size,
         rows_per_device=config.batch_size * config.data.rows / n,
+        accumulate=config.optimizer.accumulate,
         remat=remat.get("language_model", "everything"),
         fits=fits,
         peak_bytes=peak,

@@ -266,13 +266,30 @@ def _group(attributes: str, kind: str, mesh_shape: Mapping[str, int]) -> list[in
         if order:
             ids = ids.transpose([int(n) for n in order.split(",")])
         return ids.reshape(int(groups), int(size))[0].tolist()
-    named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\)[^{]*)? ?\{([^}]*)\}"
+    named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? ?\{([^}]*)\}"
     if match := re.search(named, attributes):
-        return _mesh_group(*match.groups())
+        sizes, device_ids, axes = match.groups()
+        return _mesh_group(sizes, _device_ids(device_ids), axes)
+    if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
+        raise ValueError(f"replica groups of an unknown form: {attributes}")
     return list(range(total))
 
 
-def _mesh_group(sizes: str, device_ids: str | None, axes: str) -> list[int]:
+def _device_ids(text: str | None) -> list[int] | None:
+    """`0,2,1,3`, or in short `[4,2]T(1,0)`: 0 to 7 as 4 × 2, transposed."""
+    if not text or "[" not in text:
+        return [int(n) for n in text.split(",")] if text else None
+    match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if match is None:
+        raise ValueError(f"device ids of an unknown form: {text}")
+    shape = [int(n) for n in match.group(1).split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    if match.group(2):
+        ids = ids.transpose([int(n) for n in match.group(2).split(",")])
+    return ids.reshape(-1).tolist()
+
+
+def _mesh_group(sizes: str, device_ids: list[int] | None, axes: str) -> list[int]:
     """Of `'a'=16,'b'=4` the group along the named axes; `'a':(2)4` is the part of a of size 4 with 2 before it."""
     names = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
     factors: list[tuple[int, bool]] = []
@@ -284,7 +301,7 @@ def _mesh_group(sizes: str, device_ids: str | None, axes: str) -> list[int]:
         before, part = wanted.get(name, (size, 1))
         factors += [(before, False), (part, name in wanted), (size // before // part, False)]
     total = math.prod(names.values())
-    ids = np.array([int(n) for n in device_ids.split(",")]) if device_ids else np.arange(total)
+    ids = np.array(device_ids) if device_ids else np.arange(total)
     ids = ids.reshape([size for size, _ in factors])
     return ids[tuple(slice(None) if mine else 0 for _, mine in factors)].reshape(-1).tolist()
 

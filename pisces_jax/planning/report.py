@@ -11,7 +11,7 @@ def describe(plan: Plan) -> str:
     """The whole plan: memory, collectives, FLOPs, prediction, and what to change where it does not fit."""
     lines = [
         f"{plan.config} on {_where(plan)}, mesh {mesh_text(plan.mesh)}, batch {plan.batch_size}, "
-        f"{plan.rows_per_device:g} rows a device, remat {plan.remat}",
+        f"{plan.rows_per_device:g} rows a device, accumulate {plan.accumulate}, remat {plan.remat}",
         "",
     ]
     if plan.hbm_bytes is None:
@@ -63,18 +63,29 @@ def collective_lines(plan: Plan) -> list[str]:
 
 def table(plans: Sequence[Plan]) -> str:
     """A line each, for a search and for the documents."""
-    names = ("config", "topology", "mesh", "rows a device", "remat", "peak GiB", "fits", "wire GB", "predicted s")
-    lines = ["| " + " | ".join((*names, "predicted MFU", "compile s")) + " |", "|" + "---|" * (len(names) + 2)]
+    names = (
+        "config", "topology", "mesh", "rows a device", "accumulate", "remat", "peak GiB", "fits", "wire GB",
+        "predicted s", "predicted MFU", "compile s",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for p in plans:
         seconds = f"{p.predicted_step_seconds:.2f}" if p.predicted_step_seconds else "–"
         mfu = f"{p.predicted_mfu:.0%}" if p.predicted_mfu else "–"
         wire = f"{p.wire_bytes_per_step / 1e9:.1f}" if p.collectives else "–"
         lines.append(
-            f"| {p.config} | {_where(p)} | {mesh_text(p.mesh)} | {p.rows_per_device:g} | {p.remat} | "
+            f"| {p.config} | {_where(p)} | {mesh_text(p.mesh)} | {p.rows_per_device:g} | {p.accumulate} | "
+            f"{p.remat} | "
             f"{p.peak_bytes / 2**30:.2f} | {'yes' if p.fits else 'no'} | {wire} | {seconds} | {mfu} | "
             f"{p.compile_seconds:.0f} |"
         )
     return "\n".join(lines)
+
+
+def settings(plan: Plan) -> str:
+    """What to set for this plan."""
+    sizes = [f"--config.mesh.{axis}={size}" for axis, size in plan.mesh.items()]
+    remat = [f"--config.model.language_model.remat={plan.remat}"] if "parameters/language_model" in plan.memory else []
+    return " ".join([*sizes, f"--config.optimizer.accumulate={plan.accumulate}", *remat])
 
 
 def mesh_text(mesh: dict[str, int]) -> str:

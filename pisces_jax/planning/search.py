@@ -22,15 +22,16 @@ REMAT = ("projections", "context", "nothing")  # from fast to lean
 MARGIN = 0.15
 
 
-def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
-    """The same step on other meshes and with other rematerialisation: the global batch stays what it is."""
+def candidates(config: ConfigDict, devices: int, slices: int = 1) -> Iterator[ConfigDict]:
+    """The same step on other meshes and with other rematerialisation: the global batch stays what it is, and slices
+    are data-parallel."""
     for tensor in TENSOR:
-        if devices % tensor:
+        if devices % (slices * tensor):
             continue
         for accumulate in (1, 2, 4):
             for remat in REMAT:
                 changed = config.copy_and_resolve_references()
-                changed.mesh = ConfigDict(dict(data=1, fsdp=devices // tensor, tensor=tensor))
+                changed.mesh = ConfigDict(dict(data=slices, fsdp=devices // slices // tensor, tensor=tensor))
                 changed.optimizer.accumulate = accumulate
                 if "language_model" in changed.model:
                     changed.model.language_model.remat = remat
@@ -62,7 +63,7 @@ def search(
     hbm = where.chip.hbm_bytes if where.chip else math.inf
     ranked: list[tuple[tuple[float, ...], Trainer]] = []
     reason = ""
-    for candidate in candidates(config, len(where.devices)):
+    for candidate in candidates(config, len(where.devices), where.slices):
         try:
             trainer = abstract_trainer(candidate, where, vocab_size)
         except UserError as error:
@@ -84,9 +85,10 @@ def search(
 
 
 def smallest_slice(config: ConfigDict, topology: str, vocab_size: int, say: Callable[[str], None]) -> Plan | None:
-    """The smallest slice of the same chip that the step fits on, as lean as it can be; None if not even the largest.
+    """The smallest slice of the same chip that the step fits on, as lean as it can be; None if not even the largest
+    of `CHIPS`.
 
-    Slices that the formulas rule out are not compiled.
+    Slices that the formulas rule out, or whose chips do not divide the batch, are not compiled.
     """
     kind, _ = read_name(topology)
     for shape in sorted(CHIPS[kind].shapes, key=chips):
@@ -97,7 +99,8 @@ def smallest_slice(config: ConfigDict, topology: str, vocab_size: int, say: Call
         groups = config.batch_size // devices
         if config.batch_size % devices:
             continue
-        lean.optimizer.accumulate = groups
+        # Contrast is over the whole batch.
+        lean.optimizer.accumulate = 1 if config.program == "pretrain" else groups
         if "language_model" in lean.model:
             lean.model.language_model.remat = "nothing"
         trainer = abstract_trainer(lean, where, vocab_size)

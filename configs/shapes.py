@@ -36,8 +36,7 @@ def data(read_slots: int = 0, draw_slots: int = 0, most_drawn: int = 4, **weight
 
 
 def optimizer(rate: float, warmup: int, final: float = 0.05, average: float = 0.0) -> dict:
-    # Five of Muon's iterations are no better here, and dearer.
-    return dict(learning_rate=rate, warmup_steps=warmup, final_rate=final, average=average, muon_iterations=3)
+    return dict(learning_rate=rate, warmup_steps=warmup, final_rate=final, average=average)
 
 
 def get_config(stage: str = "") -> ConfigDict:
@@ -56,14 +55,13 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(10, 11, most_drawn=2, describe=0.55, conversation=1.1, draw_details=1.2, draw_described=0.5),
-            steps=680, optimizer=optimizer(3e-3, 0, 0.8), loss=dict(vectors=150.0), log=LOG,
+            data(11, 14, most_drawn=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
+            steps=700, optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(10, 9, conversation=1.8, caption=0.05, describe=0.25, draw_details=0.2, draw_described=1.6),
-            decode=True, steps=800, optimizer=optimizer(2.4e-3, 0), loss=dict(vectors=150.0),
-            sampling=dict(describe=True, temperature=0.7), log=LOG,
+            data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
+            steps=850, optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip
     runs = {config.name: config for config in stages}

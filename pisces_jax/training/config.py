@@ -77,6 +77,8 @@ def run_config(**changes: Any) -> ConfigDict:
                 text=1.0,
                 vectors=1.0,
                 contrastive=1.0,
+                # Pictures of the same text are right pairs too: for class labels and other names that repeat.
+                same_text=False,
                 reconstruction=1.0,
                 chunk=0,  # entries of the vocabulary whose logits exist at a time; 0: all
                 # Standard deviation of Gaussian noise on the features that the decoder is conditioned on.

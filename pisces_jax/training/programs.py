@@ -168,6 +168,7 @@ class PretrainProgram:
     text_tower: TextTower
     heads: Mapping[str, ContrastiveHead]
     weights: Mapping[str, float]
+    same_text: bool = False
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key, 6)
@@ -210,7 +211,9 @@ class PretrainProgram:
             read = apply(self.understanding_encoder, params["understanding_encoder"], images)
         drawn = self.reconstruction.vectors(params, batch["image"])
         every = batch["valid"]
-        same = (batch["tokens"][:, None] == batch["tokens"][None]).all(axis=-1)
+        same = jnp.eye(text.shape[0], dtype=bool)
+        if self.same_text:
+            same = (batch["tokens"][:, None] == batch["tokens"][None]).all(axis=-1)
         losses, reported = {}, {}
         for i, (name, vectors) in enumerate((("understanding", read), ("generation", drawn))):
             pictures = embed(name, vectors.astype(jnp.float32).mean(axis=1))
@@ -378,7 +381,7 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
     }
     heads = {"text": head, "understanding": head, "generation": head}
     reader = ViT(settings.vit_config(config, "understanding_encoder"), dtype)
-    return PretrainProgram(reconstruction, reader, TextTower(tower, dtype), heads, weights)
+    return PretrainProgram(reconstruction, reader, TextTower(tower, dtype), heads, weights, config.loss.same_text)
 
 
 def _reconstruction(config: ConfigDict, dtype: Any) -> Reconstruction:

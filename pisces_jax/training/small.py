@@ -106,7 +106,7 @@ def named_picture_stages(
     """
     runs = (
         picture_run(
-            "pretrain", "pretrain", size, data("pair"), steps=900, log=log,
+            "pretrain", "pretrain", size, data("pair"), steps=900, log=log, loss=dict(same_text=True),
             optimizer=dict(learning_rate=4e-3, warmup_steps=40, final_rate=0.05),
         ),
         picture_run(

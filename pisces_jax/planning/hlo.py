@@ -61,7 +61,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """All collectives of an optimized program for a mesh whose devices are numbered in the order of its axes.
 
     Raises:
-        ValueError: a loop whose number of trips cannot be read from the program.
+        ValueError: a loop with collectives whose number of trips cannot be read from the program.
     """
     program = _parse(text)
     found: Counter[tuple[str, str, float, int, str]] = Counter()
@@ -70,15 +70,12 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     def visit(name: str, times: int) -> None:
         for i in program.computations[name].values():
             if i.opcode == "while":
-                body = _attribute(i, "body")
-                visit(body, times * _trips(program, name, i))
-            elif i.opcode == "conditional":
-                for branch in re.findall(r"%?([\w.\-]+)", _braces(i.attributes, "branch_computations=")):
-                    visit(branch, times)
-            elif kind := next((k for k in KINDS if i.opcode in (k, f"{k}-start")), None):
+                if _communicates(program, body := _attribute(i, "body")):
+                    visit(body, times * _trips(program, name, i))
+            elif kind := _kind(i):
                 count(name, i, kind, times)
             else:
-                for called in re.findall(r"(?:calls|to_apply|called_computation)=%?([^\s,})]+)", i.attributes):
+                for called in _called(i):
                     visit(called, times)
 
     def count(name: str, i: _Instruction, kind: str, times: int) -> None:
@@ -108,6 +105,25 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return [
         Collective(kind, axis, wire, times, n, scope) for (kind, axis, wire, n, scope), times in found.items() if wire
     ]
+
+
+def _kind(i: _Instruction) -> str | None:
+    return next((k for k in KINDS if i.opcode in (k, f"{k}-start")), None)
+
+
+def _called(i: _Instruction) -> list[str]:
+    """The computations that an instruction runs once, or one of which it runs; of a loop its body."""
+    if i.opcode == "while":
+        return [_attribute(i, "body")]
+    if i.opcode == "conditional":
+        return re.findall(r"%?([\w.\-]+)", _braces(i.attributes, "branch_computations="))
+    return re.findall(r"(?:calls|to_apply|called_computation)=%?([^\s,})]+)", i.attributes)
+
+
+def _communicates(program: _Program, computation: str) -> bool:
+    """Whether a collective is in it, however deep: how often a loop without any runs is of no consequence."""
+    instructions = program.computations[computation].values()
+    return any(_kind(i) or any(_communicates(program, called) for called in _called(i)) for i in instructions)
 
 
 def wire_bytes(found: Sequence[Collective]) -> float:
@@ -277,8 +293,10 @@ def _group(attributes: str, kind: str, mesh_shape: Mapping[str, int]) -> list[in
 
 def _device_ids(text: str | None) -> list[int] | None:
     """`0,2,1,3`, or in short `[4,2]T(1,0)`: 0 to 7 as 4 × 2, transposed."""
-    if not text or "[" not in text:
-        return [int(n) for n in text.split(",")] if text else None
+    if not text:
+        return None
+    if re.fullmatch(r"[\d,]+", text):
+        return [int(n) for n in text.split(",")]
     match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if match is None:
         raise ValueError(f"device ids of an unknown form: {text}")

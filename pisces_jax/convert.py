@@ -95,7 +95,8 @@ def _export(workdir: Path, run: str, only: list[str], dtype: str | None, out: Pa
     run = run or find_run(workdir)
     config = read_config(workdir / run)
     where: dict[str, str] = {}  # part -> the run that it is taken from
-    if decoder := decoder_run(config) if config.program == "unified" else run if config.program != "text" else "":
+    decoders = {"unified": decoder_run(config), "text": ""}
+    if decoder := decoders.get(config.program, run):
         latent = "autoencoder" in read_config(workdir / decoder).model
         where |= dict.fromkeys(("generation_encoder", "decoder", *(("autoencoder",) if latent else ())), decoder)
     own = {"unified": PARTS, "text": ("language_model",), "pretrain": ("understanding_encoder",)}

@@ -11,6 +11,7 @@ import tarfile
 from importlib import import_module
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -169,7 +170,7 @@ def test_index(call, tmp_path):
 
 def test_index_of_a_bucket(call, tmp_path, monkeypatch):
     """Its place does not depend on where the command runs, and that other hosts do not see it is said."""
-    system = pytest.importorskip("fsspec").filesystem("memory")
+    system = fsspec.filesystem("memory")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
     system.pipe("/indexed/a.tar", (tmp_path / "a.tar").read_bytes())

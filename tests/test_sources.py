@@ -16,6 +16,7 @@ import time
 import zlib
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import tiny
@@ -887,7 +888,6 @@ def test_every_example_of_a_mixture_has_a_key_of_its_own(tmp_path):
 @pytest.fixture
 def bucket(monkeypatch):
     """fsspec's memory as the bucket, with a count of requests and a way to make them fail."""
-    fsspec = pytest.importorskip("fsspec")
     system = fsspec.filesystem("memory")
     system.store.clear()
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)

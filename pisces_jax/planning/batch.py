@@ -38,7 +38,6 @@ def batch_shapes(config: ConfigDict, program: Program) -> dict[str, tuple[tuple[
         pools["draw"] = d.draw_slots, c.generation_encoder.image_size
     for role, (slots, side) in pools.items():
         if role == "draw" and d.features and isinstance(program, UnifiedProgram):
-            c = program.model.config
             shapes["draw_features"] = (
                 (size, slots, c.draw_vectors, c.generation_encoder.output_width), jnp.float32
             )  # fmt: skip

@@ -102,7 +102,6 @@ def run_config(**changes: Any) -> ConfigDict:
                 gradient_dtype="",  # "": that of the parameters; they are summed over parts in that of the parameters
                 # (pattern over parameter names, input axes, output axes): matrices that Muon updates instead of AdamW.
                 muon=(),
-                muon_iterations=5,  # of Newton and Schulz
                 # (pattern over parameter names, multiple of the learning rate, weight decay): the first that
                 # matches holds; a multiple of 0 freezes.
                 table=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),

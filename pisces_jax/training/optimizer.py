@@ -122,9 +122,7 @@ def _muon(axes: Mapping[str, MuonDimensionNumbers], config: ConfigDict) -> optax
         return unflatten(flat)
 
     momentum = jnp.dtype(config.moment_dtype)
-    direction = scale_by_muon(
-        ns_steps=config.muon_iterations, beta=0.95, mu_dtype=momentum, weight_dimension_numbers=numbers
-    )
+    direction = scale_by_muon(beta=0.95, mu_dtype=momentum, weight_dimension_numbers=numbers)
     return optax.chain(direction, optax.stateless(rescale))
 
 

@@ -531,8 +531,13 @@ class new_folder:
         return self._scratch
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        if self._held is not None:
-            os.close(self._held)
+        try:
+            self._finish(kind, error)
+        finally:  # not before: an unlocked scratch folder is anyone's to clear
+            if self._held is not None:
+                os.close(self._held)
+
+    def _finish(self, kind: Any, error: Any) -> None:
         if kind is None:
             for path in self._scratch.rglob("*"):
                 if path.is_file():

@@ -5,6 +5,8 @@ python -m pisces_jax.convert export --workdir=DIR --out=FOLDER
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pisces_jax import cli
@@ -56,8 +58,8 @@ def import_weights(argv: list[str]) -> None:
     from pisces_jax.weights.folder import import_folder
 
     cli.start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half written is cleared then too
-    folder, parameters = import_folder(flags.source, flags.out, flags.dtype)
+    with _ended_by_sigterm():
+        folder, parameters = import_folder(flags.source, flags.out, flags.dtype)
     cli.say(f"{parameters:,} parameters of {folder.path} ({folder.family}) are in {flags.out}")
 
 
@@ -80,7 +82,18 @@ def export_weights(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the folder to write; a new one")
     flags = parser.parse(argv)
     cli.check_output(flags.out, "--out", folder=True)
-    _export(flags.workdir, flags.run, flags.part, flags.dtype, flags.out)
+    with _ended_by_sigterm():
+        _export(flags.workdir, flags.run, flags.part, flags.dtype, flags.out)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that what is half written is cleared then too."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _export(workdir: Path, run: str, only: list[str], dtype: str | None, out: Path) -> None:
@@ -91,7 +104,6 @@ def _export(workdir: Path, run: str, only: list[str], dtype: str | None, out: Pa
     from pisces_jax.weights.folder import export_part, new_folder
 
     cli.start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = run or find_run(workdir)
     config = read_config(workdir / run)
     where: dict[str, str] = {}  # part -> the run that it is taken from

@@ -89,11 +89,10 @@ class Alone:
         return {"image": np.zeros((SIZE, SIZE, 3), np.uint8)}
 
     def make(self, i: int) -> Any:
-        from pisces_jax.data.images import fit
         from pisces_jax.data.packing import Made
 
         (picture, *_) = self.source[i % len(self.source)].parts
-        return Made({"image": fit(picture.array(SIZE if self.scaled else 0), SIZE)}, 1, [])
+        return Made({"image": picture.square(SIZE, scaled=self.scaled)}, 1, [])
 
 
 def plain_pil(path: Path) -> np.ndarray:
@@ -109,14 +108,14 @@ def plain_pil(path: Path) -> np.ndarray:
 
 def cpu(flags: argparse.Namespace) -> None:
     """CPU time of one picture in one thread, in turns: of use where other work disturbs the clock."""
-    from pisces_jax.data.images import fit, load_image
+    from pisces_jax.data.images import fit, open_image
 
     with tempfile.TemporaryDirectory() as scratch:
         paths = photographs(Path(scratch), 12)
         ways: dict[str, Callable[[Path], np.ndarray]] = {
             "plain PIL": plain_pil,
-            "ours, exact": lambda path: fit(load_image(path), SIZE),
-            "ours, scaled JPEG": lambda path: fit(load_image(path, at_least=SIZE), SIZE),
+            "ours, exact": lambda path: fit(open_image(path), SIZE),
+            "ours, scaled JPEG": lambda path: fit(open_image(path, at_least=SIZE), SIZE),
         }
         for path in paths:
             np.testing.assert_array_equal(ways["ours, exact"](path), plain_pil(path))

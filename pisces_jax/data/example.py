@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8, UInt32
 
-from pisces_jax.data.images import EncodedImage
+from pisces_jax.data.images import EncodedImage, fit
 from pisces_jax.errors import UserError
 
 Role = Literal["read", "draw"]
@@ -37,11 +37,15 @@ class Picture:
     image: np.ndarray | Callable[[], np.ndarray]
     role: Role
 
-    def array(self, at_least: int = 0) -> UInt8[np.ndarray, "H W 3"]:
-        """Decoded; a JPEG from a file may come smaller, but not below `at_least` pixels (`images.load_image`)."""
-        if at_least and isinstance(self.image, EncodedImage):
-            return self.image(at_least)
+    def array(self) -> UInt8[np.ndarray, "H W 3"]:
+        """Decoded."""
         return self.image() if callable(self.image) else self.image
+
+    def square(self, size: int, stretch: bool = False, scaled: bool = False) -> UInt8[np.ndarray, "size size 3"]:
+        """Decoded and fitted (`images.fit`); `scaled` lets a JPEG be decoded smaller first (`images.open_image`)."""
+        if isinstance(self.image, EncodedImage):  # one that never becomes an array at its full size
+            return fit(self.image.open(size if scaled else 0), size, stretch)
+        return fit(self.array(), size, stretch)
 
 
 Part = Text | Picture

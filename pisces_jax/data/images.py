@@ -44,14 +44,23 @@ class EncodedImage:
     data: bytes | Callable[[], bytes]
     name: str
 
-    def __call__(self, at_least: int = 0) -> UInt8[np.ndarray, "H W 3"]:
-        """RGB; with `at_least`, as `load_image` takes it."""
-        return load_image(self.data() if callable(self.data) else self.data, self.name, at_least)
+    def __call__(self) -> UInt8[np.ndarray, "H W 3"]:
+        """RGB."""
+        return np.asarray(self.open())
+
+    def open(self, at_least: int = 0) -> Image.Image:
+        """As PIL's RGB image; see `open_image`."""
+        return open_image(self.data() if callable(self.data) else self.data, self.name, at_least)
 
 
 def load_image(
     source: str | os.PathLike | bytes, name: str = "", at_least: int = 0
 ) -> UInt8[np.ndarray, "H W 3"]:
+    """`open_image` as an array."""
+    return np.asarray(open_image(source, name, at_least))
+
+
+def open_image(source: str | os.PathLike | bytes, name: str = "", at_least: int = 0) -> Image.Image:
     """Decodes a picture to RGB, upright by its EXIF orientation, transparency laid over white.
 
     `name` is what an error calls the picture; a path names itself. With `at_least`, a JPEG is decoded at the smallest
@@ -79,7 +88,7 @@ def load_image(
                     image.draft(None, (at_least, at_least))
                 image.load()  # some formats have their EXIF after the picture
                 turn, rgb = _UPRIGHT.get(_orientation(image)), _rgb(image)
-                return np.asarray(rgb if turn is None else rgb.transpose(turn))
+                return rgb if turn is None else rgb.transpose(turn)
     except UnreadablePicture:
         raise
     # Damaged files make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
@@ -111,16 +120,20 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def fit(image: UInt8[np.ndarray, "H W 3"], size: int, stretch: bool = False) -> UInt8[np.ndarray, "size size 3"]:
+def fit(
+    image: UInt8[np.ndarray, "H W 3"] | Image.Image, size: int, stretch: bool = False
+) -> UInt8[np.ndarray, "size size 3"]:
     """Bicubic resize of the short side to `size`, then the middle square, as CLIP's preprocessing does; with `stretch`
-    of both sides to `size`, as SigLIP's does. Unchanged if it is that size already.
+    of both sides to `size`, as SigLIP's does. Unchanged if it is that size already. `image` is RGB.
     """
-    height, width = image.shape[:2]
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     if height == width == size:
-        return image
+        return np.asarray(image)
+    pixels = image if isinstance(image, Image.Image) else Image.fromarray(image)
     short = min(height, width)
-    # The long side is rounded down, as the reference does: rounding another way shifts the crop.
+    # The long side is rounded down, as the reference does: rounding another way shifts the crop. Nor is only the square
+    # computed (resize's `box`): Pillow turns rows and columns round by the sizes, and rounds in between.
     new = (size, size) if stretch else (size * width // short, size * height // short)
-    resized = np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC))
-    top, left = (new[1] - size) // 2, (new[0] - size) // 2
-    return np.ascontiguousarray(resized[top : top + size, left : left + size])
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    resized = pixels.resize(new, Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))

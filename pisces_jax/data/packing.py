@@ -10,7 +10,6 @@ import numpy as np
 from pisces_jax.data import epochs
 from pisces_jax.data.example import identity, reason_of
 from pisces_jax.data.features import FeatureCache
-from pisces_jax.data.images import fit
 from pisces_jax.data.layout import Entry, LaidOut, Layout, Placed, lay_out
 from pisces_jax.data.lengths import Lengths, scan_lengths
 from pisces_jax.data.mixture import check_mixture, shares
@@ -227,7 +226,7 @@ class PackedGroups:
             return "features", self.features[s][index]
         size = self._size(placed.role)
         stretch = placed.role == "read" and self.layout.read_stretch
-        return "images", fit(placed.picture.array(size if self.scaled_jpeg else 0), size, stretch)
+        return "images", placed.picture.square(size, stretch, self.scaled_jpeg)
 
     def empty(self) -> Group:
         """A group in which nothing lies."""

@@ -8,7 +8,6 @@ import numpy as np
 
 from pisces_jax.data.example import Example, Picture, identity, reason_of
 from pisces_jax.data.features import FeatureCache
-from pisces_jax.data.images import fit
 from pisces_jax.data.layout import Entry, Layout, lay_out
 from pisces_jax.data.lengths import scan_lengths
 from pisces_jax.data.mixture import Mixture
@@ -106,7 +105,7 @@ class Pairs:
             picture = next(part for part in example.parts if isinstance(part, Picture))
             if self.features is not None:
                 pair["features"] = self.features[source][int(index)]
-            pair["image"] = fit(picture.array(self.size if self.scaled_jpeg else 0), self.size)
+            pair["image"] = picture.square(self.size, scaled=self.scaled_jpeg)
         except UserError as error:
             return Made(pair, 1, [Broken(key, reason_of(error), str(error))])
         pair["tokens"][: len(ids)] = ids

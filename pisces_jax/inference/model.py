@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pisces_jax.data.example import Example, Picture, Text
-from pisces_jax.data.images import fit
 from pisces_jax.data.layout import Layout, lay_out
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
@@ -216,7 +215,7 @@ class Model:
         images = np.zeros((slots, size, size, 3), np.uint8)
         row, start, valid = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.arange(slots) < len(pictures)
         for i, (b, at, picture) in enumerate(pictures):
-            images[i], row[i], start[i] = fit(picture.array(), size, self._layout.read_stretch), b, at
+            images[i], row[i], start[i] = picture.square(size, self._layout.read_stretch), b, at
         return Prompts(*map(jnp.asarray, (tokens, length, images, row, start, valid)))
 
 

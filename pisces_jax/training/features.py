@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pisces_jax import processes
 from pisces_jax.data.example import TRANSIENT, BrokenExample, reason_of
 from pisces_jax.data.features import DTYPES, SHARD, FeatureCache, cached_picture
-from pisces_jax.data.images import UnreadablePicture, fit
+from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Entry
 from pisces_jax.data.packing import LEAST_SEEN
 from pisces_jax.errors import UserError
@@ -109,7 +109,7 @@ def _write(
             def load(i: int, entry: Entry = entry) -> np.ndarray | None:
                 try:
                     example = entry.source[i]
-                    return fit(cached_picture(example).array(), size)
+                    return cached_picture(example).square(size)
                 except (BrokenExample, UnreadablePicture) as error:
                     if reason_of(error) in TRANSIENT:
                         raise UserError(f"source {entry.name}: {error}: run the same command again") from error

@@ -84,6 +84,7 @@ class Alone:
 
     def __init__(self, source: Any, scaled: bool):
         self.source, self.scaled = source, scaled
+        self.lengths: list[Any] = []
 
     def empty(self) -> dict[str, np.ndarray]:
         return {"image": np.zeros((SIZE, SIZE, 3), np.uint8)}

@@ -1,4 +1,4 @@
-"""Caches the generation encoder's features of a config's pictures.
+"""Caches what the frozen encoders make of a config's pictures.
 
 python -m pisces_jax.cache --config=configs/X.py[:stage] --workdir=DIR [--config.key=value ...]
 """
@@ -13,11 +13,13 @@ def main() -> None:
     rest, overrides = cli.split_overrides(cli.arguments())
     parser = cli.Parser(
         "cache",
-        "Writes the pooled features of every picture that a stage trains and evaluates on, sharded over processes. "
-        "The same command continues what was interrupted. The stage then reads them with data.features set.",
+        "Writes the generation encoder's pooled features of every picture that a stage trains and evaluates on, and "
+        "for a decoder that makes latents those of the autoencoder, sharded over processes. The same command "
+        "continues what was interrupted. The stage then reads them with data.features set.",
         [
             "--config=configs/shapes.py:stage1 --workdir=runs/shapes",
             "--config=configs/mixed_small.py:stage1 --workdir=runs/mixed --dtype=float32 --batch_size=256",
+            "--config=configs/pisces_8b/decoder.py --workdir=runs/pisces_8b",
         ],
     )
     parser.add_argument("--config", required=True, metavar="FILE:STAGE", help="a stage with a frozen encoder")

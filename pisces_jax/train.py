@@ -136,15 +136,10 @@ def check_stages(stages: cli.Stages, workdir: Path) -> list[float]:
 
 
 def _flops(config: ConfigDict, program: Any) -> float:
+    from pisces_jax.planning.batch import batch_shapes
     from pisces_jax.training import flops, optimizer
 
-    d = config.data
-    shapes = {
-        "tokens": (config.batch_size, d.rows, d.row_length),
-        "read_images": (config.batch_size, d.read_slots),
-        "draw_images": (config.batch_size, d.draw_slots),
-        "image": (config.batch_size,),
-    }
+    shapes = {name: shape for name, (shape, _) in batch_shapes(config, program).items()}
     table = optimizer.read_table(config.optimizer.table)
     multiples = {
         part: next((rule.multiple for rule in table if re.fullmatch(rule.pattern, f"{part}/kernel")), 1.0)

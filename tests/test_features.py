@@ -15,36 +15,50 @@ from pisces_jax.data.example import FILE_GONE, BrokenExample, Example, Picture, 
 from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Entry
 from pisces_jax.errors import UserError
+from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
 from pisces_jax.training import checkpoints, features, input, programs
 from pisces_jax.training.config import vit_config
 from pisces_jax.weights.folder import export_part
 
+AUTOENCODER = dict(latent_channels=4, channels=(8, 16), blocks=1, groups=4, scale=0.13, shift=0.06)
+
+
+def config_of(stage):
+    """Of the tiny stages, or of a decoder that makes latents."""
+    config = tiny_config.get_config("decoder" if stage == "latent" else stage)
+    if stage == "unified":
+        del config.parts["decoder"]  # which learns from pictures, and there are none
+    if stage == "latent":
+        config.model.autoencoder = AUTOENCODER
+        config.model.decoder.update(size=8, channels=4)
+        config.parts.autoencoder = "published"
+    return config
+
 
 @pytest.fixture(scope="module")
 def params():
-    """Random parameters of every part, the encoder's the same in both programs."""
+    """Random parameters of every part, the encoder's the same in all programs."""
     made = {}
-    for stage in ("decoder", "unified"):
-        program = programs.make_program(tiny_config.get_config(stage), 300)
+    for stage in ("decoder", "latent", "unified"):
+        program = programs.make_program(config_of(stage), 300)
         made[stage] = jax.tree.map(np.asarray, jax.jit(program.init)(jax.random.key(0)))
         made[stage] = jax.tree.map(lambda x: getattr(x, "value", x), made[stage], is_leaf=lambda x: hasattr(x, "value"))
-    made["unified"]["generation_encoder"] = made["decoder"]["generation_encoder"]
+    for stage in ("latent", "unified"):
+        made[stage]["generation_encoder"] = made["decoder"]["generation_encoder"]
     return made
 
 
 @pytest.fixture
 def run(monkeypatch, params):
-    monkeypatch.setattr(features, "load_part", lambda workdir, name, part: params["decoder"][part])
+    monkeypatch.setattr(features, "load_part", lambda workdir, name, part: params["latent"][part])
     monkeypatch.setattr(features, "part_mark", lambda workdir, name, part: "as it was")
     monkeypatch.setattr(features, "SHARD", 16)
     monkeypatch.setattr(cached, "SHARD", 16)
 
     def make(stage, **data):
-        config = tiny_config.get_config(stage)
-        if stage == "unified":
-            del config.parts["decoder"]  # which learns from pictures, and there are none
+        config = config_of(stage)
         config.data.update(data)
         return config
 
@@ -65,7 +79,7 @@ def test_features_are_the_encoders_and_survive_interruption(run, params, tmp_pat
     config = run("decoder", features="features")
     entries = input.entries_of(config.data.train)
     features.cache_features(config, tmp_path / "a", entries, "float32", 8)
-    (cache,) = features.open_caches(config, tmp_path / "a", entries)
+    (cache,) = features.open_caches(config, tmp_path / "a", entries)["features"]
     for i in (0, 1, 15, 16, 63):
         np.testing.assert_allclose(cache[i], expected(config, params, entries[0], i), atol=1e-5)
     # Stopped in its third shard, and begun again: nothing half-written, nothing done twice, the same end.
@@ -105,7 +119,7 @@ def test_another_encoder_or_form_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="choose one of float32, bfloat16"):
         features.cache_features(config, tmp_path, entries, "float8", 8)
     config = run("decoder", features="features")
-    (cache,) = features.open_caches(config, tmp_path, entries)
+    (cache,) = features.open_caches(config, tmp_path, entries)["features"]
     cache.shards[0].unlink()
     with pytest.raises(UserError, match="was begun as bfloat16"):
         features.cache_features(config, tmp_path, entries, "float32", 8)
@@ -121,7 +135,7 @@ def test_an_encoder_that_was_replaced_is_refused(run, params, tmp_path, monkeypa
     export_part(folder, "generation_encoder", settings, weights, native=True)
     entries = input.entries_of(config.data.train)
     features.cache_features(config, tmp_path, entries, "float32", 64)
-    (cache,) = features.open_caches(config, tmp_path, entries)
+    (cache,) = features.open_caches(config, tmp_path, entries)["features"]
     np.testing.assert_allclose(cache[5], expected(config, params, entries[0], 5), atol=1e-5)
     shutil.copytree(folder, tmp_path / "copy")
     for path in (tmp_path / "copy").iterdir():
@@ -165,9 +179,10 @@ def test_a_run_that_was_trained_anew_is_another(tmp_path):
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
 def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_path, dtype, tolerance):
     """bfloat16 keeps 8 bits: a relative error of 2^-9 a number."""
+    from pisces_jax.planning.batch import batch_shapes
     from pisces_jax.training.tokenizer import load_tokenizer
 
-    for stage in ("decoder", "unified"):
+    for stage in ("decoder", "latent", "unified"):
         config = run(stage)
         entries = input.entries_of(config.data.train)
         features.cache_features(config, tmp_path, entries, dtype, 64)
@@ -178,12 +193,36 @@ def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_
             program = programs.make_program(config, tokenizer.vocab_size)
             made = input.items(config, tokenizer, program, tmp_path, config.data.train)
             batch = {name: np.stack([made.make(i).item[name] for i in range(8)]) for name in made.empty()}
+            assert {name: (x.shape, x.dtype) for name, x in batch.items()} == batch_shapes(config, program)
             if folder:
-                assert ("draw_images" not in batch) if stage == "unified" else ("features" in batch)
+                (gone,) = {"decoder": {"features"}, "latent": {"image"}, "unified": {"draw_images"}}[stage]
+                assert (gone in batch) == (stage == "decoder")  # whose pictures are what it is to make
             got = jax.jit(program.losses)(params[stage], batch, jax.random.key(0))[0]
             losses.append({name: float(value.compute()) for name, value in got.items()})
         assert losses[0] == pytest.approx(losses[1], rel=tolerance)
         assert all(value > 0 for value in losses[0].values())
+
+
+def test_latents_are_the_autoencoders_and_are_kept_apart(run, params, tmp_path):
+    """Beside the features, which a stage on the same pictures shares; of each its own shards are missing."""
+    config = run("latent", features="features")
+    entries = input.entries_of(config.data.train)
+    features.cache_features(run("decoder"), tmp_path, entries, "float32", 64)
+    kept = contents(tmp_path)
+    with pytest.raises(UserError, match=r"latents/.* lacks 4 of 4 shards"):
+        features.open_caches(config, tmp_path, entries)
+    features.cache_features(config, tmp_path, entries, "float32", 24)
+    caches = features.open_caches(config, tmp_path, entries)
+    assert {name: each[0].shape for name, each in caches.items()} == {"features": (4, 8), "latents": (8, 8, 4)}
+    assert {path: data for path, data in contents(tmp_path).items() if "latents" not in path} == kept
+    for i in (0, 17, 63):
+        image = cached.cached_picture(entries[0].source[i]).array()[None] / np.float32(127.5) - 1
+        model = Autoencoder(AutoencoderConfig(**AUTOENCODER))
+        expected = apply(model, params["latent"]["autoencoder"], image, method="encode")[0]
+        np.testing.assert_allclose(caches["latents"][0][i], expected, atol=1e-5)
+    config.model.autoencoder.scale = 1.0
+    with pytest.raises(UserError, match="another encoder or pooling"):
+        features.open_caches(config, tmp_path, entries)
 
 
 def test_a_failure_of_the_storage_stops_and_is_not_kept(run, tmp_path):
@@ -205,7 +244,7 @@ def test_a_failure_of_the_storage_stops_and_is_not_kept(run, tmp_path):
     assert [path.name[:5] for path in tmp_path.rglob("*.array_record")] == ["00000"]
     source.away = False
     assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"s": 0}
-    (cache,) = features.open_caches(config, tmp_path, entries)
+    (cache,) = features.open_caches(config, tmp_path, entries)["features"]
     assert np.isfinite(cache[19]).all()
 
 
@@ -225,7 +264,7 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
     entries = [Entry("s", 1.0, Source())]
     for _ in range(2):  # the second time it is there already
         assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"s": 1}
-    (cache,) = features.open_caches(config, tmp_path, entries)
+    (cache,) = features.open_caches(config, tmp_path, entries)["features"]
     assert np.isfinite(cache[2]).all()
     with pytest.raises(UserError, match="cannot be decoded"):
         cache[3]

@@ -240,8 +240,7 @@ def test_the_decoder_learns_on_from_predicted_vectors(params, true_vectors):
     valid = np.flatnonzero(batch["draw_valid"])
     vectors = (target if true_vectors else predicted).reshape(-1, m, 16)[valid]
     images, ids = batch["draw_images"].reshape(-1, 16, 16, 3), batch["draw_id"].reshape(-1, 2)
-    pictures = {"image": images[valid], "id": ids[valid]}
-    expected = r.errors(every, vectors, pictures, key)
+    expected = r.errors(every, vectors, r.signal(every, images[valid]), ids[valid], key)
     assert count == len(valid) == program.counts(batch)["reconstruction"]
     assert float(got) == pytest.approx(float(expected.mean()), rel=1e-5)
     for part, tree in gradient.items():

@@ -1,4 +1,5 @@
-"""Cached features of pictures, in ArrayRecord shards: what a frozen encoder makes of them, read in their place.
+"""Cached features of pictures, in ArrayRecord shards: what a frozen encoder makes of them, read in their place. It is
+the generation encoder, or the autoencoder whose latents a decoder learns to make.
 
 One record an example, by its number in the source: the features of the picture that the example draws, or where it
 draws none of its first. An example without a readable picture has an empty record; how many of them a shard has stands
@@ -126,12 +127,12 @@ class FeatureCache:
         return self
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
+        """[m, C] of a generation encoder, [Z, Z, c] of an autoencoder."""
         assert self._about is not None
-        vectors, width = self._about["shape"]
-        return vectors, width
+        return tuple(self._about["shape"])
 
-    def __getitem__(self, i: int) -> Float32[np.ndarray, "m C"]:
+    def __getitem__(self, i: int) -> Float32[np.ndarray, "..."]:
         """The features of example `i`.
 
         Raises:

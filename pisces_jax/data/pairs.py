@@ -30,7 +30,8 @@ class Pairs:
         text_mask  bool  [L]   not padding
         id         uint32 [2]  `identity(seed, epoch, example.key, 0)`
         valid      bool  []    False where the picture cannot be read (the rest is then empty)
-        features   float32 [m,C]  with `features` (one cache an entry)
+        features   float32 [m,C]    with `features` (one cache an entry)
+        latents    float32 [Z,Z,c]  with `latents` (one cache an entry), and then there is no `image`
 
     Examples longer than `length` tokens, or without a picture, are left out and counted in `left_out`. `folder`,
     `scaled_jpeg` and `max_broken` are as for `PackedGroups`.
@@ -52,8 +53,10 @@ class Pairs:
         scaled_jpeg: bool = False,
         max_broken: float = MAX_BROKEN,
         features: Sequence[FeatureCache] | None = None,
+        latents: Sequence[FeatureCache] | None = None,
     ):
-        self.features = features
+        given = {"features": features, "latents": latents}
+        self._cached = {name: caches for name, caches in given.items() if caches is not None}
         self.entries = [Entry(*entry) for entry in entries]
         self.tokenizer, self.length, self.size, self.seed = tokenizer, length, size, seed
         self.scaled_jpeg = scaled_jpeg
@@ -102,10 +105,11 @@ class Pairs:
             ids = self._ids(example)
             if len(ids) > self.length:
                 raise UserError(f"{key} has changed since its length was scanned")
-            picture = next(part for part in example.parts if isinstance(part, Picture))
-            if self.features is not None:
-                pair["features"] = self.features[source][int(index)]
-            pair["image"] = picture.square(self.size, scaled=self.scaled_jpeg)
+            for name, caches in self._cached.items():
+                pair[name] = caches[source][int(index)]
+            if "image" in pair:
+                picture = next(part for part in example.parts if isinstance(part, Picture))
+                pair["image"] = picture.square(self.size, scaled=self.scaled_jpeg)
         except UserError as error:
             return Made(pair, 1, [Broken(key, reason_of(error), str(error))])
         pair["tokens"][: len(ids)] = ids
@@ -120,10 +124,10 @@ class Pairs:
 
     def empty(self) -> Pair:
         """A pair that is not valid."""
-        cached = {} if self.features is None else {"features": np.zeros(self.features[0].shape, np.float32)}
+        image = {} if "latents" in self._cached else {"image": np.zeros((self.size, self.size, 3), np.uint8)}
         return {
-            **cached,
-            "image": np.zeros((self.size, self.size, 3), np.uint8),
+            **image,
+            **{name: np.zeros(caches[0].shape, np.float32) for name, caches in self._cached.items()},
             "tokens": np.full(self.length, self.tokenizer.pad, np.int32),
             "text_mask": np.zeros(self.length, bool),
             "id": np.zeros(2, np.uint32),

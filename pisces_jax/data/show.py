@@ -83,7 +83,7 @@ def _pair(pairs: Pairs, i: int, made: Made) -> Iterator[str]:
     yield f"<h2>epoch {epoch}, pair {place}</h2>"
     if pair["valid"]:
         ids = pair["tokens"][pair["text_mask"]]
-        words = _image("read", pair["image"]) + _sequence(pairs.tokenizer, ids, np.zeros(len(ids), bool), {})
+        words = _image("read", pair.get("image")) + _sequence(pairs.tokenizer, ids, np.zeros(len(ids), bool), {})
         yield _segment(pairs, int(source), f"{len(ids)} tokens", words)
 
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pisces_jax.sharding import batch_sharding
-from pisces_jax.training.programs import Program, Reconstruction, TextProgram, UnifiedProgram
+from pisces_jax.training.programs import DecoderProgram, Program, Reconstruction, TextProgram, UnifiedProgram
 
 
 def batch_shapes(config: ConfigDict, program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -17,10 +17,13 @@ def batch_shapes(config: ConfigDict, program: Program) -> dict[str, tuple[tuple[
     if not isinstance(program, TextProgram | UnifiedProgram):
         r: Reconstruction = program.reconstruction  # type: ignore[attr-defined]
         side, dit = r.encoder.config.image_size, r.decoder.config
-        cached = {"features": ((size, dit.condition_vectors, dit.condition_width), jnp.float32)} if d.features else {}
+        pictures: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((size, side, side, 3), jnp.uint8)}
+        if d.features and isinstance(program, DecoderProgram):
+            if r.autoencoder is not None:
+                pictures = {"latents": ((size, dit.size, dit.size, dit.channels), jnp.float32)}
+            pictures["features"] = (size, dit.condition_vectors, dit.condition_width), jnp.float32
         return {
-            **cached,
-            "image": ((size, side, side, 3), jnp.uint8),
+            **pictures,
             "tokens": ((size, d.text_length), jnp.int32),
             "text_mask": ((size, d.text_length), jnp.bool_),
             "id": ((size, 2), jnp.uint32),

@@ -57,7 +57,8 @@ def _try_all(config: ConfigDict, workdir: Path, scratch: Path, say: Callable[[st
     sizes = ", ".join(f"{axis} {size}" for axis, size in user_mesh(mesh).items())
     say(f"mesh        {sizes}; {len(trainer.fallbacks)} dimensions do not divide")
 
-    iterator = input.train_iterator(config, tokenizer, program, home, batch_share(mesh, config.batch_size))
+    share = batch_share(mesh, config.batch_size)
+    iterator = input.train_iterator(config, tokenizer, program, workdir, share, folder=home / "lengths")
     try:
         batch = next(iterator)
         start = time.perf_counter()

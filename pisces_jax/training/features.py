@@ -1,4 +1,4 @@
-"""Writes the generation encoder's pooled features of a config's pictures, to be trained on in place of the pictures."""
+"""Writes what the frozen encoders make of a config's pictures, to be trained on in place of the pictures."""
 
 import concurrent.futures
 import dataclasses
@@ -20,38 +20,64 @@ from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Entry
 from pisces_jax.data.packing import LEAST_SEEN
 from pisces_jax.errors import UserError
+from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import load_part, part_mark
+from pisces_jax.training.programs import to_signal
 from pisces_jax.weights.folder import is_folder, read_source
 
-PART = "generation_encoder"
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is kept of every picture: by which `part` it is made, in which folder below that of `data.features`, and
+    what it depends on beside the part's weights and settings."""
+
+    part: str
+    folder: str
+    beside: Mapping[str, Any]
 
 
-def encoder_of(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def kinds_of(config: ConfigDict) -> dict[str, Kind]:
+    """What a config reads in place of pictures: the generation encoder's pooled features, and in the training of a
+    decoder that makes latents those of the autoencoder too."""
+    kinds = {"features": Kind("generation_encoder", "", {"pool": config.model.pool})}
+    if config.program == "decoder" and "autoencoder" in config.model:
+        size = settings.vit_config(config, "generation_encoder").image_size
+        kinds["latents"] = Kind("autoencoder", "latents", {"image_size": size})
+    return kinds
+
+
+def encoder_of(config: ConfigDict, workdir: Path, kind: Kind) -> dict[str, Any]:
     """What cached features are from: the encoder's run or published folder, its weights, settings and the pooling."""
-    start = config.parts.get(PART, "")
+    start = config.parts.get(kind.part, "")
     if not start:
-        raise UserError(f"config key parts.{PART} is not set: features are cached of an encoder that was trained")
+        raise UserError(f"config key parts.{kind.part} is not set: features are cached of an encoder that was trained")
     return {
         "start": start,
-        "weights": part_mark(workdir, start, PART),
-        "settings": dataclasses.asdict(settings.vit_config(config, PART)),
-        "pool": config.model.pool,
+        "weights": part_mark(workdir, start, kind.part),
+        "settings": dataclasses.asdict(settings.part_settings(config, kind.part, vocab_size=0)),
+        **kind.beside,
     }
 
 
-def open_caches(config: ConfigDict, workdir: Path, entries: list[Entry]) -> list[FeatureCache] | None:
-    """The caches that a config reads, or None where it reads pictures.
+def _caches(config: ConfigDict, workdir: Path, kind: Kind, entries: Sequence[Entry]) -> list[FeatureCache]:
+    folder = workdir / (config.data.features or "features") / kind.folder
+    encoder = encoder_of(config, workdir, kind)
+    return [FeatureCache(folder, entry, encoder) for entry in entries]
+
+
+def open_caches(config: ConfigDict, workdir: Path, entries: Sequence[Entry]) -> dict[str, list[FeatureCache]]:
+    """The caches that a config reads by kind, none where it reads pictures.
 
     Raises:
         UserError: one is missing or unfinished.
     """
     if not config.data.features:
-        return None
-    folder, encoder = workdir / config.data.features, encoder_of(config, workdir)
-    return [FeatureCache(folder, entry, encoder).open() for entry in entries]
+        return {}
+    opened = {name: _caches(config, workdir, kind, entries) for name, kind in kinds_of(config).items()}
+    return {name: [cache.open() for cache in caches] for name, caches in opened.items()}
 
 
 def cache_features(
@@ -63,7 +89,7 @@ def cache_features(
     threads: int = 2,
     share: tuple[int, int] = (0, 1),
 ) -> Mapping[str, int]:
-    """Writes the features of every source that are not there yet; how many pictures could not be read, by source,
+    """Writes what is not there yet of every source, by all kinds; how many pictures could not be read, by source,
     those of shards that were there counted too.
 
     Every process writes its `share` of the shards (part i of n), on its own devices; what an interruption leaves is
@@ -75,36 +101,36 @@ def cache_features(
     """
     if dtype not in DTYPES:
         raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
-    folder = workdir / (config.data.features or "features")
-    encoder = encoder_of(config, workdir)
-    caches = [FeatureCache(folder, entry, encoder) for entry in entries]
-    work = {cache.name: cache.todo(*share) for cache in caches}
-    missing = any(cache.todo(0, 1) for cache in caches)
+    every = {name: (kind, _caches(config, workdir, kind, entries)) for name, kind in kinds_of(config).items()}
+    work = {name: [cache.todo(*share) for cache in caches] for name, (_, caches) in every.items()}
+    missing = {name: any(cache.todo(0, 1) for cache in caches) for name, (_, caches) in every.items()}
     processes.meet("features to write")  # the weights are read by all processes or by none
-    if missing:
-        _write(config, workdir, list(zip(entries, caches, strict=True)), work, dtype, batch_size, threads)
+    for name, (kind, caches) in every.items():  # one encoder at a time in the memory
+        if missing[name]:
+            todo = list(zip(entries, caches, work[name], strict=True))
+            _write(config, workdir, kind, todo, dtype, batch_size, threads)
     processes.meet("features written")
-    return {cache.name: cache.empty() for cache in caches}
+    return {cache.name: cache.empty() for cache in every["features"][1]}
 
 
 def _write(
     config: ConfigDict,
     workdir: Path,
-    caches: Sequence[tuple[Entry, FeatureCache]],
-    work: Mapping[str, Sequence[int]],
+    kind: Kind,
+    caches: Sequence[tuple[Entry, FeatureCache, Sequence[int]]],
     dtype: str,
     batch_size: int,
     threads: int,
 ) -> None:
-    encode, size = _encoder(config, workdir, dtype)
+    encode, size = _encoder(config, workdir, kind, dtype)
     devices = jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
     bar = tqdm(
-        total=sum(map(len, work.values())), desc="features", unit="shard", mininterval=1.0,
+        total=sum(len(work) for _, _, work in caches), desc=kind.folder or "features", unit="shard", mininterval=1.0,
         disable=not processes.primary(),
     )  # fmt: skip
     with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for entry, cache in caches:
+        for entry, cache, work in caches:
 
             def load(i: int, entry: Entry = entry) -> np.ndarray | None:
                 try:
@@ -116,7 +142,7 @@ def _write(
                     return None
 
             broken = cache.empty()
-            for shard in work[cache.name]:
+            for shard in work:
                 records: list[bytes] = []
                 numbers = range(shard * SHARD, min((shard + 1) * SHARD, cache.count))
                 for start in range(0, len(numbers), batch_size):
@@ -142,21 +168,26 @@ def _check_broken(cache: FeatureCache, broken: int, most: float) -> None:
         )
 
 
-def _encoder(config: ConfigDict, workdir: Path, dtype: str) -> tuple[Any, int]:
-    """A function from uint8 pictures [B, S, S, 3] to the stored form of their features [B, m, C], and S."""
-    vit = ViT(settings.vit_config(config, PART), jnp.dtype(config.compute_dtype))
+def _encoder(config: ConfigDict, workdir: Path, kind: Kind, dtype: str) -> tuple[Any, int]:
+    """A function from uint8 pictures [B, S, S, 3] to the stored form of their features [B, ...], and S."""
+    of, compute = settings.part_settings(config, kind.part, vocab_size=0), jnp.dtype(config.compute_dtype)
+    size = settings.vit_config(config, "generation_encoder").image_size
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    storage = jnp.dtype(config.storage.get(PART, "float32"))
-    start = config.parts[PART]
-    params = read_source(start, vit.config, PART) if is_folder(start) else load_part(workdir, start, PART)
+    storage = jnp.dtype(config.storage.get(kind.part, "float32"))
+    start = config.parts[kind.part]
+    params = read_source(start, of, kind.part) if is_folder(start) else load_part(workdir, start, kind.part)
     params = jax.device_put(jax.tree.map(lambda x: x.astype(storage), params), whole)
 
     @jax.jit
     def features(params: Any, images: jax.Array) -> jax.Array:
-        return pooled_features(apply(vit, params, images), config.model.pool).astype(jnp.dtype(dtype))
+        if kind.part == "autoencoder":
+            made = apply(Autoencoder(of, compute), params, to_signal(images), method="encode")
+        else:
+            made = pooled_features(apply(ViT(of, compute), params, images), config.model.pool)
+        return made.astype(jnp.dtype(dtype))
 
     def encode(images: np.ndarray) -> np.ndarray:
         return np.asarray(features(params, jax.device_put(images, split))).view(DTYPES[dtype])
 
-    return encode, vit.config.image_size
+    return encode, size

@@ -122,11 +122,11 @@ def step_flops_by_part(
         if program.reconstruction is not None:
             forward |= _decoding(program.reconstruction, draw)
     else:
-        pictures = batch_shapes["image"][0]
+        pictures = batch_shapes["tokens"][0]
         assert isinstance(program, DecoderProgram | PretrainProgram)
         r = program.reconstruction
         encoder = 0.0 if "features" in batch_shapes else vit(r.encoder.config)
-        forward = {"generation_encoder": pictures * encoder, **_decoding(r, pictures)}
+        forward = {"generation_encoder": pictures * encoder, **_decoding(r, pictures, "latents" in batch_shapes)}
         if isinstance(program, PretrainProgram):
             forward["understanding_encoder"] = pictures * vit(program.understanding_encoder.config)
             forward["text_tower"] = pictures * text_tower(program.text_tower.config)
@@ -135,9 +135,9 @@ def step_flops_by_part(
     return {part: (3 if part in trained - once else 1) * flops for part, flops in forward.items()}
 
 
-def _decoding(r: Reconstruction, pictures: int) -> dict[str, float]:
+def _decoding(r: Reconstruction, pictures: int, cached: bool = False) -> dict[str, float]:
     forward = {"decoder": pictures * dit(r.decoder.config)}
-    if r.autoencoder is not None:
+    if r.autoencoder is not None and not cached:
         forward["autoencoder"] = pictures * autoencoder(r.autoencoder.config, r.decoder.config.size)
     return forward
 

@@ -81,7 +81,10 @@ def decoder_run(family: Family, **changes: Any) -> ConfigDict:
     )
     config.storage = ConfigDict(dict(generation_encoder="bfloat16", autoencoder="bfloat16"))
     merge(config, dict(
-        data=dict(tokenizer=weights(family.language_folder), text_length=128, **sources("captions", "pair")),
+        data=dict(
+            tokenizer=weights(family.language_folder), text_length=128, features="features",
+            **sources("captions", "pair"),
+        ),
         flow=dict(times="logit_normal", drop=0.1, steps=30, guidance=3.0),
         optimizer=dict(
             learning_rate=1e-4, warmup_steps=1000, final_rate=0.1, b2=0.999, average=0.9999,
@@ -118,7 +121,7 @@ def unified_run(name: str, family: Family, start: str = "", **changes: Any) -> C
     merge(config, dict(
         data=dict(
             tokenizer=weights(family.language_folder), row_length=4096, rows=1, read_slots=4, draw_slots=12,
-            read_stretch=True,  # SigLIP's preprocessing
+            features="features", read_stretch=True,  # SigLIP's preprocessing
         ),
         loss=dict(chunk=16_384),
         optimizer=dict(

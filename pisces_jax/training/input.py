@@ -22,7 +22,8 @@ from pisces_jax.training.tokenizer import entries_of
 def items(
     config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, sources: ConfigDict, **kwargs: Any
 ) -> Any:
-    """Packed rows or pairs of these sources, as the program reads them.
+    """Packed rows or pairs of these sources, as the program reads them; lengths are kept in `folder`, or below
+    `workdir`, where every stage and every worker finds them.
 
     Of several processes the first one indexes shards and reads lengths, and the others find them.
 
@@ -40,12 +41,11 @@ def _items(
 ) -> Any:
     entries = entries_of(sources)
     d = config.data
-    # Every stage of a work directory, and every worker, finds the lengths that were read once.
-    kwargs |= dict(folder=workdir / "lengths", scaled_jpeg=d.scaled_jpeg, max_broken=d.max_broken)
+    kwargs = dict(folder=workdir / "lengths", scaled_jpeg=d.scaled_jpeg, max_broken=d.max_broken) | kwargs
     if isinstance(program, TextProgram):
         layout = Layout(0, 0, d.row_length, rows=d.rows, read_slots=0, draw_slots=0, read_size=0, draw_size=0)
         return PackedGroups(entries, tokenizer, layout, config.seed, **kwargs)
-    kwargs["features"] = open_caches(config, workdir, entries)
+    kwargs |= open_caches(config, workdir, entries)
     if not isinstance(program, UnifiedProgram):
         size = vit_config(config, "generation_encoder").image_size
         return Pairs(entries, tokenizer, d.text_length, size, config.seed, **kwargs)
@@ -74,11 +74,12 @@ def _iterator(made: Any, config: ConfigDict, share: tuple[int, int], **kwargs: A
 
 
 def train_iterator(
-    config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, share: tuple[int, int] = (0, 1)
-) -> pipeline.BatchIterator:
-    """This process's `share` of the batches: part i of n (`sharding.batch_share`)."""
+    config: ConfigDict, tokenizer: Tokenizer, program: Any, workdir: Path, share: tuple[int, int] = (0, 1),
+    **kwargs: Any,
+) -> pipeline.BatchIterator:  # fmt: skip
+    """This process's `share` of the batches: part i of n (`sharding.batch_share`); `kwargs` are for `items`."""
     per_epoch = config.data.examples_per_epoch or None
-    made = items(config, tokenizer, program, workdir, config.data.train, examples_per_epoch=per_epoch)
+    made = items(config, tokenizer, program, workdir, config.data.train, examples_per_epoch=per_epoch, **kwargs)
     return _iterator(made, config, share, threads=config.data.threads, workers=config.data.workers)
 
 
@@ -105,6 +106,6 @@ def training_sources(config: ConfigDict) -> list[Any]:
 
 def examples(batch: dict[str, np.ndarray]) -> int:
     """How many examples a batch of this process holds."""
-    if "image" in batch:
+    if "valid" in batch:
         return int(batch["valid"].sum())
     return int(batch["segment_ids"].max(axis=-1).sum())

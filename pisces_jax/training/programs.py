@@ -123,15 +123,15 @@ class Reconstruction:
         with jax.named_scope("generation_encoder"):
             return apply(self.encoder, params["generation_encoder"], images)
 
-    def errors(self, params: Params, features: Array, batch: Batch, key: jax.Array) -> Array:
-        """Flow-matching error of each picture given the encoder's pooled features."""
+    def errors(self, params: Params, features: Array, signal: Array, ids: Array, key: jax.Array) -> Array:
+        """Flow-matching error of each picture, as `signal` gives it, given the encoder's pooled features."""
         if self.feature_noise:
             noise = jax.vmap(lambda k: jax.random.normal(k, features.shape[1:]))
-            features = features + self.feature_noise * noise(example_keys(key, batch["id"], "feature_noise"))
+            features = features + self.feature_noise * noise(example_keys(key, ids, "feature_noise"))
         with jax.named_scope("decoder"):
             return objectives.flow_matching(
                 lambda *a: apply(self.decoder, params["decoder"], *a),
-                self.signal(params, batch["image"]), features, example_keys(key, batch["id"], "flow"), self.flow,
+                signal, features, example_keys(key, ids, "flow"), self.flow,
             )  # fmt: skip
 
 
@@ -150,10 +150,13 @@ class DecoderProgram:
 
     def losses(self, params: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, Average], dict[str, Average]]:
         r = self.reconstruction
-        # Cached features were computed before, by the same frozen encoder.
-        cached = batch.get("features")
-        features = pooled_features(r.vectors(params, batch["image"]), r.pool) if cached is None else cached
-        errors = r.errors(params, jax.lax.stop_gradient(features), batch, key)
+        # What is cached was computed before, by the same frozen encoders.
+        features, signal = batch.get("features"), batch.get("latents")
+        if features is None:
+            features = pooled_features(r.vectors(params, batch["image"]), r.pool)
+        if signal is None:
+            signal = r.signal(params, batch["image"])
+        errors = r.errors(params, jax.lax.stop_gradient(features), signal, batch["id"], key)
         return {"reconstruction": objectives.masked_average(errors, batch["valid"])}, {}
 
 
@@ -224,7 +227,8 @@ class PretrainProgram:
             matched = jnp.take_along_axis(same, nearest[:, None], axis=1)[:, 0]
             reported[f"matched_{name}"] = objectives.masked_average(matched.astype(jnp.float32), every)
         features = pooled_features(drawn, self.reconstruction.pool)
-        errors = self.reconstruction.errors(params, features, batch, key)
+        signal = self.reconstruction.signal(params, batch["image"])
+        errors = self.reconstruction.errors(params, features, signal, batch["id"], key)
         losses["reconstruction"] = objectives.masked_average(errors, every)
         return losses, reported
 
@@ -335,7 +339,7 @@ class UnifiedProgram:
         )
         known = jax.vmap(jax.random.uniform)(example_keys(key, ids, "true_vectors")) < self.true_vectors
         vectors = jax.lax.stop_gradient(jnp.where(known[:, None, None], target, predicted))
-        errors = reconstruction.errors(params, vectors, {"image": images, "id": ids}, key)
+        errors = reconstruction.errors(params, vectors, reconstruction.signal(params, images), ids, key)
         return errors.reshape(batch["draw_valid"].shape)
 
 

@@ -27,11 +27,14 @@ import numpy as np
 SIZE = 384
 SIDES = ((640, 480), (1024, 768), (1600, 1200))
 
-# Run by whichever Python has torch: reads file names, decodes with PIL, resizes as `images.fit` does, normalises.
+# Run by whichever Python has torch: reads file names, decodes with PIL, resizes as `images.fit` does; normalises, as
+# SigLIP's processor does, or leaves that to the device, as we do.
 TORCH = """
 import sys, time
 import numpy as np, torch
 from PIL import Image
+
+SIZE, NORMALISE = int(sys.argv[1]), sys.argv[2] == "normalised"
 
 class Pictures(torch.utils.data.Dataset):
     def __init__(self, paths): self.paths = paths
@@ -42,19 +45,18 @@ class Pictures(torch.utils.data.Dataset):
         image = image.resize([max(SIZE, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
         left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
         image = image.crop((left, top, left + SIZE, top + SIZE))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+        pixels = torch.from_numpy(np.array(image))
+        return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1) if NORMALISE else pixels
 
 if __name__ == "__main__":
-    SIZE, workers, repeats = map(int, sys.argv[1:4])
+    workers, repeats = map(int, sys.argv[3:5])
     torch.set_num_threads(1)
-    data = Pictures(sys.argv[4:] * repeats)
+    data = Pictures(sys.argv[5:] * repeats)
     loader = torch.utils.data.DataLoader(data, 16, num_workers=workers, persistent_workers=workers > 0)
     for _ in loader: pass  # workers start, files are in memory
     began, n = time.perf_counter(), 0
     for batch in loader: n += len(batch)
     print(n / (time.perf_counter() - began))
-else:
-    SIZE = 384
 """
 
 
@@ -168,12 +170,14 @@ def pictures(flags: argparse.Namespace) -> None:
             script = folder / "loader.py"
             script.write_text(TORCH)
 
-            def torch() -> float:
-                command = [flags.torch_python, str(script), str(SIZE), str(flags.cores), str(flags.repeats)]
-                done = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, check=True)
-                return float(done.stdout)
+            for form in ("normalised", "uint8"):
 
-            runs["torch DataLoader, PIL"] = torch
+                def torch(form: str = form) -> float:
+                    command = [flags.torch_python, str(script), str(SIZE), form, str(flags.cores), str(flags.repeats)]
+                    done = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, check=True)
+                    return float(done.stdout)
+
+                runs[f"torch DataLoader, PIL, {form}"] = torch
         # In turns, so that whatever else the machine does meets all of them.
         rates: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(flags.rounds):
@@ -181,7 +185,7 @@ def pictures(flags: argparse.Namespace) -> None:
                 rates[name].append(run())
         for name, each in rates.items():
             rounds = ", ".join(f"{rate:.1f}" for rate in each)
-            print(f"{name:30s} {statistics.median(each):8.1f} pictures/s   (of {rounds})")
+            print(f"{name:34s} {statistics.median(each):8.1f} pictures/s   (of {rounds})")
         far = np.percentile(error, 99)
         print(f"scaled against exact: mean error {error.mean():.2f}, 99th percentile {far:.0f} of 255")
 

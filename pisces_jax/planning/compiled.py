@@ -126,19 +126,13 @@ def plan_trainer(trainer: Trainer, where: Slice, options: Mapping[str, str] | No
     seconds = time.perf_counter() - start
 
     memory = memory_by_part(trainer)
-    shapes = {k: shape for k, (shape, _) in batch_shapes(config, trainer.program).items()}
     trained = set(trainer.shardings.trained)
     n = len(where.devices)
-    by_part = {k: v / n for k, v in flops.step_flops_by_part(trainer.program, shapes, trained).items()}
+    by_part, executed = work(trainer)
     total = sum(by_part.values())
-    remat = {part: str(c.get("remat", "everything")) for part, c in config.model.items() if isinstance(c, ConfigDict)}
     bounds = None
     if chip is not None and fits:
-        policies = {part: remat.get(part, "everything") for part in by_part if part in trained}
-        bounds = roofline.roofline(
-            chip, roofline.executed_flops(by_part, policies), _traffic(trainer, memory), found, mesh.devices,
-            MESH_AXES,
-        )  # fmt: skip
+        bounds = roofline.roofline(chip, executed, _traffic(trainer, memory), found, mesh.devices, MESH_AXES)
     return Plan(
         config=config.name,
         topology=where.name,
@@ -148,7 +142,7 @@ def plan_trainer(trainer: Trainer, where: Slice, options: Mapping[str, str] | No
         batch_size=config.batch_size,
         rows_per_device=config.batch_size * config.data.rows / n,
         accumulate=config.optimizer.accumulate,
-        remat=remat.get("language_model", "everything"),
+        remat=config.model.get(main_part(config), {}).get("remat", "everything"),
         fits=fits,
         peak_bytes=peak,
         hbm_bytes=chip.hbm_bytes if chip else None,
@@ -170,6 +164,20 @@ def plan_trainer(trainer: Trainer, where: Slice, options: Mapping[str, str] | No
     )
 
 
+def main_part(config: ConfigDict) -> str:
+    """The part that holds most of a step's activations."""
+    return "language_model" if "language_model" in config.model else "decoder"
+
+
+def work(trainer: Trainer) -> tuple[dict[str, float], float]:
+    """Model FLOPs by part, and in all what is executed: rematerialisation computes some again; of one device."""
+    shapes = {k: shape for k, (shape, _) in batch_shapes(trainer.config, trainer.program).items()}
+    trained, n = set(trainer.shardings.trained), trainer.mesh.devices.size
+    by_part = {k: v / n for k, v in flops.step_flops_by_part(trainer.program, shapes, trained).items()}
+    settings = {k: c for k, c in trainer.config.model.items() if isinstance(c, ConfigDict) and k in trained}
+    return by_part, roofline.executed_flops(by_part, {k: c.get("remat", "everything") for k, c in settings.items()})
+
+
 def _traffic(trainer: Trainer, memory: Mapping[str, int]) -> float:
     item = jnp.dtype(trainer.config.compute_dtype).itemsize
     tensor = trainer.mesh.shape["tensor"]
@@ -186,16 +194,18 @@ def advise(trainer: Trainer, memory: Mapping[str, int], peak: int, hbm: int) -> 
     activations = sum(v for k, v in memory.items() if k.startswith("activations/"))
     groups = config.batch_size // batch_shards(trainer.mesh)
     found = []
-    language = config.model.get("language_model")
-    if language is not None and language.get("remat", "everything") not in ("nothing", "offload"):
+    part = main_part(config)
+    if config.model.get(part, {}).get("remat", "everything") not in ("nothing", "offload"):
+        known = f"most of {_gib(activations)}" if activations else "most"
         found.append(
-            f"config.model.language_model.remat=nothing: saves most of {_gib(activations)} of activations, costs up to "
-            "a third more computation"
+            f"config.model.{part}.remat=nothing: saves {known} of activations, costs up to a third more computation"
         )
-    if groups > config.optimizer.accumulate:
+    # Contrast is over the whole batch, in one part.
+    if groups > config.optimizer.accumulate and config.program != "pretrain":
         parts = next(n for n in range(config.optimizer.accumulate + 1, groups + 1) if groups % n == 0)
         saved = activations * (1 - config.optimizer.accumulate / parts)
-        found.append(f"config.optimizer.accumulate={parts}: saves about {_gib(saved)} of activations, the same batch")
+        known = f"about {_gib(saved)}" if saved else "a share"
+        found.append(f"config.optimizer.accumulate={parts}: saves {known} of activations, the same batch")
     sharded = trainer.mesh.shape["fsdp"] * trainer.mesh.shape["fsdp_inner"]
     if trainer.mesh.shape["data"] > 1:
         state = sum(v for k, v in memory.items() if k.partition("/")[0] in ("parameters", "optimizer", "average"))

@@ -84,7 +84,8 @@ def table(plans: Sequence[Plan]) -> str:
 def settings(plan: Plan) -> str:
     """What to set for this plan."""
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in plan.mesh.items()]
-    remat = [f"--config.model.language_model.remat={plan.remat}"] if "parameters/language_model" in plan.memory else []
+    part = "language_model" if "parameters/language_model" in plan.memory else "decoder"
+    remat = [f"--config.model.{part}.remat={plan.remat}"]
     return " ".join([*sizes, f"--config.optimizer.accumulate={plan.accumulate}", *remat])
 
 

@@ -1,18 +1,21 @@
 """The best way to run a config on a slice, and the smallest slice that it fits on at all.
 
-Candidates are ordered by formula (what they would hold and how long they would take); only the promising ones are
-compiled, since each costs minutes.
+Candidates that formulas rule out are dropped and the others ordered by how long they should take, by formula too; only
+the first are compiled, since each costs minutes.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from pisces_jax.errors import UserError
-from pisces_jax.planning.compiled import Plan, abstract_trainer, plan_trainer
+from pisces_jax.planning.compiled import Plan, abstract_trainer, main_part, plan_trainer, work
 from pisces_jax.planning.memory import memory_by_part
+from pisces_jax.planning.roofline import AGAIN, axis_bandwidth, count
 from pisces_jax.planning.slices import CHIPS, Slice, chips, find_slice, read_name
+from pisces_jax.sharding import MESH_AXES, batch_shards
 from pisces_jax.training.step import Trainer
 
 TENSOR = (1, 2, 4, 8)
@@ -33,11 +36,9 @@ def candidates(config: ConfigDict, devices: int, slices: int = 1) -> Iterator[Co
                 changed = config.copy_and_resolve_references()
                 changed.mesh = ConfigDict(dict(data=slices, fsdp=devices // slices // tensor, tensor=tensor))
                 changed.optimizer.accumulate = accumulate
-                if "language_model" in changed.model:
-                    changed.model.language_model.remat = remat
+                if (part := main_part(changed)) in changed.model:
+                    changed.model[part].remat = remat
                 yield changed
-                if "language_model" not in changed.model:
-                    break
 
 
 def estimate(trainer: Trainer) -> int:
@@ -45,11 +46,34 @@ def estimate(trainer: Trainer) -> int:
     return sum(memory_by_part(trainer).values())
 
 
-def _cost(config: ConfigDict) -> tuple[float, ...]:
-    """An order of preference: little computed again, little tensor parallelism, few parts."""
-    language = config.model.get("language_model", {})
-    again = REMAT.index(language.get("remat", "nothing")) if language else 0
-    return (config.mesh.tensor, config.optimizer.accumulate, again)
+def cost(trainer: Trainer, where: Slice) -> tuple[float, ...]:
+    """An order of preference: the seconds that products (with what is computed again) or the interconnect need, the
+    greater, to two figures; then little tensor parallelism, few parts. Where no chip is known, by products alone.
+    """
+    _, seconds = work(trainer)
+    if where.chip is not None:
+        devices, wire = trainer.mesh.devices, wire_by_formula(trainer)
+        traffic = sum(size / axis_bandwidth(where.chip, devices, MESH_AXES, axis) for axis, size in wire.items())
+        seconds = max(seconds / where.chip.flops, traffic)
+    return float(f"{seconds:.1e}"), trainer.mesh.shape["tensor"], trainer.config.optimizer.accumulate
+
+
+def wire_by_formula(trainer: Trainer) -> dict[str, float]:
+    """Bytes that a device sends in a step, by mesh axes. Over fsdp a trained weight is gathered twice and its gradient
+    scattered, a frozen one gathered once, in each part of an accumulated batch; over tensor a block of the language
+    model gathers and scatters its positions, four times in each pass.
+    """
+    config, mesh = trainer.config, trainer.mesh
+    tensor, sharded = mesh.shape["tensor"], mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]
+    item = jnp.dtype(config.compute_dtype).itemsize
+    weights = 3 * count(trainer.abstract.trained) + count(trainer.abstract.frozen)
+    wire = {"fsdp+fsdp_inner": config.optimizer.accumulate * weights * item * (1 - 1 / sharded) / tensor, "tensor": 0.0}
+    if (part := main_part(config)) == "language_model":
+        language = config.model[part]
+        positions = config.batch_size * config.data.rows * config.data.row_length / batch_shards(mesh)
+        passes = 2 + 3 * AGAIN[language.get("remat", "everything")]  # forward, backward, and forward again
+        wire["tensor"] = 4 * passes * language.layers * positions * language.width * item * (1 - 1 / tensor)
+    return wire
 
 
 def search(
@@ -70,7 +94,7 @@ def search(
             reason = str(error)
             continue
         if estimate(trainer) * (1 - MARGIN) <= hbm:
-            ranked.append((_cost(candidate), trainer))
+            ranked.append((cost(trainer, where), trainer))
     if not ranked:
         raise UserError(f"--search: no mesh of {where.name} holds this step{f': {reason}' if reason else ''}")
     ranked.sort(key=lambda item: item[0])
@@ -101,8 +125,8 @@ def smallest_slice(config: ConfigDict, topology: str, vocab_size: int, say: Call
             continue
         # Contrast is over the whole batch.
         lean.optimizer.accumulate = 1 if config.program == "pretrain" else groups
-        if "language_model" in lean.model:
-            lean.model.language_model.remat = "nothing"
+        if (part := main_part(lean)) in lean.model:
+            lean.model[part].remat = "nothing"
         trainer = abstract_trainer(lean, where, vocab_size)
         if estimate(trainer) * (1 - MARGIN) > CHIPS[kind].hbm_bytes:
             continue

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from pisces_jax.errors import UserError
 from pisces_jax.flow import FlowConfig
+from pisces_jax.models.attention import BACKENDS
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
+from pisces_jax.models.layers import REMAT_POLICIES
 from pisces_jax.models.pisces import PiscesConfig
 from pisces_jax.models.transformer import RotaryScaling, TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
@@ -126,6 +128,8 @@ def run_config(**changes: Any) -> ConfigDict:
     return config
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 # Keys whose subkeys are the user's own: any name may stand there.
 OPEN_KEYS = ("model", "parts", "storage", "train", "evaluate", "tokenizer_sources", "stages")
 
@@ -166,6 +170,26 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
         return kind(**values)
     except ValueError as error:
         raise UserError(f"config {where}: {error}") from error
+
+
+def check_names(config: ConfigDict) -> None:
+    """That dtypes, rematerialisation policies and attention backends exist.
+
+    Raises:
+        UserError: one does not; the others are listed.
+    """
+    o = config.optimizer
+    named = {"compute_dtype": config.compute_dtype, "optimizer.moment_dtype": o.moment_dtype}
+    named |= {"optimizer.gradient_dtype": o.gradient_dtype} if o.gradient_dtype else {}
+    named |= {f"storage.{part}": dtype for part, dtype in config.storage.items()}
+    choices: list[tuple[str, Any, tuple[str, ...]]] = [(key, value, DTYPES) for key, value in named.items()]
+    for part, settings in config.model.items():
+        for key, known in (("remat", tuple(REMAT_POLICIES)), ("attention", BACKENDS)):
+            if isinstance(settings, ConfigDict) and key in settings:
+                choices.append((f"model.{part}.{key}", settings[key], known))
+    for key, value, known in choices:
+        if value not in known:
+            raise UserError(f"config key {key}: {value!r} is none of {', '.join(known)}")
 
 
 def _part(config: ConfigDict, part: str) -> Mapping[str, Any]:

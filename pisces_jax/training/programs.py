@@ -349,8 +349,8 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
     Raises:
         UserError: an unknown program, or settings that it lacks.
     """
+    settings.check_names(config)
     dtype = jnp.dtype(config.compute_dtype)
-
     if config.program == "unified":
         pisces: PiscesConfig = settings.pisces_config(config, vocab_size)
         weights = {"text": config.loss.text, "vectors": config.loss.vectors}

@@ -35,8 +35,8 @@ REQUIRED = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
-    # The TPU compiler alone, which runs anywhere: for `python -m pisces_jax.plan` and the tests that compile for TPUs.
-    "plan": ["libtpu"],
+    # The TPU compiler, which needs no TPU, of the release that this JAX compiles with: for `python -m pisces_jax.plan`.
+    "plan": ["jax[tpu]"],
     # What fsspec needs for gs:// paths.
     "gcs": ["gcsfs>=2025.9.0"],
     # CLU's metric writer for TensorBoard is the one thing here that needs TensorFlow.
@@ -48,6 +48,7 @@ EXTRAS = {
         "pytest-timeout>=2.4.0",
         "ruff>=0.14.0",
         "mypy>=1.19.0",
+        "jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'",  # to compile for slices
         # The reference implementations, for parity alone; what they cost to install is in docs/parity.md.
         "torch>=2.13.0",
         "transformers>=5.23.0",

@@ -19,7 +19,7 @@ def main() -> None:
         "plan",
         "Compiles the config's real training step, with its optimizer and shardings, for a TPU slice or for fake CPU "
         "devices, and says what it needs: memory, collectives, FLOPs, and a predicted step time. Nothing is allocated "
-        "and no TPU is needed (pip install libtpu).",
+        "and no TPU is needed (pip install 'jax[tpu]').",
         [
             "--config=configs/text_8b.py --topology=v5p:4x4x4",
             "--config=configs/text_8b.py --topology=v5e-256 --mesh=fsdp=64,tensor=4 --json=plan.json",

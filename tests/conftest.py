@@ -1,10 +1,15 @@
-"""What every test starts from: eight fake CPU devices, kept compilations, and the folder with real data."""
+"""What every test starts from: eight fake CPU devices, kept compilations, the folder with real data, the tiny demo."""
 
+import fcntl
 import os
 import pathlib
+import shutil
+import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -26,3 +31,47 @@ def data_folder() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}: set PISCES_DATA to the folder with the real data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory, worker_id):
+    """Folders that take long to make: the first worker makes them, and each has a copy of its own."""
+    own = tmp_path_factory.getbasetemp()
+    common = own if worker_id == "master" else own.parent
+
+    def get(name, make):
+        made, copy = common / f"made-{name}", own / f"copy-{name}"
+        if not copy.exists():
+            with (common / f"{name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not made.exists():
+                    half = common / f"half-{name}"
+                    shutil.rmtree(half, ignore_errors=True)
+                    half.mkdir()
+                    make(half)
+                    half.rename(made)
+            shutil.copytree(made, copy)
+        return copy
+
+    return get
+
+
+# As little as makes a demo.
+FEW = ("--per_task=1", "--images=2", "--per_kind=2", "--held_out=1", "--pictures=3")
+
+
+@pytest.fixture(scope="session")
+def trained(made_once) -> pathlib.Path:
+    """A work directory that the demo itself has made, with everything at its smallest, and a picture."""
+
+    def make(folder):
+        command = [sys.executable, "-m", "pisces_jax.demo", f"--config={ROOT}/tests/tiny_config.py"]
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as on a laptop
+        command += [f"--workdir={folder}/run", *FEW]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "run/printed.txt").write_text(done.stdout)
+        rng = np.random.default_rng(0)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / "picture.png")
+
+    return made_once("demo", make)

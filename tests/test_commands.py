@@ -1,13 +1,11 @@
 """The commands as a user meets them: on a tiny trained work directory, with right input and with all kinds of wrong."""
 
 import json
-import os
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,21 +15,6 @@ from pisces_jax.errors import UserError, run_command
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests/tiny_config.py")
 COMMANDS = ("train", "generate", "answer", "evaluate", "demo")
-FEW = ["--per_task=1", "--images=2", "--per_kind=2", "--held_out=1", "--pictures=3"]
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
-    """A work directory that the demo itself has made, with everything at its smallest."""
-    folder = tmp_path_factory.mktemp("tiny")
-    command = [sys.executable, "-m", "pisces_jax.demo", f"--config={TINY}", f"--workdir={folder / 'run'}", *FEW]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as on a laptop
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "run/printed.txt").write_text(done.stdout)
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / "picture.png")
-    return folder
 
 
 @pytest.fixture

@@ -21,13 +21,13 @@ from pisces_jax.cli import load_stages
 from pisces_jax.errors import UserError
 from pisces_jax.planning import hlo, memory, report, roofline, search, slices
 from pisces_jax.planning.batch import batch_shapes
-from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan
+from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan, memory_asked_for
 from pisces_jax.sharding import make_mesh, user_mesh
 from pisces_jax.training import flops
 from pisces_jax.training.programs import make_program
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: it is for Linux on x86-64 alone"
 )
 
 
@@ -292,6 +292,14 @@ def test_the_search_tries_the_fastest_first():
     assert order(slow, 4, "projections") < order(slow, 1, "nothing")
     assert order(slow, 1, "projections") < order(slow, 1, "projections", tensor=2)  # as fast, and simpler
     assert order(fast, 1, "nothing") < order(fast, 4, "projections")
+
+
+def test_what_does_not_fit_is_told_from_other_errors():
+    """Both forms in which the compiler refuses."""
+    said = "Ran out of memory on HBM, the total memory required for HLO temporaries (33.13G) exceeds available HBM (30.75G)"
+    assert memory_asked_for(said) == int(33.13 * 2**30)
+    assert memory_asked_for("Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm.") == int(512.5 * 2**20)
+    assert memory_asked_for("INVALID_ARGUMENT: no such flag") == 0
 
 
 def test_candidates_keep_the_batch():

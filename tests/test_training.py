@@ -425,12 +425,14 @@ def assert_same_end(run, other):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(made_once):
     """A work directory with a decoder run and a unified run that nothing has disturbed."""
-    workdir = tmp_path_factory.mktemp("finished")
-    loop.train(decoder(), workdir)
-    loop.train(unified(), workdir)
-    return workdir
+
+    def make(workdir):
+        loop.train(decoder(), workdir)
+        loop.train(unified(), workdir)
+
+    return made_once("finished", make)
 
 
 @pytest.fixture

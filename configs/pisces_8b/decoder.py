@@ -13,4 +13,8 @@ from pisces_jax.training.full import PISCES_8B, decoder_run
 
 
 def get_config() -> ConfigDict:
-    return decoder_run(PISCES_8B)
+    config = decoder_run(PISCES_8B)
+    # In two parts the outputs of all projections fit, on v4-128 too: nothing but attention and norms is done again.
+    config.optimizer.accumulate = 2
+    config.model.decoder.remat = "projections"
+    return config

@@ -106,10 +106,9 @@ def plan_trainer(trainer: Trainer, where: Slice, options: Mapping[str, str] | No
     try:
         compiled = compile_step(trainer, options)
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        if used is None:
+        peak = memory_asked_for(str(error))
+        if not peak:
             raise
-        peak = int(float(used.group(1)) * 2 ** (10 * (1 + "KMGT".index(used.group(2)))))
         fits = False
     else:
         analysis = compiled.memory_analysis()
@@ -162,6 +161,13 @@ def plan_trainer(trainer: Trainer, where: Slice, options: Mapping[str, str] | No
         fallbacks=[str(f) for f in trainer.fallbacks],
         advice=[] if fits else advise(trainer, memory, peak, chip.hbm_bytes if chip else 0),
     )
+
+
+def memory_asked_for(error: str) -> int:
+    """Bytes that a program would take, from the compiler's refusal; 0 if it refused for something else."""
+    words = r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM"
+    found = next((match for pattern in words if (match := re.search(pattern, error))), None)
+    return 0 if found is None else int(float(found.group(1)) * 2 ** (10 * (1 + "KMGT".index(found.group(2)))))
 
 
 def main_part(config: ConfigDict) -> str:

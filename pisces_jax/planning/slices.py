@@ -1,7 +1,7 @@
 """The machines that a step is planned for: what a chip can do, and a slice's devices without having them.
 
-The TPU compiler runs without a TPU (`pip install libtpu`): JAX gives descriptions of a slice's devices, and programs
-are compiled for them as for real ones. `cpu:N` is N fake CPU devices.
+The TPU compiler runs without a TPU (the extra `plan`): JAX gives descriptions of a slice's devices, and programs are
+compiled for them as for real ones. `cpu:N` is N fake CPU devices.
 """
 
 import dataclasses
@@ -105,11 +105,12 @@ def find_slice(topology: str, slices: int = 1) -> Slice:
             raise UserError("--slices is for TPU topologies: leave it out")
         return Slice(topology, tuple(_cpu_devices(int(shape))), None, 1)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs their compiler, which runs anywhere: pip install libtpu")
+        raise UserError("compiling for TPUs needs their compiler, which runs anywhere: pip install 'jax[tpu]'")
     # What a TPU machine would answer: libtpu asks for it and logs at length when nobody does.
     answers = {
         "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-128", "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for the chips, and none is opened
     }  # fmt: skip
     for key, value in answers.items():
         os.environ.setdefault(key, value)

@@ -27,3 +27,12 @@ value() { echo "${1#*=}"; }
 need() {
   [ "$DRY_RUN" = 1 ] || command -v "$1" >/dev/null || fail "$1 is not installed: $2"
 }
+
+# What the scripts start, with the flags behind --: a training, or the cache of features that it reads.
+module=train
+check_module() {
+  case $module in
+    train | cache) ;;
+    *) fail "--module=$module is neither train nor cache" ;;
+  esac
+}

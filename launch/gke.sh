@@ -5,12 +5,13 @@
 #       --workload=stage1 -- --config=configs/text_8b.py --workdir=/gcs/runs
 
 source "$(dirname "$0")/common.sh"
-usage="usage: launch/gke.sh [--dry-run] --cluster=C --zone=Z --project=P --type=T --image=I --workload=W [--slices=N] [--flags=G,G] -- TRAINING FLAGS"
+usage="usage: launch/gke.sh [--dry-run] [--module=train|cache] --cluster=C --zone=Z --project=P --type=T --image=I --workload=W [--slices=N] [--flags=G,G] -- FLAGS"
 
 cluster='' zone='' project='' type='' image='' workload='' slices=1 groups=tpu
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) DRY_RUN=1 ;;
+    --module=*) module=$(value "$1") ;;
     --cluster=*) cluster=$(value "$1") ;;
     --zone=*) zone=$(value "$1") ;;
     --project=*) project=$(value "$1") ;;
@@ -28,7 +29,8 @@ done
 for name in cluster zone project type image workload; do
   [ -n "${!name}" ] || fail "--$name is missing; $usage"
 done
-[ $# -gt 0 ] || fail "no training flags; $usage"
+[ $# -gt 0 ] || fail "no flags behind --; $usage"
+check_module
 need docker "https://docs.docker.com/engine/install"
 need xpk "pip install xpk"
 
@@ -38,4 +40,4 @@ run docker build --file "$here/launch/Dockerfile" --build-arg EXTRA=tpu --tag "$
 run docker push "$image"
 run xpk workload create "--cluster=$cluster" "--zone=$zone" "--project=$project" "--workload=$workload" \
   "--tpu-type=$type" "--num-slices=$slices" "--docker-image=$image" \
-  "--command=LIBTPU_INIT_ARGS=\"\$(python -m pisces_jax.xla_flags ${groups//,/ })\" python -m pisces_jax.train $training"
+  "--command=LIBTPU_INIT_ARGS=\"\$(python -m pisces_jax.xla_flags ${groups//,/ })\" python -m pisces_jax.$module $training"

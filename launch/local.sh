@@ -4,12 +4,13 @@
 #   launch/local.sh --processes=4 --devices=8 -- --config=configs/shapes.py --workdir=runs/four --config.mesh.fsdp=4 --config.mesh.tensor=2
 
 source "$(dirname "$0")/common.sh"
-usage="usage: launch/local.sh [--dry-run] [--processes=N] [--devices=M] [--port=P] -- TRAINING FLAGS"
+usage="usage: launch/local.sh [--dry-run] [--module=train|cache] [--processes=N] [--devices=M] [--port=P] -- FLAGS"
 
 processes=4 devices=4 port=9876
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) DRY_RUN=1 ;;
+    --module=*) module=$(value "$1") ;;
     --processes=*) processes=$(value "$1") ;;
     --devices=*) devices=$(value "$1") ;;
     --port=*) port=$(value "$1") ;;
@@ -19,7 +20,8 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ $# -gt 0 ] || fail "no training flags: $usage"
+check_module
+[ $# -gt 0 ] || fail "no flags behind --: $usage"
 for number in "$processes" "$devices"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || fail "--processes and --devices must be whole numbers from 1, not '$number'"
 done
@@ -30,7 +32,7 @@ export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$((devic
 started=()
 trap '[ ${#started[@]} = 0 ] || kill "${started[@]}" 2>/dev/null || true' EXIT
 for ((i = 0; i < processes; i++)); do
-  command=(python -m pisces_jax.train "$@" "--coordinator=127.0.0.1:$port" "--processes=$processes" "--process=$i")
+  command=(python -m "pisces_jax.$module" "$@" "--coordinator=127.0.0.1:$port" "--processes=$processes" "--process=$i")
   if [ "$DRY_RUN" = 1 ]; then
     run "${command[@]}"
   else

@@ -8,12 +8,13 @@
 # SIGTERM comes and the run saves: the same command again continues it.
 
 source "$(dirname "$0")/common.sh"
-usage="usage: launch/slurm.sh [--dry-run] --nodes=N --gpus=G [--time=T] [--partition=P] [--account=A] [--python=PY] -- TRAINING FLAGS"
+usage="usage: launch/slurm.sh [--dry-run] [--module=train|cache] --nodes=N --gpus=G [--time=T] [--partition=P] [--account=A] [--python=PY] -- FLAGS"
 
 nodes='' gpus='' time=24:00:00 partition='' account='' python=python
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) DRY_RUN=1 ;;
+    --module=*) module=$(value "$1") ;;
     --nodes=*) nodes=$(value "$1") ;;
     --gpus=*) gpus=$(value "$1") ;;
     --time=*) time=$(value "$1") ;;
@@ -27,7 +28,8 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ -z "$nodes" ] || [ -z "$gpus" ]; then fail "--nodes and --gpus are missing; $usage"; fi
-[ $# -gt 0 ] || fail "no training flags; $usage"
+[ $# -gt 0 ] || fail "no flags behind --; $usage"
+check_module
 need sbatch "run this on a login node of the cluster"
 
 printf -v training '%q ' "$@"
@@ -36,4 +38,4 @@ options=("--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus" "--t
 [ -z "$partition" ] || options+=("--partition=$partition")
 [ -z "$account" ] || options+=("--account=$account")
 run sbatch "${options[@]}" \
-  "--wrap=export XLA_FLAGS=\"\$($python -m pisces_jax.xla_flags gpu)\"; srun --kill-on-bad-exit=1 $python -m pisces_jax.train $training"
+  "--wrap=export XLA_FLAGS=\"\$($python -m pisces_jax.xla_flags gpu)\"; srun --kill-on-bad-exit=1 $python -m pisces_jax.$module $training"

@@ -9,12 +9,13 @@
 # was taken, --delete and the same command again continue the run. --slices=N asks for N slices.
 
 source "$(dirname "$0")/common.sh"
-usage="usage: launch/tpu_vm.sh [--dry-run] --name=N --zone=Z (--type=T --repository=URL [--runtime=R] [--project=P] [--slices=N] [--spot] [--flags=G,G] -- TRAINING FLAGS | --delete)"
+usage="usage: launch/tpu_vm.sh [--dry-run] [--module=train|cache] --name=N --zone=Z (--type=T --repository=URL [--runtime=R] [--project=P] [--slices=N] [--spot] [--flags=G,G] -- FLAGS | --delete)"
 
 name='' zone='' type='' runtime=tpu-ubuntu2204-base repository='' project='' slices=1 spot=0 delete=0 groups=tpu
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) DRY_RUN=1 ;;
+    --module=*) module=$(value "$1") ;;
     --name=*) name=$(value "$1") ;;
     --zone=*) zone=$(value "$1") ;;
     --type=*) type=$(value "$1") ;;
@@ -32,6 +33,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ -z "$name" ] || [ -z "$zone" ]; then fail "--name and --zone are missing; $usage"; fi
+check_module
 need gcloud "https://cloud.google.com/sdk/docs/install"
 where=("--zone=$zone")
 [ -z "$project" ] || where+=("--project=$project")
@@ -42,7 +44,7 @@ if [ "$delete" = 1 ]; then
   exit
 fi
 if [ -z "$type" ] || [ -z "$repository" ]; then fail "--type and --repository are missing; $usage"; fi
-[ $# -gt 0 ] || fail "no training flags; $usage"
+[ $# -gt 0 ] || fail "no flags behind --; $usage"
 
 ask=("${queued[@]}" create "$name" "${where[@]}" "--accelerator-type=$type" "--runtime-version=$runtime")
 [ "$spot" = 0 ] || ask+=(--spot)
@@ -75,7 +77,7 @@ remote="set -e; test -d pisces_jax || git clone --depth=1 $repository pisces_jax
 remote+="; test -d .venv || { python3 -m pip install -q --user uv; python3 -m uv venv -q --seed --python=3.12 .venv; }"
 remote+="; .venv/bin/pip install -q -e '.[tpu]' -c constraints.txt"
 remote+="; export LIBTPU_INIT_ARGS=\"\$(.venv/bin/python -m pisces_jax.xla_flags ${groups//,/ })\""
-remote+="; .venv/bin/python -m pisces_jax.train $training"
+remote+="; .venv/bin/python -m pisces_jax.$module $training"
 started=()
 for node in "${nodes[@]}"; do
   command=(gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all "--command=$remote")

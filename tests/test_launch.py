@@ -50,6 +50,15 @@ def test_dry_runs(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_the_cache_is_written_by_the_same_machines(script):
+    done = launch(script, "--dry-run", "--module=cache", *SCRIPTS[script], "--", *TRAINING)
+    assert done.returncode == 0, done.stderr
+    assert "pisces_jax.cache" in done.stdout and "pisces_jax.train" not in done.stdout
+    done = launch(script, "--dry-run", "--module=plan", *SCRIPTS[script], "--", *TRAINING)
+    assert done.returncode == 1 and "--module=plan is neither train nor cache" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_mistakes_are_one_sentence(script):
     for arguments in (["--nonsense"], SCRIPTS[script], ["--", *TRAINING] if script != "local" else ["--"]):
         done = launch(script, "--dry-run", *arguments)

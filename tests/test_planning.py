@@ -296,7 +296,7 @@ def test_the_search_tries_the_fastest_first():
 
 def test_what_does_not_fit_is_told_from_other_errors():
     """Both forms in which the compiler refuses."""
-    said = "Ran out of memory on HBM, the total memory required for HLO temporaries (33.13G) exceeds available HBM (30.75G)"
+    said = "Ran out of memory on HBM, the total required for HLO temporaries (33.13G) exceeds available HBM (30.75G)"
     assert memory_asked_for(said) == int(33.13 * 2**30)
     assert memory_asked_for("Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm.") == int(512.5 * 2**20)
     assert memory_asked_for("INVALID_ARGUMENT: no such flag") == 0

@@ -51,40 +51,37 @@ def run(workdir, count, module, *arguments):
     return logs
 
 
-def train(workdir, count, mesh):
-    """Losses by step of the encoders' pretraining."""
-    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    run(workdir, count, "train", "--config=tests/tiny_config.py:pretrain", "--config.log.samples_every=0", *axes)
-    entries = [json.loads(line) for line in (workdir / "pretrain/metrics.jsonl").read_text().splitlines()]
-    wanted = ("train/contrastive_understanding", "train/reconstruction", "train/norm/gradient", "val/reconstruction")
-    return [(e["step"], {k: v for k, v in e.items() if k in wanted}) for e in entries]
-
-
 @pytest.mark.slow
-def test_several_processes_equal_one(tmp_path):
+def test_several_processes_equal_one(trained, tmp_path):
     """A mesh that spans them: with two, each holds a half of the rows; with four, pairs share theirs (tensor)."""
-    mesh = dict(fsdp=2, tensor=2)
-    expected = train(tmp_path / "one", 1, mesh)
-    assert [step for step, _ in expected] == [1, 2, 2] and all(values for _, values in expected)
+    flags = "--config=tests/tiny_config.py:unified", "--config.log.samples_every=0"
+    mesh = "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
+    wanted = "train/text", "train/vectors", "train/reconstruction", "train/norm/gradient", "val/text", "val/vectors"
+    losses = {}
+    for count in (1, 2, 4):
+        workdir = tmp_path / f"of{count}"
+        shutil.copytree(trained / "run", workdir, ignore=shutil.ignore_patterns("unified"))
+        run(workdir, count, "train", *flags, *mesh)
+        entries = [json.loads(line) for line in (workdir / "unified/metrics.jsonl").read_text().splitlines()]
+        losses[count] = [(e["step"], {k: v for k, v in e.items() if k in wanted}) for e in entries]
+    assert [(step, len(values)) for step, values in losses[1]] == [(1, 4), (2, 4), (2, 2)]
     for count in (2, 4):
-        got = train(tmp_path / f"of{count}", count, mesh)
-        assert len(got) == len(expected)  # written once, not by every process
-        for (step, values), (same, truth) in zip(got, expected, strict=True):
+        assert len(losses[count]) == 3  # written once, not by every process
+        for (step, values), (same, truth) in zip(losses[count], losses[1], strict=True):
             assert step == same and values == pytest.approx(truth, rel=2e-5)
 
 
 @pytest.mark.slow
-def test_features_by_several_processes(tmp_path):
+def test_features_by_several_processes(trained, tmp_path):
     """Each writes shards of its own; the same features in the end, and one of them says so."""
 
     def bfloat16(path):
         records = b"".join(array_record_module.ArrayRecordReader(str(path)).read_all())
         return (np.frombuffer(records, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
 
-    train(tmp_path / "one", 1, dict(fsdp=4))
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
     files = []
     for name, count in ("one", 1), ("two", 2):
+        shutil.copytree(trained / "run", tmp_path / name)
         flags = ("--config=tests/tiny_config.py:decoder", "--config.data.train.pair.num_examples=5000")
         first, *others = run(tmp_path / name, count, "cache", *flags)
         assert first.count("features of 5000 examples") == 1 and "to train on them" in first

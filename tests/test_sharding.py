@@ -264,7 +264,7 @@ def random_start(config):
 
 @pytest.mark.slow
 def test_a_decoder_that_learns_on_is_the_same_on_eight_devices():
-    """In one go and in two parts: which pictures give true vectors, and their noise, belongs to the pictures."""
+    """There in two parts: which pictures give true vectors, and their noise, belongs to the pictures."""
 
     def config(accumulate):
         config = unified(32, accumulate)
@@ -276,11 +276,9 @@ def test_a_decoder_that_learns_on_is_the_same_on_eight_devices():
     batch["draw_id"] = np.random.default_rng(0).integers(0, 2**32, batch["draw_id"].shape, np.uint64).astype(np.uint32)
     expected = one_step(config(1), single_device(), batch, random_start(config(1)))
     assert expected.losses["reconstruction"] > 0 and any(k.startswith("decoder/") for k in expected.gradient)
-    for accumulate, devices, sizes in ((1, 8, MESHES["all"]), (2, 4, dict(fsdp=4))):
-        mesh = make_mesh(**sizes, devices=jax.devices()[:devices])
-        got = one_step(config(accumulate), mesh, batch, expected.start)
-        assert got.losses == pytest.approx(expected.losses, rel=1e-5)
-        assert not far_off(got.gradient, expected.gradient)
+    got = one_step(config(2), make_mesh(**MESHES["all"]), batch, expected.start)
+    assert got.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert not far_off(got.gradient, expected.gradient)
 
 
 @pytest.mark.slow

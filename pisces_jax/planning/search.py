@@ -36,8 +36,7 @@ def candidates(config: ConfigDict, devices: int, slices: int = 1) -> Iterator[Co
                 changed = config.copy_and_resolve_references()
                 changed.mesh = ConfigDict(dict(data=slices, fsdp=devices // slices // tensor, tensor=tensor))
                 changed.optimizer.accumulate = accumulate
-                if (part := main_part(changed)) in changed.model:
-                    changed.model[part].remat = remat
+                changed.model[main_part(changed)].remat = remat
                 yield changed
 
 
@@ -60,13 +59,16 @@ def cost(trainer: Trainer, where: Slice) -> tuple[float, ...]:
 
 def wire_by_formula(trainer: Trainer) -> dict[str, float]:
     """Bytes that a device sends in a step, by mesh axes. Over fsdp a trained weight is gathered twice and its gradient
-    scattered, a frozen one gathered once, in each part of an accumulated batch; over tensor a block of the language
-    model gathers and scatters its positions, four times in each pass.
+    scattered, a frozen one that runs gathered once, in each part of an accumulated batch; over tensor a block of the
+    language model gathers and scatters its positions, four times in each pass.
     """
     config, mesh = trainer.config, trainer.mesh
     tensor, sharded = mesh.shape["tensor"], mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]
     item = jnp.dtype(config.compute_dtype).itemsize
-    weights = 3 * count(trainer.abstract.trained) + count(trainer.abstract.frozen)
+    by_part, _ = work(trainer)
+    # An encoder whose features are cached does not run.
+    frozen = {part: tree for part, tree in trainer.abstract.frozen.items() if by_part.get(part)}
+    weights = 3 * count(trainer.abstract.trained) + count(frozen)
     wire = {"fsdp+fsdp_inner": config.optimizer.accumulate * weights * item * (1 - 1 / sharded) / tensor, "tensor": 0.0}
     if (part := main_part(config)) == "language_model":
         language = config.model[part]
@@ -125,8 +127,7 @@ def smallest_slice(config: ConfigDict, topology: str, vocab_size: int, say: Call
             continue
         # Contrast is over the whole batch.
         lean.optimizer.accumulate = 1 if config.program == "pretrain" else groups
-        if (part := main_part(lean)) in lean.model:
-            lean.model[part].remat = "nothing"
+        lean.model[main_part(lean)].remat = "nothing"
         trainer = abstract_trainer(lean, where, vocab_size)
         if estimate(trainer) * (1 - MARGIN) > CHIPS[kind].hbm_bytes:
             continue

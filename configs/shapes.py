@@ -11,6 +11,7 @@ from pisces_jax.data.shapes import TASKS
 from pisces_jax.training.small import picture_run, unified_run
 
 SIZE = 32
+EXAMPLES = 16_000  # of each task and stage: about as many as a stage sees of its commonest
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
 
@@ -27,9 +28,9 @@ def data(read_slots: int = 0, draw_slots: int = 0, most_drawn: int = 4, **weight
     return dict(
         tokenizer_vocabulary=512,
         tokenizer_sources={task: source(task, 1.0, 2000, "train") for task in TASKS if task != "pair"},
-        train={task: source(task, weight, 40_000, "train") for task, weight in weights.items()},
+        train={task: source(task, weight, EXAMPLES, "train") for task, weight in weights.items()},
         evaluate={task: source(task, weight, 64, "val") for task, weight in weights.items()},
-        examples_per_epoch=40_000,
+        examples_per_epoch=EXAMPLES,
         read_slots=read_slots,
         draw_slots=draw_slots,
     )
@@ -56,12 +57,13 @@ def get_config(stage: str = "") -> ConfigDict:
         unified_run(
             "stage2", "stage1", SIZE,
             data(11, 14, most_drawn=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
-            steps=700, optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
+            steps=780, optimizer=optimizer(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
             data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
-            steps=850, optimizer=optimizer(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7), log=LOG,
+            steps=960, decode=True, optimizer=optimizer(2.4e-3, 0),
+            sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip
     runs = {config.name: config for config in stages}

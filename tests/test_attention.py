@@ -18,7 +18,7 @@ from pisces_jax.models.attention import (
     segment_mask,
     xla_attention,
 )
-from pisces_jax.models.layers import grid_angles, grid_centres, rotate
+from pisces_jax.models.layers import grid_angles, grid_centres, rotate, turns
 from pisces_jax.models.transformer import RotaryScaling, TransformerConfig, rotary_frequencies
 from pisces_jax.sharding import make_mesh
 
@@ -191,10 +191,10 @@ def test_rotary_is_complex_multiplication():
     frequencies = plain.llama3_frequencies(8, 10_000.0)
     expected = plain.turn(x, positions, frequencies)
     with jax.enable_x64(True):
-        got = rotate(jnp.asarray(x), jnp.asarray(positions[..., None] * frequencies))
+        got = rotate(jnp.asarray(x), turns(jnp.asarray(positions[..., None] * frequencies)))
         np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
         # Only distances count: products of turned queries and keys, both moved by 1000.
-        moved = rotate(jnp.asarray(x), jnp.asarray((positions[..., None] + 1000) * frequencies))
+        moved = rotate(jnp.asarray(x), turns(jnp.asarray((positions[..., None] + 1000) * frequencies)))
         products, others = (np.einsum("btnh,bsnh->bnts", a, a) for a in (got, moved))
         np.testing.assert_allclose(products, others, rtol=1e-8, atol=1e-9)
 
@@ -251,7 +251,8 @@ def test_rotary_over_a_grid_sees_both_axes():
     assert angles.shape == (1, 16, H // 2)
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, H))
-    turned = [np.asarray(rotate(jnp.tile(jnp.asarray(z, jnp.float32), (1, 16, 1, 1)), angles))[0, :, 0] for z in (q, k)]
+    by = turns(angles)
+    turned = [np.asarray(rotate(jnp.tile(jnp.asarray(z, jnp.float32), (1, 16, 1, 1)), by))[0, :, 0] for z in (q, k)]
     products = turned[0] @ turned[1].T
     by_offset = {}
     for i in range(16):

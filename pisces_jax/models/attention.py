@@ -109,8 +109,12 @@ def xla_attention(
         if part is not None:
             seen = part if seen is None else seen & part
     q = q.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("BTKGH,BSKH->BKTGS", q, k, preferred_element_type=wide)
     if seen is not None:
-        logits = jnp.where(seen[:, None, None], logits, jnp.finfo(logits.dtype).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+        logits = jnp.where(seen[:, None, :, None], logits, jnp.finfo(wide).min)
+    # Normalised after the product with v: a division for every H, not for every S.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    y = jnp.einsum("BKTGS,BSKH->BKTGH", weights.astype(v.dtype), v, preferred_element_type=wide)
+    y = y / weights.sum(axis=-1, keepdims=True)
+    return y.astype(v.dtype).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)

@@ -23,6 +23,7 @@ from pisces_jax.models.layers import (
     Linear,
     RMSNorm,
     SwiGLU,
+    Turns,
     grid_angles,
     grid_centres,
     logical,
@@ -30,6 +31,7 @@ from pisces_jax.models.layers import (
     rotate,
     scanned,
     time_embedding,
+    turns,
     unpatchify,
 )
 from pisces_jax.sharding import constrain
@@ -84,7 +86,7 @@ class JointAttention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], y: Float[Array, "B M D"], angles: Array, y_angles: Any) -> Array:
+    def __call__(self, x: Float[Array, "B N D"], y: Float[Array, "B M D"], by: Turns, y_by: Any) -> Array:
         c = self.config
         heads = (c.heads, c.width // c.heads)
 
@@ -94,12 +96,12 @@ class JointAttention(nn.Module):
                 z = LayerNorm(dtype=self.dtype, name=f"{name}_norm")(z)
             return z.reshape(*z.shape[:-1], *heads)
 
-        q = rotate(project("query", x, True), angles)
-        k = rotate(project("key", x, True), angles)
+        q = rotate(project("query", x, True), by)
+        k = rotate(project("key", x, True), by)
         own = attention(q, k, project("value", x, False))
         yk = project("condition_key", y, True)
-        if y_angles is not None:
-            yk = rotate(yk, y_angles)
+        if y_by is not None:
+            yk = rotate(yk, y_by)
         cross = attention(q, yk, project("condition_value", y, False))
         gate = self.param("gate", logical(nn.initializers.zeros, None), (c.heads,)).astype(self.dtype)
         z = own + jnp.tanh(gate)[:, None] * cross
@@ -113,7 +115,7 @@ class DiTBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], y: Float[Array, "B M D"], t: Float[Array, "B D"], angles: Array, y_angles: Any
+        self, x: Float[Array, "B N D"], y: Float[Array, "B M D"], t: Float[Array, "B D"], by: Turns, y_by: Any
     ) -> tuple[Float[Array, "B N D"], None]:
         c = self.config
 
@@ -126,7 +128,7 @@ class DiTBlock(nn.Module):
         )
         scale1, gate1, scale2, gate2 = jnp.moveaxis(modulation(jax.nn.silu(t))[:, None], 2, 0)
         z = norm("attention_norm")(x) * (1 + scale1)
-        z = JointAttention(c, self.dtype, name="attention")(z, norm("condition_norm")(y), angles, y_angles)
+        z = JointAttention(c, self.dtype, name="attention")(z, norm("condition_norm")(y), by, y_by)
         x = x + jnp.tanh(gate1) * norm("attention_post_norm")(z)
         z = norm("mlp_norm")(x) * (1 + scale2)
         z = SwiGLU(c.mlp_hidden, dtype=self.dtype, name="mlp")(z)
@@ -169,8 +171,8 @@ class DiT(nn.Module):
             patchify(x.astype(self.dtype), c.patch_size)
         )
         head_width = c.width // c.heads
-        angles = grid_angles(*grid_centres(c.side), head_width, c.rotary_base)
-        y_angles = None
+        by = turns(grid_angles(*grid_centres(c.side), head_width, c.rotary_base), c.unroll)
+        y_by = None
         estimate: Array | float = 0.0
         if c.local_condition:
             ratio = c.side // c.condition_side
@@ -183,11 +185,11 @@ class DiT(nn.Module):
 
             z = z + spread("local", condition, c.width, "embed")
             estimate = spread("estimate", raw, c.patch_size**2 * c.channels, "patch")
-            y_angles = grid_angles(*grid_centres(c.condition_side, ratio), head_width, c.rotary_base)
+            y_by = turns(grid_angles(*grid_centres(c.condition_side, ratio), head_width, c.rotary_base), c.unroll)
 
         inputs = (nn.broadcast,) * 4
         blocks = scanned(DiTBlock, c.layers, inputs, remat=c.remat, unroll=c.unroll)(c, self.dtype, name="layers")
-        z, _ = blocks(z, y, h, angles, y_angles)
+        z, _ = blocks(z, y, h, by, y_by)
         scale = Linear((c.width,), ("embed",), ("modulation",), scale=0.0, dtype=self.dtype, name="final_modulation")(
             jax.nn.silu(h)
         )

@@ -197,10 +197,24 @@ class Projector(nn.Module):
         return y
 
 
-def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "#B T Half"]) -> Float[Array, "B T N H"]:
-    """Rotary embedding (Su et al. 2021): pairs (x_i, x_{i+H/2}) turned by `angles`, in at least float32."""
+Turns = tuple[Float[Array, "#B T Half"], Float[Array, "#B T Half"]]
+
+
+def turns(angles: Float[Array, "#B T Half"], unroll: bool = False) -> Turns:
+    """Cosines and sines of rotary angles, for all layers of a model; `unroll` says that these are written out.
+
+    XLA's CPU compiler would then compute them again at each use, once an element and head: a third of a small model's
+    attention. The operand of a gather it computes beforehand, even of one that takes every row as it is.
+    """
+    found = jnp.cos(angles), jnp.sin(angles)
+    rows = jnp.arange(angles.shape[0])
+    return (found[0][rows], found[1][rows]) if unroll else found
+
+
+def rotate(x: Float[Array, "B T N H"], by: Turns) -> Float[Array, "B T N H"]:
+    """Rotary embedding (Su et al. 2021): pairs (x_i, x_{i+H/2}) turned, in at least float32."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    cos, sin = jnp.cos(angles)[:, :, None].astype(wide), jnp.sin(angles)[:, :, None].astype(wide)
+    cos, sin = (t[:, :, None].astype(wide) for t in by)
     a, b = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pisces_jax.models.attention import BACKENDS, attention, cache_mask
-from pisces_jax.models.layers import Linear, RMSNorm, SwiGLU, logical, rotate, scanned
+from pisces_jax.models.layers import Linear, RMSNorm, SwiGLU, Turns, logical, rotate, scanned, turns
 from pisces_jax.models.sharded import look_up
 from pisces_jax.sharding import constrain
 
@@ -98,15 +98,15 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, cache: Any, angles: Array, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
+    def __call__(self, x: Array, cache: Any, by: Turns, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
             y = Linear((heads, c.head_dim), ("embed",), (axis, "head_dim"), bias=False, dtype=self.dtype, name=name)(x)
             return constrain(y, "batch", "length", axis, None)
 
-        q = rotate(project("query", c.heads, "heads"), angles)
-        k = rotate(project("key", c.kv_heads, "kv_heads"), angles)
+        q = rotate(project("query", c.heads, "heads"), by)
+        k = rotate(project("key", c.kv_heads, "kv_heads"), by)
         v = project("value", c.kv_heads, "kv_heads")
         if cache is None:
             ids = None if segment_ids is None else (segment_ids, segment_ids)
@@ -125,12 +125,12 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, cache: Any, angles: Array, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
+    def __call__(self, x: Array, cache: Any, by: Turns, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
         c = self.config
         x = checkpoint_name(constrain(x, "batch", "stream", "width"), "block_input")
         y = RMSNorm(c.eps, dtype=self.dtype, name="attention_norm")(x)
         y = constrain(y, "batch", "length", "width")
-        y, cache = Attention(c, self.dtype, name="attention")(y, cache, angles, positions, segment_ids)
+        y, cache = Attention(c, self.dtype, name="attention")(y, cache, by, positions, segment_ids)
         x = x + constrain(y, "batch", "stream", "width")
         y = RMSNorm(c.eps, dtype=self.dtype, name="mlp_norm")(x)
         y = constrain(y, "batch", "length", "width")
@@ -175,9 +175,9 @@ class Transformer(nn.Module):
         `segment_ids` (0 is padding) keep packed examples apart. With a cache, `positions` are also the slots, and a
         position sees every slot up to its own.
         """
-        angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(self.config)
+        by = turns(positions[..., None].astype(jnp.float32) * rotary_frequencies(self.config), self.config.unroll)
         x, slots = self.layers(
-            x.astype(self.dtype), None if cache is None else (cache.k, cache.v), angles, positions, segment_ids
+            x.astype(self.dtype), None if cache is None else (cache.k, cache.v), by, positions, segment_ids
         )
         return self.final_norm(x), None if cache is None else Cache(*slots)
 

@@ -33,7 +33,7 @@ class Amount:
 
     per_task: int = 25
     images: int = 2
-    per_kind: int = 40
+    per_kind: int = 200
     held_out: int = 12
     spread: int = 8
     pictures: int = 128

@@ -4,15 +4,18 @@ Two different encoders: SigLIP's form for reading, 36 vectors; EVA-CLIP's for dr
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from pisces_jax.data.shapes import TASKS
 from pisces_jax.training.config import merge, run_config
 
 # No weight decay on norms, biases, gates and embeddings.
 PLAIN = r".*/(scale|bias|gate|log_scale|class_token|[a-z_]*embedding)"
-TABLE = ((PLAIN, 1.0, 0.0), (".*", 1.0, 0.01))
+# What tells shapes apart is learned at a third of the rate at which pictures are learned by heart.
+TABLE = (("understanding_encoder/.*", 0.3, 0.0), (PLAIN, 1.0, 0.0), (".*", 1.0, 0.01))
 FROZEN_GENERATION = (("generation_encoder/.*", 0.0, 0.0), *TABLE)
 # The matrices inside the blocks: Muon learns in fewer steps than AdamW and costs a tenth more time at these sizes.
 MUON = (
@@ -28,7 +31,7 @@ def encoders(size: int) -> dict[str, Any]:
     vit = dict(image_size=size, patch_size=size // 8, mlp_hidden=384, **BLOCK)
     return dict(
         # Reads at half again the size, as SigLIP and CLIP see different sizes: 36 vectors.
-        understanding_encoder=dict(vit, image_size=size * 3 // 2, patch_size=size // 4),
+        understanding_encoder=dict(vit, image_size=size * 3 // 2, patch_size=size // 4, stem=(24, 48)),
         generation_encoder=dict(
             vit, norm="post", final_norm=False, post_scale=0.1, class_token=True, biases="qv", activation="gelu",
             output_dim=96,
@@ -48,6 +51,36 @@ def pixel_decoder(size: int) -> dict[str, Any]:
 FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
 
 
+def shapes_data(
+    size: int, examples: int, read_slots: int = 0, draw_slots: int = 0, most_objects: int = 4, **weights: float
+) -> dict[str, Any]:
+    """The shapes world's tasks by weight, `examples` of each; training and held-out pictures come from other random
+    numbers.
+
+    `most_objects` at the most are in a picture that no question and no prompt asks for; most prompts name one or two.
+    """
+
+    def source(task: str, weight: float, examples: int, split: str) -> dict[str, Any]:
+        return dict(
+            kind="shapes", task=task, weight=weight, num_examples=examples, split=split, size=size,
+            most_objects=most_objects, prompts=0.85,
+        )  # fmt: skip
+
+    return dict(
+        tokenizer_vocabulary=512,
+        tokenizer_sources={task: source(task, 1.0, 2000, "train") for task in TASKS if task != "pair"},
+        train={task: source(task, weight, examples, "train") for task, weight in weights.items()},
+        evaluate={task: source(task, weight, 64, "val") for task, weight in weights.items()},
+        examples_per_epoch=examples,
+        read_slots=read_slots,
+        draw_slots=draw_slots,
+    )
+
+
+def rates(rate: float, warmup: int, final: float = 0.05, average: float = 0.0) -> dict[str, Any]:
+    return dict(learning_rate=rate, warmup_steps=warmup, final_rate=final, average=average)
+
+
 def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **changes: Any) -> ConfigDict:
     """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them."""
     config = run_config(name=name, program=program, batch_size=16, plain_products=True, data=data)
@@ -64,11 +97,13 @@ def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **c
 
 
 def unified_run(
-    name: str, start: str, size: int, data: Mapping[str, Any], decode: bool = False, **changes: Any
-) -> ConfigDict:
+    name: str, start: str, size: int, data: Mapping[str, Any], decode: bool = False,
+    language_model: Mapping[str, Any] = MappingProxyType({}), **changes: Any,
+) -> ConfigDict:  # fmt: skip
     """A unified stage that goes on from run `start` ("": a new language model on the pretrained encoders).
 
-    With `decode` the decoder learns on beside it, from the vectors that the stage predicts.
+    With `decode` the decoder learns on beside it, from the vectors that the stage predicts. `language_model` has the
+    settings of its own that differ from those here.
     """
     config = run_config(name=name, program="unified", decoder="decoder", batch_size=2, plain_products=True)
     merge(config, dict(data=dict(row_length=160, rows=8, read_slots=15, draw_slots=18)))
@@ -76,9 +111,10 @@ def unified_run(
     # A vector's error is about a hundredth of a token's: brought to the same size.
     config.loss.vectors = 200.0
     config.model = ConfigDict(dict(
-        language_model=dict(
-            width=192, layers=4, heads=3, kv_heads=1, head_dim=64, mlp_hidden=256, rotary_base=10_000.0, unroll=True
-        ),
+        language_model={
+            **dict(width=192, layers=4, heads=3, kv_heads=1, head_dim=64, mlp_hidden=256),
+            **dict(rotary_base=10_000.0, unroll=True), **language_model,
+        },
         hidden=dict(projector=256, vector_head=256),
         place_embedding=True, fed_vectors=False,
         **encoders(size),

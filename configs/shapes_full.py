@@ -1,0 +1,51 @@
+"""The shapes world, the full small run: three hours on two CPU cores, or one GPU.
+
+The stages of configs/shapes.py with a language model of 2.8 million parameters in place of 1.1, up to four objects in
+every drawn picture, and more steps. An interrupted run is continued by the same command.
+
+    python -m pisces_jax.demo --config=configs/shapes_full.py --workdir=runs/shapes_full
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pisces_jax.training.small import picture_run, rates, shapes_data, unified_run
+
+SIZE = 32
+EXAMPLES = 100_000  # of each task and stage
+LOG = dict(every=50, evaluate_every=500, evaluate_batches=6, checkpoint_every=500, samples_every=1500)
+LANGUAGE_MODEL = dict(width=256, layers=5, heads=4, mlp_hidden=512)
+
+
+def data(*slots: int, **weights: Any) -> dict[str, Any]:
+    return shapes_data(SIZE, EXAMPLES, *slots, **weights)
+
+
+def get_config(stage: str = "") -> ConfigDict:
+    """One stage, or with no name all of them in order."""
+    pairs = data(pair=1.0)
+    stages = (
+        picture_run("pretrain", "pretrain", SIZE, pairs, steps=1600, optimizer=rates(6e-3, 40), log=LOG),
+        picture_run(
+            "decoder", "decoder", SIZE, pairs, steps=400, loss=dict(feature_noise=0.05),
+            optimizer=rates(3e-3, 20, average=0.99), log=LOG,
+        ),
+        unified_run(
+            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5), steps=200,
+            optimizer=rates(3e-3, 30, 1.0), language_model=LANGUAGE_MODEL, log=LOG,
+        ),
+        unified_run(
+            "stage2", "stage1", SIZE,
+            data(11, 14, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
+            steps=3000, optimizer=rates(3e-3, 0, 0.8), language_model=LANGUAGE_MODEL, log=LOG,
+        ),
+        unified_run(
+            "stage3", "stage2", SIZE,
+            data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
+            steps=5600, decode=True, optimizer=rates(2.4e-3, 0),
+            sampling=dict(describe=True, temperature=0.7), language_model=LANGUAGE_MODEL, log=LOG,
+        ),
+    )  # fmt: skip
+    runs = {config.name: config for config in stages}
+    return runs[stage] if stage else ConfigDict(dict(stages=runs))

@@ -31,8 +31,8 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
         unified_run(
-            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5), steps=150,
-            optimizer=rates(3e-3, 30, 1.0), log=LOG,
+            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
+            steps=150, optimizer=rates(3e-3, 30, 1.0), log=LOG,
         ),
         unified_run(
             "stage2", "stage1", SIZE,

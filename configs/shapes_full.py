@@ -32,8 +32,8 @@ def get_config(stage: str = "") -> ConfigDict:
             optimizer=rates(3e-3, 20, average=0.99), log=LOG,
         ),
         unified_run(
-            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5), steps=200,
-            optimizer=rates(3e-3, 30, 1.0), language_model=LANGUAGE_MODEL, log=LOG,
+            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
+            steps=200, optimizer=rates(3e-3, 30, 1.0), language_model=LANGUAGE_MODEL, log=LOG,
         ),
         unified_run(
             "stage2", "stage1", SIZE,

@@ -1,6 +1,6 @@
 """The shapes world, the full small run: three hours on two CPU cores, or one GPU.
 
-The stages of configs/shapes.py with a language model of 2.8 million parameters in place of 1.1, up to four objects in
+The stages of configs/shapes.py with a language model of 3.1 million parameters in place of 1.2, up to four objects in
 every drawn picture, and more steps. An interrupted run is continued by the same command.
 
     python -m pisces_jax.demo --config=configs/shapes_full.py --workdir=runs/shapes_full

@@ -31,18 +31,18 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
         unified_run(
-            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
+            "stage1", "", SIZE, data(6, 33, most_drawn=1, caption=0.3, draw_caption=0.2, draw_details=1.6),
             steps=150, optimizer=rates(3e-3, 30, 1.0), log=LOG,
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(11, 14, most_objects=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
+            data(11, 14, most_drawn=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
             steps=700, optimizer=rates(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
             data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
-            steps=780, decode=True, optimizer=rates(2.4e-3, 0),
+            steps=800, decode=True, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

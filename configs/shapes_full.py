@@ -1,4 +1,4 @@
-"""The shapes world, the full small run: three hours on two CPU cores, or one GPU.
+"""The shapes world, the full small run: meant for three hours on two CPU cores, or one GPU; not run to its end yet.
 
 The stages of configs/shapes.py with a language model of 3.1 million parameters in place of 1.2, up to four objects in
 every drawn picture, and more steps. An interrupted run is continued by the same command.
@@ -32,7 +32,7 @@ def get_config(stage: str = "") -> ConfigDict:
             optimizer=rates(3e-3, 20, average=0.99), log=LOG,
         ),
         unified_run(
-            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
+            "stage1", "", SIZE, data(6, 33, most_drawn=1, caption=0.3, draw_caption=0.2, draw_details=1.6),
             steps=200, optimizer=rates(3e-3, 30, 1.0), language_model=LANGUAGE_MODEL, log=LOG,
         ),
         unified_run(

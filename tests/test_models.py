@@ -238,30 +238,6 @@ def test_vision_transformer_equals_numpy(config, expected):
     )
 
 
-def test_a_stem_of_convolutions_equals_the_sums(x64):
-    """3×3, stride 2, zeros around; then the patches of what is left, smaller by as much."""
-    config = ViTConfig(image_size=12, patch_size=4, width=8, layers=1, heads=2, mlp_hidden=8, stem=(5, 6))
-    images = rng().integers(0, 256, (2, 12, 12, 3)).astype(np.uint8)
-    model = ViT(config, jnp.float64)
-    params = plain.randomised(make(model, images))
-    _, state = model.apply({"params": params}, images, capture_intermediates=True)
-    x = images / 127.5 - 1
-    for name in ("stem_0", "stem_1"):
-        kernel, bias = params[name]["kernel"], params[name]["bias"]
-        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        side = x.shape[1] // 2
-        sums = np.zeros((2, side, side, kernel.shape[-1]))
-        for i in range(side):
-            for j in range(side):
-                seen = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
-                sums[:, i, j] = np.einsum("bijc,ijcd->bd", seen, kernel) + bias
-        same(state["intermediates"][name]["__call__"][0], sums)
-        x = plain.gelu_tanh(sums)
-    assert params["patch_embedding"]["kernel"].shape == (6, 8)
-    with pytest.raises(ValueError, match="patch_size 4 is no multiple of 8"):
-        dataclasses.replace(config, stem=(5, 6, 7))
-
-
 def test_pixels_beyond_the_last_whole_patch_are_left_out():
     """As SigLIP-so400m-patch14-384 does: 27 x 14 of 384 pixels."""
     model, images = ViT(SIGLIP), rng().integers(0, 256, (1, 12, 12, 3)).astype(np.uint8)

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -37,8 +36,6 @@ class ViTConfig:
             that pooling does not mix up the places, and bounded by tanh: small encoders trained here end so.
         post_scale: what the scales of post-norms start at; small ones let an encoder from scratch learn sooner, since
             its blocks start near the identity.
-        stem: channels of 3×3 convolutions of stride 2 with GELU between the pixels and the patch embedding (Xiao et al.
-            2021, arXiv 2106.14881). Linear patches hardly learn to tell shapes apart in a few hundred steps.
         mean, std: of the pixels, scaled to 0..1.
         attention: a backend of `models/attention.py`.
         remat: a policy of `layers.REMAT_POLICIES`.
@@ -60,7 +57,6 @@ class ViTConfig:
     eps: float = 1e-6
     output_dim: int = 0
     post_scale: float = 1.0
-    stem: tuple[int, ...] = ()
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     attention: str = "auto"
@@ -74,8 +70,6 @@ class ViTConfig:
             raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
         if self.image_size < self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
-        if self.patch_size % 2 ** len(self.stem):
-            raise ValueError(f"patch_size {self.patch_size} is no multiple of {2 ** len(self.stem)} (stem)")
 
     @property
     def vectors(self) -> int:
@@ -136,22 +130,6 @@ class EncoderBlock(nn.Module):
         return x + norm2(mlp(x)), None
 
 
-class Convolution(nn.Module):
-    """3×3, stride 2, edges padded with zeros: half the side, rounded up."""
-
-    channels: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B S S C"]) -> Float[Array, "B H H D"]:
-        shape = (3, 3, x.shape[-1], self.channels)
-        init = logical(lecun(9 * x.shape[-1], 2**0.5), None, None, None, None)
-        kernel = self.param("kernel", init, shape).astype(self.dtype)
-        bias = self.param("bias", logical(nn.initializers.zeros, None), (self.channels,)).astype(self.dtype)
-        layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout) + bias
-
-
 class ViT(nn.Module):
     """Pictures to patch vectors in raster order; the class token, where there is one, is dropped at the end."""
 
@@ -163,10 +141,7 @@ class ViT(nn.Module):
         """uint8 pictures of `image_size` to vectors of `output_width`."""
         c = self.config
         seen = c.image_size // c.patch_size * c.patch_size
-        x = normalize_picture(images[:, :seen, :seen], c.mean, c.std, self.dtype)
-        for i, channels in enumerate(c.stem):
-            x = jax.nn.gelu(Convolution(channels, self.dtype, name=f"stem_{i}")(x))
-        x = patchify(x, c.patch_size // 2 ** len(c.stem))
+        x = patchify(normalize_picture(images[:, :seen, :seen], c.mean, c.std, self.dtype), c.patch_size)
         x = Linear(
             (c.width,), ("patch",), ("embed",), bias=c.patch_bias, dtype=self.dtype, name="patch_embedding"
         )(x)  # fmt: skip

@@ -16,8 +16,6 @@ from pisces_jax.training.config import merge, run_config
 PLAIN = r".*/(scale|bias|gate|log_scale|class_token|[a-z_]*embedding)"
 TABLE = ((PLAIN, 1.0, 0.0), (".*", 1.0, 0.01))
 FROZEN_GENERATION = (("generation_encoder/.*", 0.0, 0.0), *TABLE)
-# To tell shapes apart is learned at a third of the rate at which pictures are learned by heart.
-SLOW_READING = ("understanding_encoder/.*", 0.3, 0.0)
 # The matrices inside the blocks: Muon learns in fewer steps than AdamW and costs a tenth more time at these sizes.
 MUON = (
     (r"(?!decoder/).*/attention/(query|key|value)/kernel", 1, 2),
@@ -32,7 +30,7 @@ def encoders(size: int) -> dict[str, Any]:
     vit = dict(image_size=size, patch_size=size // 8, mlp_hidden=384, **BLOCK)
     return dict(
         # Reads at half again the size, as SigLIP and CLIP see different sizes: 36 vectors.
-        understanding_encoder=dict(vit, image_size=size * 3 // 2, patch_size=size // 4, stem=(24, 48)),
+        understanding_encoder=dict(vit, image_size=size * 3 // 2, patch_size=size // 4),
         generation_encoder=dict(
             vit, norm="post", final_norm=False, post_scale=0.1, class_token=True, biases="qv", activation="gelu",
             output_dim=96,
@@ -53,19 +51,17 @@ FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
 
 
 def shapes_data(
-    size: int, examples: int, read_slots: int = 0, draw_slots: int = 0, most_objects: int = 4, **weights: float
+    size: int, examples: int, read_slots: int = 0, draw_slots: int = 0, most_drawn: int = 4, **weights: float
 ) -> dict[str, Any]:
     """The shapes world's tasks by weight, `examples` of each; training and held-out pictures come from other random
     numbers.
 
-    `most_objects` at the most are in a picture that no question and no prompt asks for; most prompts name one or two.
+    `most_drawn` objects at the most are in a picture to draw that no prompt asks for; most prompts name one or two.
     """
 
     def source(task: str, weight: float, examples: int, split: str) -> dict[str, Any]:
-        return dict(
-            kind="shapes", task=task, weight=weight, num_examples=examples, split=split, size=size,
-            most_objects=most_objects, prompts=0.85,
-        )  # fmt: skip
+        drawn = dict(most_objects=most_drawn, prompts=0.85) if task.startswith("draw") else {}
+        return dict(kind="shapes", task=task, weight=weight, num_examples=examples, split=split, size=size, **drawn)
 
     return dict(
         tokenizer_vocabulary=512,
@@ -88,7 +84,7 @@ def picture_run(name: str, program: str, size: int, data: Mapping[str, Any], **c
     config.model = ConfigDict(dict(decoder=pixel_decoder(size), **encoders(size)))
     if program == "pretrain":
         config.model.text_tower = ConfigDict(dict(BLOCK, layers=2, mlp_hidden=384))
-        config.optimizer.table = (SLOW_READING, *TABLE)
+        config.optimizer.table = TABLE
     else:
         config.parts = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
         config.optimizer.table = FROZEN_GENERATION
@@ -124,7 +120,7 @@ def unified_run(
     if start:
         trained = ("language_model", "understanding_projector", "generation_projector", "vector_head")
         config.parts.update(dict.fromkeys((*trained, "understanding_encoder"), start))
-    config.optimizer.table = (SLOW_READING, *FROZEN_GENERATION)
+    config.optimizer.table = FROZEN_GENERATION
     config.optimizer.muon = MUON
     if decode:
         config.model.decoder = ConfigDict(pixel_decoder(size))

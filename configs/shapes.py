@@ -13,6 +13,7 @@ from pisces_jax.training.small import picture_run, rates, shapes_data, unified_r
 
 SIZE = 32
 EXAMPLES = 16_000  # of each task and stage: about as many as a stage sees of its commonest
+CONTRAST = dict(contrast="softmax", same_text=True)
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
 
@@ -22,27 +23,34 @@ def data(*slots: int, **weights: Any) -> dict[str, Any]:
 
 def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
-    pairs = data(pair=1.0)
     stages = (
-        picture_run("pretrain", "pretrain", SIZE, pairs, steps=600, optimizer=rates(6e-3, 40), log=LOG),
+        # What sets shapes apart, by their names alone: where colours tell pictures apart, no shape is learned.
         picture_run(
-            "decoder", "decoder", SIZE, pairs, steps=200, loss=dict(feature_noise=0.05),
+            "names", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=200, batch_size=32, sharp=True,
+            loss=CONTRAST, optimizer=rates(5e-3, 30, 1.0), log=LOG,
+        ),
+        picture_run(
+            "pretrain", "pretrain", SIZE, data(most_objects=2, pair=1.0, pair_shapes=0.3), steps=400, sharp=True,
+            start="names", loss=CONTRAST, optimizer=rates(5e-3, 0), log=LOG,
+        ),
+        picture_run(
+            "decoder", "decoder", SIZE, data(pair=1.0), steps=200, sharp=True, loss=dict(feature_noise=0.05),
             optimizer=rates(3e-3, 20, average=0.99), log=LOG,
         ),
         # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
         unified_run(
-            "stage1", "", SIZE, data(6, 33, most_drawn=1, caption=0.3, draw_caption=0.2, draw_details=1.6),
-            steps=150, optimizer=rates(3e-3, 30, 1.0), log=LOG,
+            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
+            steps=150, sharp=True, optimizer=rates(3e-3, 30, 1.0), log=LOG,
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(11, 14, most_drawn=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
-            steps=700, optimizer=rates(3e-3, 0, 0.8), log=LOG,
+            data(11, 14, most_objects=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
+            steps=700, sharp=True, optimizer=rates(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
             data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
-            steps=800, decode=True, optimizer=rates(2.4e-3, 0),
+            steps=750, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

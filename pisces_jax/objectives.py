@@ -70,3 +70,28 @@ def sigmoid_contrastive(
     logits = jnp.exp(log_scale) * jnp.einsum("BE,ZE->BZ", pictures, texts) + bias
     signs = jnp.where(same, 1.0, -1.0)
     return -jnp.sum(jnp.where(valid[:, None] & valid[None], jax.nn.log_sigmoid(signs * logits), 0.0), axis=-1)
+
+
+def softmax_contrastive(
+    pictures: Float[Array, "B E"],
+    texts: Float[Array, "B E"],
+    log_scale: Float[Array, ""],
+    valid: Bool[Array, "B"],
+    same: Bool[Array, "B B"],
+) -> Float[Array, "B"]:
+    """CLIP's loss (Radford et al. 2021), a pair: the mean of both cross-entropies, of text j given picture i and of
+    picture j given text i.
+
+    Where several pictures of the batch have the `same` text, each is as right as the other (UniCL, as in
+    `sigmoid_contrastive`). Pairs that are not `valid` take no part; for them 0.
+    """
+    logits = jnp.exp(log_scale) * jnp.einsum("BE,ZE->BZ", pictures, texts)
+    both = valid[:, None] & valid[None]
+    right = (same & both).astype(logits.dtype)
+    right = right / jnp.maximum(right.sum(axis=1, keepdims=True), 1)  # `same` is symmetric
+
+    def cross_entropy(logits: Array) -> Array:
+        shares = jax.nn.log_softmax(jnp.where(both, logits, jnp.finfo(logits.dtype).min), axis=1)
+        return -jnp.sum(right * shares, axis=1)
+
+    return (cross_entropy(logits) + cross_entropy(logits.T)) / 2

@@ -172,6 +172,29 @@ def test_sigmoid_contrastive_equals_the_double_loop():
     assert (np.abs(np.asarray(everyone) - expected) > 1e-2).all()
 
 
+def test_softmax_contrastive_equals_the_double_loop():
+    rng = np.random.default_rng(0)
+    B, E, log_scale = 6, 4, 0.7
+    pictures, texts = rng.standard_normal((B, E)), rng.standard_normal((B, E))
+    valid = np.array([1, 1, 0, 1, 0, 1], bool)
+    names = ["cat", "dog", "cat", "cat", "ship", "truck"]
+    same = np.array([[a == b for b in names] for a in names])
+    expected = np.zeros(B)
+    taking_part = np.flatnonzero(valid)
+    for i in taking_part:
+        right = [j for j in taking_part if names[i] == names[j]]
+        for one, others in ((pictures[i], texts), (texts[i], pictures)):
+            weight = {j: math.exp(math.exp(log_scale) * float(one @ others[j])) for j in taking_part}
+            for j in right:
+                expected[i] -= math.log(weight[j] / sum(weight.values())) / len(right) / 2
+    arguments = [jnp.asarray(a) for a in (pictures, texts, log_scale)]
+    got = objectives.softmax_contrastive(*arguments, jnp.asarray(valid), jnp.asarray(same))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    pictures[2], texts[4] = 1e3, -1e3
+    changed = jnp.asarray(pictures), jnp.asarray(texts), arguments[2]
+    np.testing.assert_array_equal(objectives.softmax_contrastive(*changed, jnp.asarray(valid), jnp.asarray(same)), got)
+
+
 def test_masked_averages_are_normalised_over_everything():
     values, mask = np.arange(12.0), np.array([1] * 5 + [0] * 3 + [1] + [0] * 3, bool)
     parts = [{"loss": objectives.masked_average(*map(jnp.asarray, half))} for half in

@@ -83,6 +83,7 @@ TASKS = (
     "draw_prompt",
     "draw_described",
     "pair",
+    "pair_shapes",
 )
 
 
@@ -159,6 +160,8 @@ class ShapesSource:
             return Text(draw_instruction(short_caption(scene, rng))), self._picture(scene, "draw")
         if self.task == "draw_details":
             return Text(draw_instruction(detailed_caption(scene))), self._picture(scene, "draw")
+        if self.task == "pair_shapes":
+            return self._picture(scene, "read"), Text(short_caption(scene, rng, colors=False))
         detailed = rng.random() < 0.5  # "pair"
         return self._picture(scene, "read"), Text(detailed_caption(scene) if detailed else short_caption(scene, rng))
 
@@ -168,7 +171,7 @@ class ShapesSource:
 
 def corpus(n: int, seed: int = 0) -> Iterator[str]:
     """`n` texts as training sees them, all tasks in turn, to train a small tokenizer on."""
-    sources = [ShapesSource(task, "train", n, f"corpus-{seed}") for task in TASKS if task != "pair"]
+    sources = [ShapesSource(task, "train", n, f"corpus-{seed}") for task in TASKS if not task.startswith("pair")]
     made = 0
     for index in range(n):
         for part in sources[index % len(sources)][index].parts:

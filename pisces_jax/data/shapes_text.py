@@ -74,16 +74,14 @@ def detailed_caption(scene: Scene) -> str:
     )
 
 
-def short_caption(scene: Scene, rng: random.Random) -> str:
-    """Like "a red circle and two blue squares": counts of colour and shape, in an order by chance."""
-    groups = list(Counter((o.color, o.shape) for o in scene.objects).items())
+def short_caption(scene: Scene, rng: random.Random, colors: bool = True) -> str:
+    """Like "a red circle and two blue squares": counts of colour and shape, in an order by chance.
+
+    Without `colors` like "a circle and two squares".
+    """
+    groups = list(Counter(f"{o.color} {o.shape}" if colors else o.shape for o in scene.objects).items())
     rng.shuffle(groups)
-    return join(
-        [
-            with_article(f"{color} {shape}") if count == 1 else f"{NUMBERS[count]} {color} {plural(shape)}"
-            for (color, shape), count in groups
-        ]
-    )
+    return join([with_article(name) if count == 1 else f"{NUMBERS[count]} {plural(name)}" for name, count in groups])
 
 
 def plural(shape: str) -> str:

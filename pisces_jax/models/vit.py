@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -13,6 +14,7 @@ from pisces_jax.models.layers import (
     MLP,
     LayerNorm,
     Linear,
+    grid_centres,
     lecun,
     logical,
     normalize_picture,
@@ -36,6 +38,10 @@ class ViTConfig:
             that pooling does not mix up the places, and bounded by tanh: small encoders trained here end so.
         post_scale: what the scales of post-norms start at; small ones let an encoder from scratch learn sooner, since
             its blocks start near the identity.
+        stem: channels of convolutions between the pixels and the patch embedding (Xiao et al. 2021, arXiv 2106.14881):
+            each 3×3 with stride 2, a norm over the picture and GELU. In the few hundred steps of a small run linear
+            patches hardly learn to tell shapes apart (docs/small_runs.md).
+        positions: what the position embedding starts at: "normal", small random numbers, or "sines" of rows and columns.
         mean, std: of the pixels, scaled to 0..1.
         attention: a backend of `models/attention.py`.
         remat: a policy of `layers.REMAT_POLICIES`.
@@ -57,6 +63,8 @@ class ViTConfig:
     eps: float = 1e-6
     output_dim: int = 0
     post_scale: float = 1.0
+    stem: tuple[int, ...] = ()
+    positions: str = "normal"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     attention: str = "auto"
@@ -70,6 +78,12 @@ class ViTConfig:
             raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
         if self.image_size < self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        if self.patch_size % 2 ** len(self.stem):
+            raise ValueError(f"patch_size {self.patch_size} is no multiple of {2 ** len(self.stem)} (stem)")
+        if self.positions not in ("normal", "sines"):
+            raise ValueError(f"positions {self.positions!r} is neither 'normal' nor 'sines'")
+        if self.positions == "sines" and (self.class_token or self.width % 4):
+            raise ValueError("positions 'sines' are of patches alone, and of a width that four divides")
 
     @property
     def vectors(self) -> int:
@@ -130,6 +144,39 @@ class EncoderBlock(nn.Module):
         return x + norm2(mlp(x)), None
 
 
+class Convolution(nn.Module):
+    """3×3 with stride 2, edges padded with zeros: half the side, rounded up; then a norm over the picture and GELU."""
+
+    channels: int
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S S C"]) -> Float[Array, "B H H D"]:
+        init = logical(lecun(9 * x.shape[-1]), None, None, None, None)
+        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.channels)).astype(self.dtype)
+        layout = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
+        scale, bias = (
+            self.param(name, logical(start, None), (self.channels,)).astype(self.dtype)
+            for name, start in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
+        )
+        wide = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        each = (1, 2, 3)
+        wide = (wide - wide.mean(each, keepdims=True)) * jax.lax.rsqrt(wide.var(each, keepdims=True) + self.eps)
+        return jax.nn.gelu(wide.astype(self.dtype) * scale + bias)
+
+
+def sines(side: int, width: int) -> Float[Array, "N D"]:
+    """Sines and cosines, 0.3 large, of a grid's rows, then of its columns, in raster order (Vaswani et al. 2017).
+
+    Wavelengths run from about three patches to three hundred.
+    """
+    frequencies = 2.0 * 100.0 ** (-jnp.arange(width // 4) / (width // 4))
+    angles = [place[:, None] * frequencies for place in grid_centres(side)]
+    return 0.3 * jnp.concatenate([f(a) for a in angles for f in (jnp.sin, jnp.cos)], axis=-1)
+
+
 class ViT(nn.Module):
     """Pictures to patch vectors in raster order; the class token, where there is one, is dropped at the end."""
 
@@ -141,14 +188,23 @@ class ViT(nn.Module):
         """uint8 pictures of `image_size` to vectors of `output_width`."""
         c = self.config
         seen = c.image_size // c.patch_size * c.patch_size
-        x = patchify(normalize_picture(images[:, :seen, :seen], c.mean, c.std, self.dtype), c.patch_size)
+        x = normalize_picture(images[:, :seen, :seen], c.mean, c.std, self.dtype)
+        for i, channels in enumerate(c.stem):
+            x = Convolution(channels, c.eps, self.dtype, name=f"stem_{i}")(x)
+        x = patchify(x, c.patch_size // 2 ** len(c.stem))
         x = Linear(
             (c.width,), ("patch",), ("embed",), bias=c.patch_bias, dtype=self.dtype, name="patch_embedding"
         )(x)  # fmt: skip
         if c.class_token:
             token = self.param("class_token", logical(nn.initializers.normal(0.02), "embed"), (c.width,))
             x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, c.width)), x], axis=1)
-        init = logical(nn.initializers.normal(0.02), "position", "embed")
+        start = nn.initializers.normal(0.02)
+        if c.positions == "sines":
+
+            def start(key: Any, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+                return sines(round(shape[0] ** 0.5), shape[1]).astype(dtype)
+
+        init = logical(start, "position", "embed")
         x = x + self.param("position_embedding", init, (x.shape[1], c.width)).astype(x.dtype)
         if c.embedding_norm:
             x = LayerNorm(c.eps, dtype=self.dtype, name="embedding_norm")(x)

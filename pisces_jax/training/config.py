@@ -79,6 +79,8 @@ def run_config(**changes: Any) -> ConfigDict:
                 text=1.0,
                 vectors=1.0,
                 contrastive=1.0,
+                # "sigmoid" is SigLIP's loss; "softmax" is CLIP's, by which small batches learn finer things.
+                contrast="sigmoid",
                 # Pictures of the same text are right pairs too: for class labels and other names that repeat.
                 same_text=False,
                 reconstruction=1.0,

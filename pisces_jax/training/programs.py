@@ -162,8 +162,8 @@ class DecoderProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainProgram:
-    """Encoders from scratch: sigmoid contrastive between picture and caption for both encoders, one text tower; for
-    the generation encoder reconstruction through the decoder in the same run, as its model was trained both ways.
+    """Encoders from scratch: contrastive (`contrast`: "sigmoid" or "softmax") between picture and caption for both
+    encoders, one text tower; for the generation encoder reconstruction through the decoder in the same run, as its model was trained both ways.
     """
 
     reconstruction: Reconstruction
@@ -172,6 +172,7 @@ class PretrainProgram:
     heads: Mapping[str, ContrastiveHead]
     weights: Mapping[str, float]
     same_text: bool = False
+    contrast: str = "sigmoid"
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key, 6)
@@ -192,9 +193,10 @@ class PretrainProgram:
             name: head.init(k, jnp.zeros((1, widths[name])))["params"]
             for k, (name, head) in zip(keys[3:], self.heads.items(), strict=True)
         }
-        # SigLIP's starting point: scale 10, bias -10.
+        # SigLIP's starting point: scale 10, bias -10; CLIP starts at 14, without a bias.
         params["contrastive"]["log_scale"] = jnp.full(2, jnp.log(10.0))
-        params["contrastive"]["bias"] = jnp.full(2, -10.0)
+        if self.contrast == "sigmoid":
+            params["contrastive"]["bias"] = jnp.full(2, -10.0)
         return params
 
     def counts(self, batch: Batch) -> dict[str, Array]:
@@ -220,8 +222,11 @@ class PretrainProgram:
         losses, reported = {}, {}
         for i, (name, vectors) in enumerate((("understanding", read), ("generation", drawn))):
             pictures = embed(name, vectors.astype(jnp.float32).mean(axis=1))
-            scale, bias = heads["log_scale"][i], heads["bias"][i]
-            error = objectives.sigmoid_contrastive(pictures, text, scale, bias, every, same)
+            scale = heads["log_scale"][i]
+            if self.contrast == "sigmoid":
+                error = objectives.sigmoid_contrastive(pictures, text, scale, heads["bias"][i], every, same)
+            else:
+                error = objectives.softmax_contrastive(pictures, text, scale, every, same)
             losses[f"contrastive_{name}"] = objectives.masked_average(error, every)
             nearest = jnp.argmax(pictures @ text.T, axis=1)
             matched = jnp.take_along_axis(same, nearest[:, None], axis=1)[:, 0]
@@ -376,6 +381,8 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
         raise UserError(
             "optimizer.accumulate must be 1 in program pretrain: its contrastive loss compares the whole batch"
         )
+    if config.loss.contrast not in ("sigmoid", "softmax"):
+        raise UserError(f"config key loss.contrast: {config.loss.contrast!r} is neither 'sigmoid' nor 'softmax'")
     tower: TextTowerConfig = settings.text_tower_config(config, vocab_size)
     head = ContrastiveHead(tower.width, dtype)
     weights = {
@@ -385,7 +392,9 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
     }
     heads = {"text": head, "understanding": head, "generation": head}
     reader = ViT(settings.vit_config(config, "understanding_encoder"), dtype)
-    return PretrainProgram(reconstruction, reader, TextTower(tower, dtype), heads, weights, config.loss.same_text)
+    return PretrainProgram(
+        reconstruction, reader, TextTower(tower, dtype), heads, weights, config.loss.same_text, config.loss.contrast
+    )
 
 
 def _reconstruction(config: ConfigDict, dtype: Any) -> Reconstruction:

@@ -96,7 +96,8 @@ def picture_run(
         config.model.text_tower = ConfigDict(dict(BLOCK, layers=2, mlp_hidden=384))
         config.optimizer.table = (SLOW, *TABLE) if sharp else TABLE
         if start:
-            config.parts = ConfigDict(dict.fromkeys((*config.model, "contrastive"), start))
+            parts = ("understanding_encoder", "generation_encoder", "decoder", "text_tower", "contrastive")
+            config.parts = ConfigDict(dict.fromkeys(parts, start))
     else:
         config.parts = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
         config.optimizer.table = FROZEN_GENERATION

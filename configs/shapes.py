@@ -13,7 +13,6 @@ from pisces_jax.training.small import picture_run, rates, shapes_data, unified_r
 
 SIZE = 32
 EXAMPLES = 16_000  # of each task and stage: about as many as a stage sees of its commonest
-CONTRAST = dict(contrast="softmax", same_text=True)
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
 
@@ -26,12 +25,8 @@ def get_config(stage: str = "") -> ConfigDict:
     stages = (
         # What sets shapes apart, by their names alone: where colours tell pictures apart, no shape is learned.
         picture_run(
-            "names", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=200, batch_size=32, sharp=True,
-            loss=CONTRAST, optimizer=rates(5e-3, 30, 1.0), log=LOG,
-        ),
-        picture_run(
-            "pretrain", "pretrain", SIZE, data(most_objects=2, pair=1.0, pair_shapes=0.3), steps=400, sharp=True,
-            start="names", loss=CONTRAST, optimizer=rates(5e-3, 0), log=LOG,
+            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=400, batch_size=32, sharp=True,
+            loss=dict(contrast="softmax", same_text=True), optimizer=rates(5e-3, 30), log=LOG,
         ),
         picture_run(
             "decoder", "decoder", SIZE, data(pair=1.0), steps=200, sharp=True, loss=dict(feature_noise=0.05),

@@ -24,26 +24,29 @@ def data(*slots: int, **weights: Any) -> dict[str, Any]:
 
 def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
-    pairs = data(pair=1.0)
     stages = (
-        picture_run("pretrain", "pretrain", SIZE, pairs, steps=1600, optimizer=rates(6e-3, 40), log=LOG),
+        # By the names of shapes alone, as in configs/shapes.py.
         picture_run(
-            "decoder", "decoder", SIZE, pairs, steps=400, loss=dict(feature_noise=0.05),
+            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=1200, batch_size=32, sharp=True,
+            loss=dict(contrast="softmax", same_text=True), optimizer=rates(5e-3, 30), log=LOG,
+        ),
+        picture_run(
+            "decoder", "decoder", SIZE, data(pair=1.0), steps=600, sharp=True, loss=dict(feature_noise=0.05),
             optimizer=rates(3e-3, 20, average=0.99), log=LOG,
         ),
         unified_run(
-            "stage1", "", SIZE, data(6, 33, most_drawn=1, caption=0.3, draw_caption=0.2, draw_details=1.6),
-            steps=200, optimizer=rates(3e-3, 30, 1.0), language_model=LANGUAGE_MODEL, log=LOG,
+            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
+            steps=200, sharp=True, optimizer=rates(3e-3, 30, 1.0), language_model=LANGUAGE_MODEL, log=LOG,
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(11, 14, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
-            steps=3000, optimizer=rates(3e-3, 0, 0.8), language_model=LANGUAGE_MODEL, log=LOG,
+            data(11, 14, most_objects=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
+            steps=3000, sharp=True, optimizer=rates(3e-3, 0, 0.8), language_model=LANGUAGE_MODEL, log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
             data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
-            steps=5600, decode=True, optimizer=rates(2.4e-3, 0),
+            steps=5400, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), language_model=LANGUAGE_MODEL, log=LOG,
         ),
     )  # fmt: skip

@@ -146,8 +146,12 @@ def patches(images, size):
 
 
 def vit(p, images, *, patch, norm, activation, eps=1e-6, mean=0.5, std=0.5):
-    """uint8 pictures to vectors, with whatever of class token, final norm and output projection `p` has."""
-    x = patches((images / 255.0 - mean) / std, patch)
+    """uint8 pictures to vectors, with whatever of stem, class token, final norm and output projection `p` has."""
+    x = (images / 255.0 - mean) / std
+    stem = sum(name.startswith("stem_") for name in p)
+    for i in range(stem):
+        x = gelu_tanh(convolution(x, p[f"stem_{i}"], eps))
+    x = patches(x, patch // 2**stem)
     x = x @ p["patch_embedding"]["kernel"] + p["patch_embedding"]["bias"]
     if "class_token" in p:
         x = np.concatenate([np.tile(p["class_token"], (len(x), 1, 1)), x], axis=1)
@@ -167,6 +171,19 @@ def vit(p, images, *, patch, norm, activation, eps=1e-6, mean=0.5, std=0.5):
     if "output" in p:
         x = np.tanh(np.stack([x[:, n] @ p["output"][n] for n in range(x.shape[1])], axis=1))
     return x
+
+
+def convolution(x, p, eps):
+    """3×3 with stride 2 and zeros around, then a norm over each whole picture."""
+    B, S, _, _ = x.shape
+    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = np.zeros((B, (S + 1) // 2, (S + 1) // 2, p["kernel"].shape[-1]))
+    for i in range(y.shape[1]):
+        for j in range(y.shape[2]):
+            y[:, i, j] = np.einsum("bijc,ijcd->bd", x[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3], p["kernel"])
+    for one in y:
+        one[:] = (one - one.mean()) / np.sqrt(one.var() + eps)
+    return y * p["scale"] + p["bias"]
 
 
 def pool(x, stride):

@@ -1,6 +1,7 @@
 """The models against the same mathematics in numpy and float64 (`plain.py`), and against other implementations."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -222,8 +223,10 @@ def test_a_long_prompt_shows_the_rotary_embedding(x64):
         (SIGLIP, dict(norm="pre", activation=plain.gelu_tanh)),
         (EVA, dict(norm="post", activation=plain.gelu)),
         (dataclasses.replace(EVA, output_dim=5, final_norm=True), dict(norm="post", activation=plain.gelu)),
+        (dataclasses.replace(SIGLIP, stem=(5, 6), positions="sines"), dict(norm="pre", activation=plain.gelu_tanh)),
+        (dataclasses.replace(SIGLIP, stem=(5,)), dict(norm="pre", activation=plain.gelu_tanh)),
     ],
-    ids=["siglip", "eva", "ours"],
+    ids=["siglip", "eva", "ours", "stem", "a shorter one"],
 )
 def test_vision_transformer_equals_numpy(config, expected):
     model = ViT(config)
@@ -236,6 +239,34 @@ def test_vision_transformer_equals_numpy(config, expected):
     assert [name for name in ("query", "key", "value", "out") if "bias" in attention[name]] == (
         ["query", "key", "value", "out"] if config.biases == "qkv" else ["query", "value", "out"]
     )
+
+
+def test_positions_that_start_as_sines():
+    """Rows in the first half, columns in the second; neighbours 2 radians apart in the fastest pair."""
+    config = dataclasses.replace(SIGLIP, image_size=12, patch_size=4, width=24, positions="sines")
+    start = nn.unbox(jax.jit(ViT(config).init)(jax.random.key(0), jnp.zeros((1, 12, 12, 3), jnp.uint8)))["params"]
+    expected = np.zeros((9, 24))
+    for n in range(9):
+        for k in range(6):
+            for axis, place in enumerate((n // 3 + 0.5, n % 3 + 0.5)):
+                angle = 2 * place * 100 ** (-k / 6)
+                expected[n, 12 * axis + k] = 0.3 * math.sin(angle)
+                expected[n, 12 * axis + 6 + k] = 0.3 * math.cos(angle)
+    np.testing.assert_allclose(start["position_embedding"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(stem=(5, 6, 7)), "patch_size 4 is no multiple of 8"),
+        (dict(positions="cosines"), "neither 'normal' nor 'sines'"),
+        (dict(positions="sines", class_token=True), "of patches alone"),
+        (dict(positions="sines", width=26), "four divides"),
+    ],
+)
+def test_settings_of_the_vision_transformer_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SIGLIP, **changes)
 
 
 def test_pixels_beyond_the_last_whole_patch_are_left_out():

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from pisces_jax import xla_flags
 from pisces_jax.cli import load_stages
 from pisces_jax.errors import UserError
+from pisces_jax.models.vit import ViTConfig
 from pisces_jax.planning import hlo, memory, report, roofline, search, slices
 from pisces_jax.planning.batch import batch_shapes
 from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan, memory_asked_for
@@ -220,6 +221,14 @@ def test_parts_of_the_flops_sum_to_the_step():
     weights = c.layers * (c.width * c.head_dim * 2 * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_hidden)
     products = 2 * 32 * (weights + c.width * c.vocab_size) + 2 * 32**2 * c.heads * c.head_dim * c.layers
     assert parts["language_model"] == pytest.approx(3 * 16 * products)
+
+
+def test_flops_of_a_stem_of_convolutions():
+    """Pixels halved twice: 9 products of 3 × 8 channels for each of 8 × 8, of 8 × 16 for each of 4 × 4."""
+    plain = ViTConfig(image_size=16, patch_size=4, width=8, layers=1, heads=1, mlp_hidden=8)
+    stem = dataclasses.replace(plain, stem=(8, 16))
+    patches = 2 * 16 * 8 * (16 - 3 * 16)  # a patch is 16 channels of one pixel in place of 3 of 16
+    assert flops.vit(stem) - flops.vit(plain) == 2 * 9 * (3 * 8 * 64 + 8 * 16 * 16) + patches
 
 
 def test_memory_by_formula():

@@ -167,6 +167,10 @@ def test_short_caption_is_true():
         caption = shapes.short_caption(scene, random.Random(i))
         assert read_groups(caption) == collections.Counter((o.color, o.shape) for o in scene.objects)
         orders.add(caption.split()[1] < caption.split()[-2])
+        bare = shapes.short_caption(scene, random.Random(i), colors=False).replace(" and ", ", ").split(", ")
+        said = collections.Counter(o.shape for o in scene.objects).items()
+        number, plural = ("", "a", "two", "three", "four"), {"cross": "crosses"}
+        assert sorted(bare) == sorted(f"{number[n]} {s if n == 1 else plural.get(s, s + 's')}" for s, n in said)
     assert orders == {True, False}
 
 
@@ -399,7 +403,7 @@ def test_parts_of_each_task():
     assert parts("draw_caption") == parts("draw_details") == parts("draw_prompt") == ["text", "draw"]
     assert set(zip(*[iter(parts("conversation")[1:])] * 2, strict=True)) == {("text", "learn")}
     assert parts("draw_described") == ["text", "learn", "draw"]
-    assert parts("pair") == ["read", "text"]
+    assert parts("pair") == parts("pair_shapes") == ["read", "text"]
     assert texts(shapes.ShapesSource("describe")[0])[0] == "describe:"
     assert texts(shapes.ShapesSource("draw_details")[0])[0].startswith("draw: a")
 

@@ -41,7 +41,7 @@ class ViTConfig:
         stem: channels of convolutions between the pixels and the patch embedding (Xiao et al. 2021, arXiv 2106.14881):
             each 3×3 with stride 2, a norm over the picture and GELU. In the few hundred steps of a small run linear
             patches hardly learn to tell shapes apart (docs/small_runs.md).
-        positions: what the position embedding starts at: "normal", small random numbers, or "sines" of rows and columns.
+        positions: what the position embedding starts at: "normal", small random numbers, or "sines" of row and column.
         mean, std: of the pixels, scaled to 0..1.
         attention: a backend of `models/attention.py`.
         remat: a policy of `layers.REMAT_POLICIES`.
@@ -198,12 +198,9 @@ class ViT(nn.Module):
         if c.class_token:
             token = self.param("class_token", logical(nn.initializers.normal(0.02), "embed"), (c.width,))
             x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, c.width)), x], axis=1)
-        start = nn.initializers.normal(0.02)
+        start: Any = nn.initializers.normal(0.02)
         if c.positions == "sines":
-
-            def start(key: Any, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
-                return sines(round(shape[0] ** 0.5), shape[1]).astype(dtype)
-
+            start = lambda key, shape, dtype=jnp.float32: sines(round(shape[0] ** 0.5), shape[1]).astype(dtype)  # noqa: E731
         init = logical(start, "position", "embed")
         x = x + self.param("position_embedding", init, (x.shape[1], c.width)).astype(x.dtype)
         if c.embedding_norm:

@@ -5,6 +5,7 @@ Elementwise work, norms and softmax are left out. A trained part counts three ti
 with respect to inputs and to weights), a frozen part once.
 """
 
+import itertools
 import time
 from collections.abc import Mapping
 
@@ -46,8 +47,11 @@ def _encoder(width: int, mlp: int, layers: int, positions: int) -> float:
 def vit(c: ViTConfig) -> float:
     """One picture, forward."""
     positions = c.vectors + c.class_token
-    ends = 2.0 * c.vectors * (3 * c.patch_size**2 * c.width + c.width * c.output_dim)
-    return _encoder(c.width, c.mlp_hidden, c.layers, positions) + ends
+    channels = (3, *c.stem)
+    stem = sum(18.0 * a * b * (c.image_size / 2**i) ** 2 for i, (a, b) in enumerate(itertools.pairwise(channels), 1))
+    patch = channels[-1] * (c.patch_size // 2 ** len(c.stem)) ** 2
+    ends = 2.0 * c.vectors * (patch * c.width + c.width * c.output_dim)
+    return stem + _encoder(c.width, c.mlp_hidden, c.layers, positions) + ends
 
 
 def text_tower(c: TextTowerConfig) -> float:

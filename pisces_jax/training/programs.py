@@ -163,7 +163,8 @@ class DecoderProgram:
 @dataclasses.dataclass(frozen=True)
 class PretrainProgram:
     """Encoders from scratch: contrastive (`contrast`: "sigmoid" or "softmax") between picture and caption for both
-    encoders, one text tower; for the generation encoder reconstruction through the decoder in the same run, as its model was trained both ways.
+    encoders, one text tower; for the generation encoder reconstruction through the decoder in the same run, as its
+    model was trained both ways.
     """
 
     reconstruction: Reconstruction

@@ -16,7 +16,7 @@ from pisces_jax.training.config import merge, run_config
 PLAIN = r".*/(scale|bias|gate|log_scale|class_token|[a-z_]*embedding)"
 TABLE = ((PLAIN, 1.0, 0.0), (".*", 1.0, 0.01))
 FROZEN_GENERATION = (("generation_encoder/.*", 0.0, 0.0), *TABLE)
-# An understanding encoder that learns to tell shapes apart, at a third of the rate at which pictures are learned by heart.
+# An understanding encoder that learns to tell shapes apart, at a third of the rate of the others.
 SHARP = dict(stem=(24, 48, 96), positions="sines")
 SLOW = (r"(understanding_encoder|text_tower|contrastive)/.*", 0.3, 0.0)
 # The matrices inside the blocks: Muon learns in fewer steps than AdamW and costs a tenth more time at these sizes.

@@ -340,7 +340,7 @@ def family_of(config: Any) -> str:
 
 _FREE_VIT = (
     "image_size", "patch_size", "width", "layers", "heads", "mlp_hidden", "activation", "eps", "mean", "std",
-    "post_scale", "remat", "unroll", "attention",
+    "post_scale", "positions", "remat", "unroll", "attention",
 )  # fmt: skip
 _PLAIN_VIT = ViTConfig(1, 1, 1, 1, 1, 1)
 _CLIP_FORM = dataclasses.replace(

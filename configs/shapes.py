@@ -25,7 +25,7 @@ def get_config(stage: str = "") -> ConfigDict:
     stages = (
         # What sets shapes apart, by their names alone: where colours tell pictures apart, no shape is learned.
         picture_run(
-            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=400, batch_size=32, sharp=True,
+            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=360, batch_size=32, sharp=True,
             loss=dict(contrast="softmax", same_text=True), optimizer=rates(5e-3, 30), log=LOG,
         ),
         picture_run(
@@ -40,12 +40,12 @@ def get_config(stage: str = "") -> ConfigDict:
         unified_run(
             "stage2", "stage1", SIZE,
             data(11, 14, most_objects=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
-            steps=700, sharp=True, optimizer=rates(3e-3, 0, 0.8), log=LOG,
+            steps=680, sharp=True, optimizer=rates(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
             data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
-            steps=750, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
+            steps=720, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

@@ -40,7 +40,7 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(11, 14, most_objects=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
+            data(11, 14, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
             steps=3000, sharp=True, optimizer=rates(3e-3, 0, 0.8), language_model=LANGUAGE_MODEL, log=LOG,
         ),
         unified_run(

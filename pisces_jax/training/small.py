@@ -84,20 +84,14 @@ def rates(rate: float, warmup: int, final: float = 0.05, average: float = 0.0) -
 
 
 def picture_run(
-    name: str, program: str, size: int, data: Mapping[str, Any], start: str = "", sharp: bool = False, **changes: Any
+    name: str, program: str, size: int, data: Mapping[str, Any], sharp: bool = False, **changes: Any
 ) -> ConfigDict:
-    """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them.
-
-    Pretraining goes on from run `start`, if one is named.
-    """
+    """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them."""
     config = run_config(name=name, program=program, batch_size=16, plain_products=True, data=data)
     config.model = ConfigDict(dict(decoder=pixel_decoder(size), **encoders(size, sharp)))
     if program == "pretrain":
         config.model.text_tower = ConfigDict(dict(BLOCK, layers=2, mlp_hidden=384))
         config.optimizer.table = (SLOW, *TABLE) if sharp else TABLE
-        if start:
-            parts = ("understanding_encoder", "generation_encoder", "decoder", "text_tower", "contrastive")
-            config.parts = ConfigDict(dict.fromkeys(parts, start))
     else:
         config.parts = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
         config.optimizer.table = FROZEN_GENERATION

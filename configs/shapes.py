@@ -39,12 +39,14 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(11, 14, most_objects=2, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
+            data(
+                9, 15, most_objects=2, describe=0.2, described_conversation=0.9, draw_details=1.25, draw_described=0.6
+            ),
             steps=680, sharp=True, optimizer=rates(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
+            data(8, 13, described_conversation=1.1, conversation=0.2, draw_details=0.3, draw_described=1.9),
             steps=720, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),

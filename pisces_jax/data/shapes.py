@@ -14,6 +14,7 @@ from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTI
 from pisces_jax.data.shapes_questions import (
     HELD_OUT_QUESTION_KINDS,
     QUESTION_KINDS,
+    converse,
     question_for,
     questions,
     sample_conversation,
@@ -78,6 +79,7 @@ TASKS = (
     "describe",
     "question",
     "conversation",
+    "described_conversation",
     "draw_caption",
     "draw_details",
     "draw_prompt",
@@ -93,7 +95,8 @@ class ShapesSource:
     Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
     distribution with other random numbers; every example of "held_out" holds something that neither of them
     does. Scenes that no question and no prompt asks for have up to `most_objects` objects. Of the short texts of
-    "draw_described", the share `prompts` is in GenEval's words, the others are captions.
+    "draw_described", the share `prompts` is in GenEval's words, the others are captions; its descriptions name the
+    objects in the short text's order, those of "draw_details" in any, all others in reading order.
 
     Raises `UserError` for an unknown task or split, a number of objects that the world does not have, or no share.
     """
@@ -133,8 +136,12 @@ class ShapesSource:
         if self.task == "question":
             scene, _, question, answer = sample_question(rng, self.split)
             return self._picture(scene, "read"), Text(question), Text(answer, learn=True)
-        if self.task == "conversation":
-            scene, answered = sample_conversation(rng, self.split)
+        if self.task in ("conversation", "described_conversation"):
+            if self.task == "conversation":
+                scene, answered = sample_conversation(rng, self.split)
+            else:
+                scene = sample_scene(rng, self.split, self.most_objects)
+                answered = [(DESCRIBE_INSTRUCTION, detailed_caption(scene)), *converse(scene, rng, most=3)]
             turns = [part for question, answer in answered for part in (Text(question), Text(answer, learn=True))]
             return self._picture(scene, "read"), *turns
         if self.task == "draw_prompt":
@@ -143,11 +150,12 @@ class ShapesSource:
         if self.task == "draw_described":
             if rng.random() < self.prompts:
                 line, scene = sample_for_prompt(rng, self.split)
-                prompt = line["prompt"]
+                prompt, objects = line["prompt"], scene.objects  # these are in the prompt's order
             else:
                 scene = sample_scene(rng, self.split, self.most_objects)
                 prompt = short_caption(scene, rng)
-            description = Text(detailed_caption(scene), learn=True)
+                objects = sorted(scene.objects, key=lambda o: prompt.index(f"{o.color} {o.shape}"))
+            description = Text(detailed_caption(scene, objects), learn=True)
             return Text(draw_instruction(prompt)), description, self._picture(scene, "draw")
         scene = sample_scene(rng, self.split, self.most_objects)
         if self.task == "caption":
@@ -159,7 +167,8 @@ class ShapesSource:
         if self.task == "draw_caption":
             return Text(draw_instruction(short_caption(scene, rng))), self._picture(scene, "draw")
         if self.task == "draw_details":
-            return Text(draw_instruction(detailed_caption(scene))), self._picture(scene, "draw")
+            objects = rng.sample(scene.objects, len(scene.objects))
+            return Text(draw_instruction(detailed_caption(scene, objects))), self._picture(scene, "draw")
         if self.task == "pair_shapes":
             return self._picture(scene, "read"), Text(short_caption(scene, rng, colors=False))
         detailed = rng.random() < 0.5  # "pair"

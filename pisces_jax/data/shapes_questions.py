@@ -5,7 +5,8 @@ Yes and no come equally often within a kind, and a "no" is hard: what is asked f
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 from pisces_jax.data.relations import CONVERSE, RELATIONS, relations
 from pisces_jax.data.shapes_scene import (
@@ -62,13 +63,21 @@ def sample_conversation(rng: random.Random, split: str, most: int = 6) -> tuple[
     """A scene and up to `most` different questions about it with their answers; their kinds are balanced as in
     `sample_question`."""
     scene, _, *first = sample_question(rng, split)
-    asked = {first[0]: first[1]}
+    return scene, converse(scene, rng, most, {first[0]: first[1]})
+
+
+def converse(
+    scene: Scene, rng: random.Random, most: int, asked: Mapping[str, str] = MappingProxyType({})
+) -> list[Answered]:
+    """Up to `most` different questions about the scene with their answers, those of `asked` among them; their kinds
+    are balanced as far as the scene permits."""
+    asked = dict(asked)
     kinds: list[str] = []
     for _ in range(2 * most):  # a scene of one object has few questions
         kinds = kinds or rng.sample(QUESTION_KINDS, len(QUESTION_KINDS))
         if len(asked) < most and (answered := ask(kinds.pop(), scene, rng)):
             asked.setdefault(*answered)
-    return scene, list(asked.items())
+    return list(asked.items())
 
 
 def questions(per_kind: int, seed: int = 0, held_out: bool = False) -> list[tuple[Scene, str, str, str]]:

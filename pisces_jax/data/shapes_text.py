@@ -62,16 +62,18 @@ def _part(value: float, low: float, high: float, parts: int) -> int:
     return min(max(int((value - low) / (high - low) * parts), 0), parts - 1)
 
 
-def detailed_caption(scene: Scene) -> str:
+def detailed_caption(scene: Scene, objects: Sequence[Object] = ()) -> str:
     """Like "a small red circle very high just left, a large blue ring fairly low far right".
 
-    In reading order of the places. No two objects share a place: a cell is smaller than the least distance.
+    In the order of `objects`, which are the scene's, or else in reading order of the places. No two objects share a
+    place: a cell is smaller than the least distance.
     """
-    ordered = sorted((cell(o), o) for o in scene.objects)
-    return ", ".join(
-        f"a {size_word(o.size)} {o.color} {o.shape} {ROW_WORDS[row]} {COLUMN_WORDS[column]}"
-        for (row, column), o in ordered
-    )
+
+    def phrase(o: Object) -> str:
+        row, column = cell(o)
+        return f"a {size_word(o.size)} {o.color} {o.shape} {ROW_WORDS[row]} {COLUMN_WORDS[column]}"
+
+    return ", ".join(map(phrase, objects or sorted(scene.objects, key=cell)))
 
 
 def short_caption(scene: Scene, rng: random.Random, colors: bool = True) -> str:

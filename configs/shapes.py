@@ -48,7 +48,7 @@ def get_config(stage: str = "") -> ConfigDict:
             "stage3", "stage2", SIZE,
             data(8, 13, described_conversation=1.1, conversation=0.2, draw_details=0.3, draw_described=1.9),
             steps=720, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
-            sampling=dict(describe=True, temperature=0.7), log=LOG,
+            sampling=dict(describe=True, describe_read=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip
     runs = {config.name: config for config in stages}

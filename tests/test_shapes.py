@@ -149,6 +149,34 @@ def test_detailed_caption_is_true_and_in_reading_order():
             assert SIZE_WORDS.index(size) == min(int((o.size - SIZES[0]) / ((SIZES[1] - SIZES[0]) / 3)), 2)
 
 
+@pytest.mark.parametrize("prompts", [0, 1])
+def test_what_is_drawn_is_described_in_the_order_of_its_prompt(prompts):
+    """So that a description is written from left to right beside the prompt; nothing draws from one order alone."""
+    source = shapes.ShapesSource("draw_described", num_examples=400, prompts=prompts)
+    reading_order = 0
+    for example in map(source.__getitem__, range(400)):
+        (scene,) = [part.image.args[0] for part in example.parts if isinstance(part, Picture)]
+        prompt, description = texts(example)
+        named = [(color, shape) for _, color, shape, *_ in read_details(description)]
+        assert collections.Counter(named) == collections.Counter((o.color, o.shape) for o in scene.objects)
+        assert ", ".join(sorted(description.split(", "))) == ", ".join(
+            sorted(shapes.detailed_caption(scene).split(", "))
+        )
+        reading_order += description == shapes.detailed_caption(scene) and len(named) > 1
+        # Where each object's words stand in the prompt: a shape with its colour where that is told, or alone.
+        told = [f"{color} {shape}" if f"{color} {shape}" in prompt else shape for color, shape in named]
+        places = [prompt.index(name) for name in told]
+        assert places == sorted(places), (prompt, description)
+    assert 20 < reading_order < 250
+    drawn = shapes.ShapesSource("draw_details", num_examples=200)
+    orders = set()
+    for example in map(drawn.__getitem__, range(200)):
+        (scene,) = [part.image.args[0] for part in example.parts if isinstance(part, Picture)]
+        if len(scene.objects) > 1:
+            orders.add(texts(example)[0] == f"draw: {shapes.detailed_caption(scene)}")
+    assert orders == {True, False}
+
+
 def read_groups(text):
     """Count of each (colour, shape) in a short caption."""
     counts = collections.Counter()
@@ -298,6 +326,19 @@ def test_conversations_are_true_and_of_different_questions():
     assert min(kinds[word] for word in ("what", "how", "is", "which")) > 0.07 * kinds.total()
 
 
+def test_described_conversations_begin_with_a_true_description():
+    source = shapes.ShapesSource("described_conversation", num_examples=200, most_objects=3)
+    lengths = collections.Counter()
+    for example in map(source.__getitem__, range(200)):
+        (scene,) = [part.image.args[0] for part in example.parts if isinstance(part, Picture)]
+        asked, told = (texts(example)[i::2] for i in (0, 1))
+        assert asked[0] == "describe:" and told[0] == shapes.detailed_caption(scene)
+        assert all(answer(scene, question) == given for question, given in zip(asked[1:], told[1:], strict=True))
+        assert len(set(asked)) == len(asked) and len(scene.objects) <= 3
+        lengths[len(asked)] += 1
+    assert min(lengths) >= 3 and max(lengths) == 4 and lengths[4] > 150
+
+
 def test_a_no_is_hard():
     for scene in scenes(500):
         if answered := ask("existence", scene, random.Random(1)):
@@ -401,7 +442,8 @@ def test_parts_of_each_task():
 
     assert parts("caption") == parts("describe") == parts("question") == ["read", "text", "learn"]
     assert parts("draw_caption") == parts("draw_details") == parts("draw_prompt") == ["text", "draw"]
-    assert set(zip(*[iter(parts("conversation")[1:])] * 2, strict=True)) == {("text", "learn")}
+    for task in ("conversation", "described_conversation"):
+        assert set(zip(*[iter(parts(task)[1:])] * 2, strict=True)) == {("text", "learn")}
     assert parts("draw_described") == ["text", "learn", "draw"]
     assert parts("pair") == parts("pair_shapes") == ["read", "text"]
     assert texts(shapes.ShapesSource("describe")[0])[0] == "describe:"

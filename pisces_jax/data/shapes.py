@@ -7,7 +7,7 @@ This is its public face; scenes and rendering are in `shapes_scene.py`, captions
 import functools
 import operator
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pisces_jax.data.example import Example, Part, Picture, Role, Text
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
@@ -80,6 +80,7 @@ TASKS = (
     "question",
     "conversation",
     "described_conversation",
+    "told_conversation",
     "draw_caption",
     "draw_details",
     "draw_prompt",
@@ -136,21 +137,24 @@ class ShapesSource:
         if self.task == "question":
             scene, _, question, answer = sample_question(rng, self.split)
             return self._picture(scene, "read"), Text(question), Text(answer, learn=True)
-        if self.task in ("conversation", "described_conversation"):
-            if self.task == "conversation":
-                scene, answered = sample_conversation(rng, self.split)
-            else:
-                scene = sample_scene(rng, self.split, self.most_objects)
-                answered = [(DESCRIBE_INSTRUCTION, detailed_caption(scene)), *converse(scene, rng, most=3)]
-            turns = [part for question, answer in answered for part in (Text(question), Text(answer, learn=True))]
-            return self._picture(scene, "read"), *turns
+        if self.task == "conversation":
+            scene, answered = sample_conversation(rng, self.split)
+            return self._picture(scene, "read"), *_turns(answered)
+        if self.task == "described_conversation":
+            scene = sample_scene(rng, self.split, self.most_objects)
+            answered = [(DESCRIBE_INSTRUCTION, detailed_caption(scene)), *converse(scene, rng, most=3)]
+            return self._picture(scene, "read"), *_turns(answered)
+        if self.task == "told_conversation":
+            scene = sample_scene(rng, self.split, self.most_objects)
+            told = Text(f"{DESCRIBE_INSTRUCTION} {detailed_caption(scene)}")
+            return told, *_turns(converse(scene, rng, most=10))
         if self.task == "draw_prompt":
             line, scene = sample_for_prompt(rng, self.split)
             return Text(draw_instruction(line["prompt"])), self._picture(scene, "draw")
         if self.task == "draw_described":
             if rng.random() < self.prompts:
                 line, scene = sample_for_prompt(rng, self.split)
-                prompt, objects = line["prompt"], scene.objects  # these are in the prompt's order
+                prompt, objects = line["prompt"], list(scene.objects)  # these are in the prompt's order
             else:
                 scene = sample_scene(rng, self.split, self.most_objects)
                 prompt = short_caption(scene, rng)
@@ -176,6 +180,10 @@ class ShapesSource:
 
     def _picture(self, scene: Scene, role: Role) -> Picture:
         return Picture(functools.partial(render, scene, self.size), role)
+
+
+def _turns(answered: Iterable[tuple[str, str]]) -> tuple[Part, ...]:
+    return tuple(part for question, answer in answered for part in (Text(question), Text(answer, learn=True)))
 
 
 def corpus(n: int, seed: int = 0) -> Iterator[str]:

@@ -13,6 +13,7 @@ from pisces_jax.training.small import picture_run, rates, shapes_data, unified_r
 
 SIZE = 32
 EXAMPLES = 16_000  # of each task and stage: about as many as a stage sees of its commonest
+HEADS = dict(heads=6, kv_heads=3, head_dim=32)
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
 
@@ -35,19 +36,17 @@ def get_config(stage: str = "") -> ConfigDict:
         # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
         unified_run(
             "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
-            steps=150, sharp=True, optimizer=rates(3e-3, 30, 1.0), log=LOG,
+            steps=150, sharp=True, language_model=HEADS, optimizer=rates(3e-3, 30, 1.0), log=LOG,
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(
-                9, 15, most_objects=2, describe=0.2, described_conversation=0.9, draw_details=1.25, draw_described=0.6
-            ),
-            steps=680, sharp=True, optimizer=rates(3e-3, 0, 0.8), log=LOG,
+            data(8, 14, most_objects=2, described_conversation=0.9, draw_details=1.25, draw_described=0.7),
+            steps=680, sharp=True, language_model=HEADS, optimizer=rates(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(8, 13, described_conversation=1.1, conversation=0.2, draw_details=0.3, draw_described=1.9),
-            steps=720, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
+            data(8, 12, described_conversation=0.75, conversation=0.35, draw_details=0.25, draw_described=1.9),
+            steps=720, sharp=True, decode=True, language_model=HEADS, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, describe_read=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

@@ -80,7 +80,6 @@ TASKS = (
     "question",
     "conversation",
     "described_conversation",
-    "told_conversation",
     "draw_caption",
     "draw_details",
     "draw_prompt",
@@ -142,12 +141,8 @@ class ShapesSource:
             return self._picture(scene, "read"), *_turns(answered)
         if self.task == "described_conversation":
             scene = sample_scene(rng, self.split, self.most_objects)
-            answered = [(DESCRIBE_INSTRUCTION, detailed_caption(scene)), *converse(scene, rng, most=3)]
+            answered = [(DESCRIBE_INSTRUCTION, detailed_caption(scene)), *converse(scene, rng, most=6)]
             return self._picture(scene, "read"), *_turns(answered)
-        if self.task == "told_conversation":
-            scene = sample_scene(rng, self.split, self.most_objects)
-            told = Text(f"{DESCRIBE_INSTRUCTION} {detailed_caption(scene)}")
-            return told, *_turns(converse(scene, rng, most=10))
         if self.task == "draw_prompt":
             line, scene = sample_for_prompt(rng, self.split)
             return Text(draw_instruction(line["prompt"])), self._picture(scene, "draw")

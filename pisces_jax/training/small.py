@@ -56,8 +56,8 @@ FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
 def shapes_data(
     size: int, examples: int, read_slots: int = 0, draw_slots: int = 0, most_objects: int = 4, **weights: float
 ) -> dict[str, Any]:
-    """The shapes world's tasks by weight, `examples` of each; training and held-out pictures come from other random
-    numbers.
+    """The shapes world's tasks by weight, `examples` of the commonest and of the others in proportion; training and
+    held-out pictures come from other random numbers.
 
     `most_objects` at the most are in a picture that no question and no prompt asks for; most prompts name one or two.
     """
@@ -68,10 +68,14 @@ def shapes_data(
             most_objects=most_objects, prompts=0.85,
         )  # fmt: skip
 
+    most = max(weights.values())
     return dict(
         tokenizer_vocabulary=512,
         tokenizer_sources={task: source(task, 1.0, 2000, "train", 4) for task in TASKS if not task.startswith("pair")},
-        train={task: source(task, weight, examples, "train") for task, weight in weights.items()},
+        train={
+            task: source(task, weight, max(1000, round(examples * weight / most)), "train")
+            for task, weight in weights.items()
+        },
         evaluate={task: source(task, weight, 64, "val") for task, weight in weights.items()},
         examples_per_epoch=examples,
         read_slots=read_slots,

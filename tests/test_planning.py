@@ -270,12 +270,15 @@ def test_wire_by_formula_is_near_what_compilers_make():
     """fsdp: the CPU compiler's collectives. Tensor: those of LLaMA-3.1-8B on v5p (docs/scale.md), 87.0 GB on fsdp 16 x
     tensor 4, of which a quarter of fsdp 64's 45.6 GB is for weights; 16 rows of 2,048 tokens a shard of the batch.
     """
-    config = tiny_text(fsdp=8)
-    config.compute_dtype = "float32"
-    trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 512)
-    found = hlo.wire_bytes(hlo.collectives(compile_step(trainer).as_text(), dict(trainer.mesh.shape)))
-    by_formula = search.wire_by_formula(trainer)
-    assert by_formula["fsdp+fsdp_inner"] == pytest.approx(found, rel=0.2) and not by_formula["tensor"]
+    for mesh in dict(fsdp=8), dict(data=2, fsdp=4):
+        config = tiny_text(**mesh)
+        config.compute_dtype = "float32"
+        trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 512)
+        found = hlo.collectives(compile_step(trainer).as_text(), dict(trainer.mesh.shape))
+        between = hlo.wire_bytes([c for c in found if c.axis == "data"])
+        by_formula = search.wire_by_formula(trainer)
+        assert by_formula["data"] == pytest.approx(between, rel=0.01) and not by_formula["tensor"]
+        assert by_formula["fsdp+fsdp_inner"] == pytest.approx(hlo.wire_bytes(found) - between, rel=0.2)
     (config,) = load_stages("configs/text_8b.py", {"batch_size": 32, "mesh.fsdp": 2, "mesh.tensor": 4}).values()
     trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 128_256)
     assert search.wire_by_formula(trainer)["tensor"] == pytest.approx(87.0e9 - 45.6e9 / 4, rel=0.05)
@@ -357,6 +360,32 @@ def tiny_text(**mesh):
     config.data.train = {"a": {}}
     config.loss.chunk = 256
     return config
+
+
+@needs_libtpu
+@pytest.mark.parametrize("count", [2, 3])
+def test_what_goes_between_slices_is_counted(count):
+    """The compiler hands it to the hosts: no collective of its own stands in the program."""
+    where = slices.find_slice("v5e:2x2", count)
+    mesh = make_mesh(data=count, fsdp=4, devices=where.devices)
+
+    def local(x):  # [8, 512] float32 on each device: 16,384 bytes
+        total = jax.lax.psum(x, "data")
+        whole = jax.lax.all_gather(x[:4], "data", tiled=True)
+        swapped = jax.lax.ppermute(x[:2], "data", [(0, 1), (1, 0)])
+        return total, jax.lax.psum(whole, ("fsdp", "fsdp_inner")), swapped
+
+    shards = P(("data", "fsdp", "fsdp_inner"))
+    run = sharded(mesh, shards, (P(("fsdp", "fsdp_inner")), P(), shards))(local)
+    got = found_in(run, mesh, ((8 * 4 * count, 512), shards))
+    between = {key: times for key, times in got.items() if key[1] == "data"}
+    share = (count - 1) / count
+    assert between == {
+        ("all-reduce", "data", 2 * 16_384 * share): 1,
+        ("all-gather", "data", 8192 * count * share): 1,
+        ("collective-permute", "data", 4096): 1,
+    }
+    assert got["all-reduce", "fsdp+fsdp_inner", 2 * 8192 * count * 3 / 4] == 1
 
 
 @needs_libtpu

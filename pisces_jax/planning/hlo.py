@@ -2,7 +2,9 @@
 
 Read from the optimized program's text. Bytes are those that one device sends in a ring: an all-gather its result ×
 (n−1)/n, a reduce-scatter and an all-to-all their operand × (n−1)/n, an all-reduce twice that, a permute its operand.
-A reduce-scatter that the TPU compiler writes as a fusion of an all-reduce and a slice counts as what it is.
+A reduce-scatter that the TPU compiler writes as a fusion of an all-reduce and a slice counts as what it is. Between
+slices the compiler hands operands to the hosts (`send`, marked with what the hosts do with them): these count as the
+same collectives over mesh axis `data`.
 """
 
 import dataclasses
@@ -17,6 +19,11 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
     "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
+}  # fmt: skip
+# What hosts do with what they are sent, as the TPU compiler marks it.
+_BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
 }  # fmt: skip
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([^\s=]+) = (.*)$")
@@ -61,7 +68,8 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """All collectives of an optimized program for a mesh whose devices are numbered in the order of its axes.
 
     Raises:
-        ValueError: a loop with collectives whose number of trips cannot be read from the program.
+        ValueError: a loop with collectives whose number of trips cannot be read from the program, or a transfer
+            between slices of a kind that is not known.
     """
     program = _parse(text)
     found: Counter[tuple[str, str, float, int, str]] = Counter()
@@ -92,14 +100,18 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             result -= operand  # its shape is (operand, result, ...)
         if kind == "all-reduce" and "all-reduce-scatter" in name:
             kind = "reduce-scatter"
-        group = _group(i.attributes, kind, mesh_shape)
-        n = len(group)
+        if i.opcode == "send":
+            axis, n = "data", _slices(i)
+            result = n * operand  # if it is gathered
+        else:
+            group = _group(i.attributes, kind, mesh_shape)
+            axis, n = _axis(group, mesh_shape), len(group)
         share = (n - 1) / n
         wire = {
             "all-gather": result * share, "all-reduce": 2 * operand * share, "collective-permute": operand,
         }.get(kind, operand * share)  # fmt: skip
         scope = re.search(r'op_name="([^"]*)"', i.attributes)
-        found[kind, _axis(group, mesh_shape), wire, n, _scope(scope.group(1) if scope else "")] += times
+        found[kind, axis, wire, n, _scope(scope.group(1) if scope else "")] += times
 
     visit(program.entry, 1)
     return [
@@ -108,7 +120,18 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 
 
 def _kind(i: _Instruction) -> str | None:
+    if i.opcode == "send" and (match := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)):
+        if match.group(1) not in _BETWEEN_SLICES:
+            raise ValueError(f"a transfer between slices of an unknown kind: {match.group(1)}")
+        return _BETWEEN_SLICES[match.group(1)]
     return next((k for k in KINDS if i.opcode in (k, f"{k}-start")), None)
+
+
+def _slices(i: _Instruction) -> int:
+    """How many slices take part; `{1,2}x{0:3}` are two, of which each device speaks to its like. A permute has no such
+    list, and two ends."""
+    match = re.search(r'_xla_megascale_target="\{([\d,]+)\}', i.attributes)
+    return len(match.group(1).split(",")) if match else 2
 
 
 def _called(i: _Instruction) -> list[str]:

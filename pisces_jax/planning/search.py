@@ -60,7 +60,8 @@ def cost(trainer: Trainer, where: Slice) -> tuple[float, ...]:
 def wire_by_formula(trainer: Trainer) -> dict[str, float]:
     """Bytes that a device sends in a step, by mesh axes. Over fsdp a trained weight is gathered twice and its gradient
     scattered, a frozen one that runs gathered once, in each part of an accumulated batch; over tensor a block of the
-    language model gathers and scatters its positions, four times in each pass.
+    language model gathers and scatters its positions, four times in each pass; over data what fsdp has scattered is
+    summed.
     """
     config, mesh = trainer.config, trainer.mesh
     tensor, sharded = mesh.shape["tensor"], mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]
@@ -68,8 +69,13 @@ def wire_by_formula(trainer: Trainer) -> dict[str, float]:
     by_part, _ = work(trainer)
     # An encoder whose features are cached does not run.
     frozen = {part: tree for part, tree in trainer.abstract.frozen.items() if by_part.get(part)}
-    weights = 3 * count(trainer.abstract.trained) + count(frozen)
-    wire = {"fsdp+fsdp_inner": config.optimizer.accumulate * weights * item * (1 - 1 / sharded) / tensor, "tensor": 0.0}
+    parts, trained = config.optimizer.accumulate, count(trainer.abstract.trained)
+    weights = 3 * trained + count(frozen)
+    wire = {
+        "fsdp+fsdp_inner": parts * weights * item * (1 - 1 / sharded) / tensor,
+        "tensor": 0.0,
+        "data": 2 * parts * trained * item * (1 - 1 / mesh.shape["data"]) / sharded / tensor,
+    }
     if (part := main_part(config)) == "language_model":
         language = config.model[part]
         positions = config.batch_size * config.data.rows * config.data.row_length / batch_shards(mesh)

@@ -4,7 +4,6 @@ python -m pisces_jax.answer --workdir=DIR --image=F --question="what colour is t
 """
 
 from pathlib import Path
-from typing import Any
 
 from pisces_jax import cli
 from pisces_jax.errors import UserError, run_command
@@ -25,7 +24,6 @@ def main() -> None:
         "--image", required=True, type=Path, metavar="F", help="a picture: PNG, JPEG, WebP, GIF, BMP, TIFF"
     )
     parser.add_argument("--question", help="what to ask (default: to describe the picture)")
-    cli.add_describe_flags(parser)
     parser.add_argument("--most", type=cli.whole_number(1), default=96, help="longest answer, in tokens (default 96)")
     parser.add_argument("--temperature", type=cli.number(0), default=0.0, help="0: the likeliest answer (default)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="for a temperature above 0")
@@ -42,10 +40,8 @@ def main() -> None:
     cli.start()
     model = load_model(flags.workdir, flags.run, batch_size=1)
     question = DESCRIBE_INSTRUCTION if flags.question is None else " ".join(flags.question.split())
-    asked: list[Any] = [(Picture(image, "read"), Text(question))]
-    if flags.question is not None and cli.describe_read(flags, model.config):
-        asked = model.described(asked, most=model.config.sampling.tokens)
-    cli.say(model.answer(asked, most=flags.most, temperature=flags.temperature, seed=flags.seed)[0])
+    parts = (Picture(image, "read"), Text(question))
+    cli.say(model.answer([parts], most=flags.most, temperature=flags.temperature, seed=flags.seed)[0])
 
 
 if __name__ == "__main__":

@@ -97,22 +97,12 @@ def number(least: float) -> Callable[[str], float]:
 
 def add_drawing_flags(parser: Parser) -> None:
     """How to draw; what is not given is as the run's config says."""
-    add_describe_flags(parser)
-    parser.add_argument("--temperature", type=number(0), help="of the descriptions; 0: the likeliest words")
-    parser.add_argument("--guidance", type=number(0), help="of the decoder; 1 is none")
-
-
-def add_describe_flags(parser: Parser) -> None:
     parser.add_argument(
         "--describe", action="store_true", default=None, help="let the model write a description of its own first"
     )
-    parser.add_argument("--nodescribe", action="store_false", dest="describe", help="draw, or answer, at once")
-
-
-def describe_read(given: argparse.Namespace | None, config: ConfigDict) -> bool:
-    """Whether a picture is described before a question about it is answered: by the flags, else the run's config."""
-    flag = getattr(given, "describe", None)
-    return config.get("sampling", {}).get("describe_read", False) if flag is None else flag
+    parser.add_argument("--nodescribe", action="store_false", dest="describe", help="draw at once")
+    parser.add_argument("--temperature", type=number(0), help="of the descriptions; 0: the likeliest words")
+    parser.add_argument("--guidance", type=number(0), help="of the decoder; 1 is none")
 
 
 def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict[str, Any]:

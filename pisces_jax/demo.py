@@ -35,8 +35,7 @@ def main() -> None:
     start = time.perf_counter()
     model = load_model(flags.workdir, list(stages.values())[-1].name)
     how = cli.drawing_choice(None, model.config)
-    read = cli.describe_read(None, model.config)
-    results = suite.evaluate(model, suite.SHAPES_TASKS, cli.amount(flags), how, describe_read=read, both=True)
+    results = suite.evaluate(model, suite.SHAPES_TASKS, cli.amount(flags), how, both=True)
     runs = {name: flags.workdir / config.name for name, config in stages.items()}
     metrics = {name: read_metrics(run) for name, run in runs.items()}
     files = {"samples.png": png(report.samples_sheet(results))}

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--task", required=True, help="geneval, spread, reading, reconstruction, pictures or all")
     parser.add_argument("--out", type=Path, metavar="F.json", help="a JSON file with every number that is printed")
     parser.add_argument("--grid", type=Path, metavar="F.png", help="a sheet of what was drawn and read, for the eye")
-    parser.add_argument("--both", action="store_true", help="geneval, reading: with descriptions and without")
+    parser.add_argument("--both", action="store_true", help="geneval: with descriptions and without")
     cli.add_drawing_flags(parser)
     cli.add_amount_flags(parser)
     parser.add_argument("--batch_size", type=cli.whole_number(1), default=64, help="rows at a time (default 64)")
@@ -56,15 +56,11 @@ def main() -> None:
         sources, training = evaluation_sources(model.config), training_sources(model.config)
     how = cli.drawing_choice(flags, model.config)
     amount = cli.amount(flags)
-    read = cli.describe_read(flags, model.config)
-    results = suite.evaluate(
-        model, tasks, amount, how, describe_read=read, both=flags.both, sources=sources, training=training
-    )
+    results = suite.evaluate(model, tasks, amount, how, both=flags.both, sources=sources, training=training)
     scores = {"run": model.config.name, **results.scores}
     cli.say(suite.table(scores))
     if flags.out:
-        scores |= {"amount": dataclasses.asdict(amount), "drawing": how, "describe_read": read}
-        scores["versions"] = suite.versions()
+        scores |= {"amount": dataclasses.asdict(amount), "drawing": how, "versions": suite.versions()}
         cli.write_files(flags.out.parent, {flags.out.name: json.dumps(scores, indent=1).encode()}, "--out")
         cli.say(f"\nthe scores are in {flags.out}")
     if flags.grid:

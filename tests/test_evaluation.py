@@ -46,7 +46,7 @@ class Oracle:
     def __init__(self, wrong=lambda i: False):
         self.wrong = wrong
         self.blank = np.full((SIZE, SIZE, 3), 128, np.uint8)
-        self.calls, self.asked = [], []
+        self.calls = []
 
     def draw(self, prompts, *, describe, seed=0, **how):
         self.calls.append({"number": len(prompts), "describe": describe, **how})
@@ -69,12 +69,8 @@ class Oracle:
         for held_out in (False, True):
             for scene, _, question, answer in questions(40, 0, held_out):
                 known[question, render(scene, SIZE).tobytes()] = answer
-        self.asked.append([len(parts) for parts in asked])
-        answers = [known[parts[-1].text, parts[0].array().tobytes()] for parts in asked]
+        answers = [known[parts[1].text, parts[0].array().tobytes()] for parts in asked]
         return ["nothing" if self.wrong(i) else f" {a.upper()}. " for i, a in enumerate(answers)]
-
-    def described(self, asked, *, most=96):
-        return [(parts[0], Text("describe:"), Text(f"in {most} tokens", learn=True), *parts[1:]) for parts in asked]
 
     def features(self, images):
         return images.reshape(len(images), 1, -1)
@@ -130,19 +126,6 @@ def test_how_to_draw_reaches_the_model():
     model = Oracle()
     suite.evaluate(model, ("geneval",), dataclasses.replace(AMOUNT, held_out=0), HOW, both=True)
     assert [call["describe"] for call in model.calls] == [True, False] and model.calls[0]["most"] == 8
-
-
-def test_a_picture_is_described_before_it_is_asked_about():
-    model, amount = Oracle(), dataclasses.replace(AMOUNT, held_out=1)
-    results = suite.evaluate(model, ("reading",), amount, HOW, describe_read=True, both=True)
-    scores = results.scores["reading"]
-    assert [set(lengths) for lengths in model.asked] == [{4}, {4}, {2}]  # all, held out, at once
-    assert {a.description for a in results.asked} == {"in 8 tokens"}
-    assert scores["answered"] == "described" and scores["overall"] == scores["direct"]["overall"] == 1
-    model = Oracle()
-    direct = suite.evaluate(model, ("reading",), amount, HOW)
-    assert {a.description for a in direct.asked} == {""} and [set(x) for x in model.asked] == [{2}, {2}]
-    assert direct.scores["reading"]["answered"] == "direct" and "described" not in direct.scores["reading"]
 
 
 def test_spread_of_a_model_that_draws_one_picture_and_of_one_that_draws_as_the_world_does():

@@ -268,16 +268,6 @@ def test_answers_equal_the_slow_way_in_any_batches(apply, ready):
     assert any(in_twos)
 
 
-def test_a_question_follows_the_models_own_description(ready):
-    model = ready(2)
-    with_picture, without = (Text("ab"), tiny.picture("read", 1), Text("cd")), (Text("abc"),)
-    given, as_it_was = model.described([with_picture, without], most=5)
-    assert as_it_was == without and given[:2] == with_picture[:2] and given[4:] == with_picture[2:]
-    asked, told = given[2:4]
-    assert (asked, told.learn) == (Text("describe:"), True)
-    assert [told.text] == model.answer([(*with_picture[:2], asked)], most=5) != [""]
-
-
 def test_description_ends_where_the_picture_begins(apply, ready, params, monkeypatch):
     """The model writes until it wants [IMG], which no answer may hold; then it draws from there."""
     head = np.array(params["language_model"]["head"])

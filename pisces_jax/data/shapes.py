@@ -141,7 +141,7 @@ class ShapesSource:
             return self._picture(scene, "read"), *_turns(answered)
         if self.task == "described_conversation":
             scene = sample_scene(rng, self.split, self.most_objects)
-            answered = [(DESCRIBE_INSTRUCTION, detailed_caption(scene)), *converse(scene, rng, most=6)]
+            answered = [*converse(scene, rng), (DESCRIBE_INSTRUCTION, detailed_caption(scene))]
             return self._picture(scene, "read"), *_turns(answered)
         if self.task == "draw_prompt":
             line, scene = sample_for_prompt(rng, self.split)

@@ -59,15 +59,14 @@ def sample_question(rng: random.Random, split: str, kind: str | None = None) -> 
             return scene, kind, *answered
 
 
-def sample_conversation(rng: random.Random, split: str, most: int = 6) -> tuple[Scene, list[Answered]]:
-    """A scene and up to `most` different questions about it with their answers; their kinds are balanced as in
-    `sample_question`."""
+def sample_conversation(rng: random.Random, split: str) -> tuple[Scene, list[Answered]]:
+    """A scene and different questions about it with their answers; their kinds are balanced as in `sample_question`."""
     scene, _, *first = sample_question(rng, split)
-    return scene, converse(scene, rng, most, {first[0]: first[1]})
+    return scene, converse(scene, rng, {first[0]: first[1]})
 
 
 def converse(
-    scene: Scene, rng: random.Random, most: int, asked: Mapping[str, str] = MappingProxyType({})
+    scene: Scene, rng: random.Random, asked: Mapping[str, str] = MappingProxyType({}), most: int = 6
 ) -> list[Answered]:
     """Up to `most` different questions about the scene with their answers, those of `asked` among them; their kinds
     are balanced as far as the scene permits."""

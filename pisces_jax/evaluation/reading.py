@@ -15,22 +15,16 @@ class Reader(Protocol):
 
     def answer(self, questions: Sequence[Sequence[Text | Picture]], *, most: int = 32) -> list[str]: ...
 
-    def described(
-        self, questions: Sequence[Sequence[Text | Picture]], *, most: int = 96
-    ) -> Sequence[Sequence[Text | Picture]]: ...
-
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """A question, the right answer and the model's; picture uint8 [S, S, 3]; the model's own description of it, if it
-    wrote one first."""
+    """A question, the right answer and the model's; picture uint8 [S, S, 3]."""
 
     image: np.ndarray
     kind: str
     question: str
     truth: str
     answer: str
-    description: str = ""
 
     @property
     def correct(self) -> bool:
@@ -43,36 +37,16 @@ def plain(text: str) -> str:
 
 
 def ask(
-    model: Reader,
-    *,
-    per_kind: int,
-    size: int,
-    describe: bool = False,
-    seed: int = 0,
-    held_out: bool = False,
-    tokens: int = 96,
-    most: int = 8,
+    model: Reader, *, per_kind: int, size: int, seed: int = 0, held_out: bool = False, most: int = 8
 ) -> list[Answered]:
-    """`per_kind` questions of each kind about pictures of `size`; with `held_out`, about what is held out.
-
-    With `describe` the model first describes each picture, in `tokens` tokens at the most, and answers after that: its
-    own description is all that it is told. Answers have `most` tokens at the most.
-    """
+    """`per_kind` questions of each kind about pictures of `size`; with `held_out`, about what is held out."""
     asked = questions(per_kind, seed, held_out)
     images = [render(scene, size) for scene, *_ in asked]
-    prompts: Sequence[Sequence[Text | Picture]] = [
-        (Picture(i, "read"), Text(question)) for i, (_, _, question, _) in zip(images, asked, strict=True)
-    ]
-    descriptions = [""] * len(asked)
-    if describe:
-        prompts = model.described(prompts, most=tokens)
-        descriptions = ["".join(p.text for p in parts if isinstance(p, Text) and p.learn) for parts in prompts]
+    prompts = [(Picture(i, "read"), Text(question)) for i, (_, _, question, _) in zip(images, asked, strict=True)]
     answers = model.answer(prompts, most=most)
     return [
-        Answered(image, kind, question, truth, answer, description)
-        for image, (_, kind, question, truth), answer, description in zip(
-            images, asked, answers, descriptions, strict=True
-        )
+        Answered(image, kind, question, truth, answer)
+        for image, (_, kind, question, truth), answer in zip(images, asked, answers, strict=True)
     ]
 
 

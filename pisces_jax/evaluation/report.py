@@ -119,13 +119,9 @@ def summary(scores: Mapping[str, Any]) -> str:
             own = spread["model"][name]
             lines.append(f"  {name}".ljust(28) + ("-".rjust(12) if own is None else f"{own:12.3f}") + f"{world:12.3f}")
     if reading := scores.get("reading"):
-        ways = [way for way in ("described", "direct") if way in reading]
-        lines.append("reading (exact match)".ljust(28) + "".join(way.rjust(12) for way in ways))
-        for kind in (k for k, v in reading.items() if isinstance(v, float) and k != "held_out"):
-            numbers = [reading[way][kind] for way in ways] or [reading[kind]]
-            lines.append(f"  {kind}".ljust(28) + "".join(f"{n:12.3f}" for n in numbers))
-        if "held_out" in reading:
-            lines.append("  held_out".ljust(28) + f"{reading['held_out']:12.3f}   ({reading['answered']})")
+        lines.append("reading (exact match)")
+        kinds = [k for k, v in reading.items() if isinstance(v, float)]
+        lines += [f"  {kind}".ljust(28) + f"{reading[kind]:12.3f}" for kind in kinds]
     if reconstruction := scores.get("reconstruction"):
         lines.append("reconstruction (strict)")
         for name in ("true_vectors", "predicted_vectors"):
@@ -266,7 +262,7 @@ def _reading(results: Results, per_kind: int = 12) -> str:
         parts.append(f"<h3>{kind}: {sum(a.correct for a in own)} of {len(own)}</h3>{_confusion(own)}<div class=cards>")
         for a in own[:per_kind]:
             verdict = a.answer if a.correct else f"{a.answer} (right: {a.truth})"
-            parts.append(_card(a.correct, [a.image], a.question, a.description, verdict))
+            parts.append(_card(a.correct, [a.image], a.question, "", verdict))
         parts.append("</div>")
     return "".join(parts)
 

@@ -14,7 +14,6 @@ from pisces_jax.evaluation import drawing, pictures, reading, reconstruction, sp
 
 SHAPES_TASKS = ("geneval", "spread", "reading", "reconstruction")
 TASKS = (*SHAPES_TASKS, "pictures")
-WAYS = {True: "described", False: "direct"}  # with a description of the model's own first, and without
 SPREAD_IMAGES = 8  # of one prompt, to see how much they differ
 
 
@@ -75,16 +74,14 @@ def evaluate(
     amount: Amount,
     how: Mapping[str, Any],
     *,
-    describe_read: bool = False,
     both: bool = False,
     sources: Sequence[Any] = (),
     training: Sequence[Any] = (),
 ) -> Results:
-    """Runs `tasks` on a `Model`; `how` holds the arguments of `Model.draw`, `describe` among them; with
-    `describe_read` the model describes a picture before it answers a question about it.
+    """Runs `tasks` on a `Model`; `how` holds the arguments of `Model.draw`, `describe` among them.
 
-    With `both`, prompts are drawn and questions answered both ways, after a description and at once. `sources` are the
-    held-out examples of task "pictures", `training` those that it compares what is drawn with.
+    With `both`, GenEval's prompts are drawn both ways, after a description and at once. `sources` are the held-out
+    examples of task "pictures", `training` those that it compares what is drawn with.
     """
     results = Results()
     seconds: dict[str, float] = {}
@@ -100,9 +97,7 @@ def evaluate(
                 model, prompts=amount.spread, images=SPREAD_IMAGES, size=model.drawn_size, **arguments
             )
         elif task == "reading":
-            results.scores[task] = _reading(
-                model, amount, describe_read, how["most"], both, results
-            )
+            results.scores[task] = _reading(model, amount, results)
         elif task == "reconstruction":
             results.scores[task], results.reconstructed = reconstruction.reconstruct(
                 model, pictures=amount.pictures, size=model.drawn_size, seed=amount.seed
@@ -127,7 +122,8 @@ def _geneval(model: Any, amount: Amount, how: Mapping[str, Any], both: bool, res
         arguments = {**how, "describe": describe, "seed": amount.seed}
         return drawing.draw(model, per_task=per_task, images=amount.images, held_out=held_out, **arguments)
 
-    chosen, name = how["describe"], WAYS
+    chosen = how["describe"]
+    name = {True: "described", False: "direct"}
     results.drawn[name[chosen]] = draw(chosen, amount.per_task)
     if amount.held_out:
         results.drawn["held_out"] = draw(chosen, amount.held_out, held_out=True)
@@ -140,21 +136,15 @@ def _geneval(model: Any, amount: Amount, how: Mapping[str, Any], both: bool, res
     return scores
 
 
-def _reading(
-    model: Any, amount: Amount, chosen: bool, tokens: int, both: bool, results: Results
-) -> dict[str, Any]:
-    def ask(describe: bool, per_kind: int, held_out: bool = False) -> list[reading.Answered]:
-        arguments = dict(describe=describe, held_out=held_out, size=model.read_size, seed=amount.seed, tokens=tokens)
-        return reading.ask(model, per_kind=per_kind, **arguments)
-
-    results.asked = ask(chosen, amount.per_kind)
-    held_out = ask(chosen, amount.held_out, held_out=True) if amount.held_out else []
-    scores = reading.score(results.asked, held_out)
-    scores["answered"] = WAYS[chosen]
-    if both:
-        ways = {chosen: results.asked, not chosen: ask(not chosen, amount.per_kind)}
-        scores |= {WAYS[way]: reading.score(ways[way]) for way in (True, False)}
-    return scores
+def _reading(model: Any, amount: Amount, results: Results) -> dict[str, Any]:
+    size = model.read_size
+    results.asked = reading.ask(model, per_kind=amount.per_kind, size=size, seed=amount.seed)
+    held_out = (
+        reading.ask(model, per_kind=amount.held_out, size=size, seed=amount.seed, held_out=True)
+        if amount.held_out
+        else []
+    )
+    return reading.score(results.asked, held_out)
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pisces_jax.data.example import Example, Picture, Text
-from pisces_jax.data.instructions import DESCRIBE_INSTRUCTION
 from pisces_jax.data.layout import Layout, lay_out
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
@@ -138,19 +137,6 @@ class Model:
             tokens = self._answer(self.params, self._prompts(some), self._keys(seed, first), most, temperature)
             answers += [self._text(row) for row in np.asarray(tokens)[: len(some)]]
         return answers
-
-    def described(
-        self, questions: Sequence[Sequence[Text | Picture]], *, most: int = 96
-    ) -> list[Sequence[Text | Picture]]:
-        """The questions as they come after a description, of `most` tokens at the most, that the model writes of what
-        it sees: with a turn for it behind their last picture. Those without pictures stay as they are."""
-        last = [max((i for i, p in enumerate(parts) if isinstance(p, Picture)), default=-1) for parts in questions]
-        seen = {n: (*questions[n][: i + 1], Text(DESCRIBE_INSTRUCTION)) for n, i in enumerate(last) if i >= 0}
-        turns = {
-            n: (*asked, Text(description, learn=True))
-            for (n, asked), description in zip(seen.items(), self.answer([*seen.values()], most=most), strict=True)
-        }
-        return [(*turns[n], *parts[last[n] + 1 :]) if n in turns else parts for n, parts in enumerate(questions)]
 
     def draw(
         self,

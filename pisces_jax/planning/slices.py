@@ -47,12 +47,12 @@ class Chip:
     cores: int
 
 
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
     "v4": Chip("v4", 275e12, int(30.75 * GIB), 1228e9, 45e9, 6.25e9, 3, 4, _CUBES, 2),
     "v5e": Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 45e9, 3.125e9, 2, 16, _SQUARES, 1),
-    "v5p": Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 90e9, 6.25e9, 3, 4, _CUBES, 2),
+    "v5p": Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 90e9, 6.25e9, 3, 4, (*_CUBES, "16x16x24"), 2),
     "v6e": Chip("v6e", 918e12, int(31.25 * GIB), 1640e9, 90e9, 12.5e9, 2, 16, _SQUARES, 1),
 }
 

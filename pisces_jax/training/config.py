@@ -110,9 +110,9 @@ def run_config(**changes: Any) -> ConfigDict:
                 # matches holds; a multiple of 0 freezes.
                 table=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),
             ),
-            # How a finished run draws and answers unless a command says otherwise: with a description of its own
-            # written first (of at most `tokens`; what is drawn, sampled at `temperature`), or at once.
-            sampling=dict(describe=False, describe_read=False, tokens=96, temperature=1.0),
+            # How a finished run draws unless a command says otherwise: with a description of its own written first
+            # (at most `tokens`, sampled at `temperature`), or at once.
+            sampling=dict(describe=False, tokens=96, temperature=1.0),
             mesh=dict(data=1, fsdp=-1, tensor=1),
             log=dict(
                 every=50,

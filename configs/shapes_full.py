@@ -1,6 +1,6 @@
 """The shapes world, the full small run: meant for three hours on two CPU cores, or one GPU; not run to its end yet.
 
-The stages of configs/shapes.py with a language model of 3.1 million parameters in place of 1.2, up to four objects in
+The stages of configs/shapes.py with a language model of 3.5 million parameters in place of 1.4, up to four objects in
 every drawn picture, and more steps. An interrupted run is continued by the same command.
 
     python -m pisces_jax.demo --config=configs/shapes_full.py --workdir=runs/shapes_full
@@ -15,7 +15,7 @@ from pisces_jax.training.small import picture_run, rates, shapes_data, unified_r
 SIZE = 32
 EXAMPLES = 100_000  # of each task and stage
 LOG = dict(every=50, evaluate_every=500, evaluate_batches=6, checkpoint_every=500, samples_every=1500)
-LANGUAGE_MODEL = dict(width=256, layers=5, heads=4, mlp_hidden=512)
+LANGUAGE_MODEL = dict(width=256, layers=5, heads=8, kv_heads=8, head_dim=32, mlp_hidden=512)
 
 
 def data(*slots: int, **weights: Any) -> dict[str, Any]:
@@ -40,12 +40,12 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(11, 14, describe=0.55, conversation=0.9, draw_details=1.25, draw_described=0.5),
+            data(7, 13, described_conversation=0.9, draw_details=1.25, draw_described=0.7),
             steps=3000, sharp=True, optimizer=rates(3e-3, 0, 0.8), language_model=LANGUAGE_MODEL, log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(10, 12, conversation=1.45, caption=0.05, describe=0.2, draw_details=0.2, draw_described=1.7),
+            data(7, 12, described_conversation=1.15, draw_details=0.25, draw_described=1.9),
             steps=5400, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), language_model=LANGUAGE_MODEL, log=LOG,
         ),

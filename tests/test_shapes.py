@@ -337,6 +337,9 @@ def test_described_conversations_end_with_a_true_description():
         assert len(set(asked)) == len(asked) and len(scene.objects) <= 3
         lengths[len(asked) - 1] += 1
     assert min(lengths) >= 2 and max(lengths) == 6 and lengths[6] > 80
+    alone = shapes.ShapesSource("conversation", num_examples=50, most_objects=1)
+    scenes = [part.image.args[0] for i in range(50) for part in alone[i].parts if isinstance(part, Picture)]
+    assert {len(scene.objects) for scene in scenes} == {1}
 
 
 def test_a_no_is_hard():

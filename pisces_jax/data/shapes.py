@@ -7,14 +7,13 @@ This is its public face; scenes and rendering are in `shapes_scene.py`, captions
 import functools
 import operator
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from pisces_jax.data.example import Example, Part, Picture, Role, Text
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
 from pisces_jax.data.shapes_questions import (
     HELD_OUT_QUESTION_KINDS,
     QUESTION_KINDS,
-    converse,
     question_for,
     questions,
     sample_conversation,
@@ -94,7 +93,7 @@ class ShapesSource:
 
     Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
     distribution with other random numbers; every example of "held_out" holds something that neither of them
-    does. Scenes that no question and no prompt asks for have up to `most_objects` objects. Of the short texts of
+    does. Scenes have up to `most_objects` objects, but where a prompt asks for them. Of the short texts of
     "draw_described", the share `prompts` is in GenEval's words, the others are captions; its descriptions name the
     objects in the short text's order, those of "draw_details" in any, all others in reading order.
 
@@ -134,15 +133,14 @@ class ShapesSource:
 
     def _parts(self, rng: random.Random) -> tuple[Part, ...]:
         if self.task == "question":
-            scene, _, question, answer = sample_question(rng, self.split)
+            scene, _, question, answer = sample_question(rng, self.split, most_objects=self.most_objects)
             return self._picture(scene, "read"), Text(question), Text(answer, learn=True)
-        if self.task == "conversation":
-            scene, answered = sample_conversation(rng, self.split)
-            return self._picture(scene, "read"), *_turns(answered)
-        if self.task == "described_conversation":
-            scene = sample_scene(rng, self.split, self.most_objects)
-            answered = [*converse(scene, rng), (DESCRIBE_INSTRUCTION, detailed_caption(scene))]
-            return self._picture(scene, "read"), *_turns(answered)
+        if self.task in ("conversation", "described_conversation"):
+            scene, answered = sample_conversation(rng, self.split, self.most_objects)
+            if self.task == "described_conversation":
+                answered = [*answered, (DESCRIBE_INSTRUCTION, detailed_caption(scene))]
+            turns = [part for question, answer in answered for part in (Text(question), Text(answer, learn=True))]
+            return self._picture(scene, "read"), *turns
         if self.task == "draw_prompt":
             line, scene = sample_for_prompt(rng, self.split)
             return Text(draw_instruction(line["prompt"])), self._picture(scene, "draw")
@@ -175,10 +173,6 @@ class ShapesSource:
 
     def _picture(self, scene: Scene, role: Role) -> Picture:
         return Picture(functools.partial(render, scene, self.size), role)
-
-
-def _turns(answered: Iterable[tuple[str, str]]) -> tuple[Part, ...]:
-    return tuple(part for question, answer in answered for part in (Text(question), Text(answer, learn=True)))
 
 
 def corpus(n: int, seed: int = 0) -> Iterator[str]:

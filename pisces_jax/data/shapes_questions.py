@@ -5,8 +5,7 @@ Yes and no come equally often within a kind, and a "no" is hard: what is asked f
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
 
 from pisces_jax.data.relations import CONVERSE, RELATIONS, relations
 from pisces_jax.data.shapes_scene import (
@@ -28,6 +27,7 @@ from pisces_jax.data.shapes_scene import (
 from pisces_jax.data.shapes_text import NUMBERS, plural, with_article
 
 QUESTION_KINDS = ("colour", "count", "relation", "existence", "comparison")
+KINDS_OF_ONE_OBJECT = ("colour", "count", "existence")
 HELD_OUT_QUESTION_KINDS = ("colour", "count", "relation", "existence")  # no comparison names what is held out
 LARGER_BY = 1.25  # least ratio of the sizes compared
 
@@ -43,8 +43,11 @@ def question_for(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
     raise AssertionError("every scene can be asked what exists in it")
 
 
-def sample_question(rng: random.Random, split: str, kind: str | None = None) -> tuple[Scene, str, str, str]:
-    """(scene, kind, question, answer): the kind by chance unless given, then a scene that permits it.
+def sample_question(
+    rng: random.Random, split: str, kind: str | None = None, most_objects: int = MAX_OBJECTS
+) -> tuple[Scene, str, str, str]:
+    """(scene, kind, question, answer): the kind by chance unless given, then a scene that permits it, of up to
+    `most_objects` objects but where what is held out is asked for.
 
     In "train" and "val" nothing held out is shown or named; in "held_out" the question or its answer names
     it.
@@ -52,31 +55,26 @@ def sample_question(rng: random.Random, split: str, kind: str | None = None) -> 
     if split == "held_out":
         kind = kind or rng.choice(HELD_OUT_QUESTION_KINDS)
         return _HELD_OUT_ASKERS[kind](rng)
-    kind = kind or rng.choice(QUESTION_KINDS)
+    kind = kind or rng.choice(QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT)
     while True:
-        scene = sample_scene(rng, split)
+        scene = sample_scene(rng, split, most_objects)
         if answered := ask(kind, scene, rng):
             return scene, kind, *answered
 
 
-def sample_conversation(rng: random.Random, split: str) -> tuple[Scene, list[Answered]]:
-    """A scene and different questions about it with their answers; their kinds are balanced as in `sample_question`."""
-    scene, _, *first = sample_question(rng, split)
-    return scene, converse(scene, rng, {first[0]: first[1]})
-
-
-def converse(
-    scene: Scene, rng: random.Random, asked: Mapping[str, str] = MappingProxyType({}), most: int = 6
-) -> list[Answered]:
-    """Up to `most` different questions about the scene with their answers, those of `asked` among them; their kinds
-    are balanced as far as the scene permits."""
-    asked = dict(asked)
+def sample_conversation(
+    rng: random.Random, split: str, most_objects: int = MAX_OBJECTS, most: int = 6
+) -> tuple[Scene, list[Answered]]:
+    """A scene of up to `most_objects` objects and up to `most` different questions about it with their answers; their
+    kinds are balanced as in `sample_question`."""
+    scene, _, *first = sample_question(rng, split, most_objects=most_objects)
+    asked = {first[0]: first[1]}
     kinds: list[str] = []
     for _ in range(2 * most):  # a scene of one object has few questions
         kinds = kinds or rng.sample(QUESTION_KINDS, len(QUESTION_KINDS))
         if len(asked) < most and (answered := ask(kinds.pop(), scene, rng)):
             asked.setdefault(*answered)
-    return list(asked.items())
+    return scene, list(asked.items())
 
 
 def questions(per_kind: int, seed: int = 0, held_out: bool = False) -> list[tuple[Scene, str, str, str]]:

@@ -59,7 +59,7 @@ def shapes_data(
     """The shapes world's tasks by weight, `examples` of the commonest and of the others in proportion; training and
     held-out pictures come from other random numbers.
 
-    `most_objects` at the most are in a picture that no question and no prompt asks for; most prompts name one or two.
+    `most_objects` at the most are in a picture that no prompt asks for; most prompts name one or two.
     """
 
     def source(task: str, weight: float, examples: int, split: str, most_objects: int = most_objects) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pisces_jax.training.small import picture_run, rates, shapes_data, unified_r
 
 SIZE = 32
 EXAMPLES = 16_000  # of each task and stage: about as many as a stage sees of its commonest
-HEADS = dict(heads=6, kv_heads=6, head_dim=32)
+HEADS = dict(heads=6, kv_heads=3, head_dim=32)
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
 
@@ -40,12 +40,14 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(7, 14, most_objects=2, described_conversation=0.9, draw_details=1.25, draw_described=0.7),
+            data(
+                10, 15, most_objects=2, describe=0.7, conversation=0.55, draw_details=1.25, draw_described=0.7
+            ),
             steps=700, sharp=True, language_model=HEADS, optimizer=rates(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(7, 12, described_conversation=1.15, draw_details=0.25, draw_described=1.9),
+            data(8, 13, describe=0.35, conversation=1.0, draw_details=0.25, draw_described=1.9),
             steps=780, sharp=True, decode=True, language_model=HEADS, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),

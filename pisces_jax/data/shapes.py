@@ -78,7 +78,6 @@ TASKS = (
     "describe",
     "question",
     "conversation",
-    "described_conversation",
     "draw_caption",
     "draw_details",
     "draw_prompt",
@@ -135,10 +134,8 @@ class ShapesSource:
         if self.task == "question":
             scene, _, question, answer = sample_question(rng, self.split, most_objects=self.most_objects)
             return self._picture(scene, "read"), Text(question), Text(answer, learn=True)
-        if self.task in ("conversation", "described_conversation"):
+        if self.task == "conversation":
             scene, answered = sample_conversation(rng, self.split, self.most_objects)
-            if self.task == "described_conversation":
-                answered = [*answered, (DESCRIBE_INSTRUCTION, detailed_caption(scene))]
             turns = [part for question, answer in answered for part in (Text(question), Text(answer, learn=True))]
             return self._picture(scene, "read"), *turns
         if self.task == "draw_prompt":

@@ -251,7 +251,11 @@ def test_asymmetric_padding_is_seen(written, monkeypatch):
 
 def test_eva_clip_equals_timm(data_folder, tmp_path):
     """The tower of `eva02_enormous_patch14_clip_224`, small and randomly filled, as timm computed it in float32; the
-    plain torch of `parity.py` too, which stands for it in float64."""
+    plain torch of `parity.py` too, which stands for it in float64.
+
+    Two float32 results of different machines differ by the rounding of both. So, as for every part, ours in float32 may
+    be twice as far from float64 as the reference's own.
+    """
     path = data_folder / "reference/eva_clip_tiny.safetensors"
     stored = load_file(path)
     with safe_open(path, "np") as file:
@@ -268,14 +272,16 @@ def test_eva_clip_equals_timm(data_folder, tmp_path):
     params = read_part(folder, part_shapes(settings))
     run = jax.jit(lambda p, x: parity.vectors(settings, p, x, jnp.float32), compiler_options=parity.OPTIMISED)
     got = run(params, images)
-    assert parity.relative(got, expected) < 1e-6
 
     s = folder.settings
     plain = parity.Eva(s.image_size, s.patch_size, s.width, s.heads, s.mlp_hidden, s.layers)
     plain.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()}, strict=False)
     with torch.no_grad():
-        assert parity.relative(plain(torch.as_tensor(stored["images"])).numpy(), expected) < 1e-6
+        again = plain(torch.as_tensor(stored["images"])).numpy()
         exact = plain.double()(torch.as_tensor(stored["images"]).double()).numpy()
+    own = parity.relative(expected, exact)
+    assert own < 2e-6  # 1.3e-6 of the stored file, on any machine
+    assert parity.relative(got, exact) <= 2 * own and parity.relative(again, exact) <= 2 * own
     with jax.enable_x64(True):
         got = jax.jit(lambda p, x: parity.vectors(settings, p, x, jnp.float64))(params, images.astype(np.float64))
     assert parity.relative(got, exact) < 1e-9

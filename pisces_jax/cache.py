@@ -13,7 +13,7 @@ def main() -> None:
     rest, overrides = cli.split_overrides(cli.arguments())
     parser = cli.Parser(
         "cache",
-        "Writes the generation encoder's pooled features of every picture that a stage trains and evaluates on, and "
+        "Writes the generation encoder's pooled features of every picture that a stage draws, or learns to decode, and "
         "for a decoder that makes latents those of the autoencoder, sharded over processes. The same command "
         "continues what was interrupted. The stage then reads them with data.features set.",
         [
@@ -48,6 +48,9 @@ def main() -> None:
         share = jax.process_index(), jax.process_count()
         broken = cache_features(config, flags.workdir, entries, flags.dtype, flags.batch_size, flags.threads, share)
         for entry in entries if processes.primary() else ():
+            if entry.name not in broken:
+                cli.say(f"{entry.name}: its pictures are only read")
+                continue
             words = f", {broken[entry.name]} of them not readable" if broken[entry.name] else ""
             cli.say(f"{entry.name}: features of {len(entry.source)} examples{words}")
     if processes.primary():

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_config
+from PIL import Image
 
 from pisces_jax.data import features as cached
 from pisces_jax.data.example import FILE_GONE, BrokenExample, Example, Picture, Text
@@ -201,6 +202,39 @@ def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_
             losses.append({name: float(value.compute()) for name, value in got.items()})
         assert losses[0] == pytest.approx(losses[1], rel=tolerance)
         assert all(value > 0 for value in losses[0].values())
+
+
+def test_features_are_made_once_and_of_what_is_drawn_alone(run, params, tmp_path, monkeypatch):
+    """Three sources of the same pictures: one reads them, two draw them from other texts."""
+    from pisces_jax.training.tokenizer import load_tokenizer
+
+    written = []
+    write = cached.FeatureCache.write
+    monkeypatch.setattr(cached.FeatureCache, "write", lambda *a: written.append(a[1]) or write(*a))
+    shades = [6 * i for i in range(40)]
+    for shade in shades:
+        Image.new("RGB", (16, 16), (shade, 255 - shade, 0)).save(tmp_path / f"{shade}.png")
+    lines = [{"image": f"{shade}.png", "a": "red", "b": "very red"} for shade in shades]
+    (tmp_path / "data.json").write_text(json.dumps(lines))
+    common = dict(kind="json", path=f"{tmp_path}/data.json", split="train", val_share=0.5, detailed_format="{b}")
+    recipes = dict(caption="{a}", draw_caption="{a}", draw_details="{b}")
+    config = run("unified", features="features")
+    config.data.train = {name: dict(common, recipe=name, caption_format=text) for name, text in recipes.items()}
+    entries = input.entries_of(config.data.train)
+    assert features.cache_features(config, tmp_path, entries, "float32", 8) == {"draw_caption": 0, "draw_details": 0}
+    assert written == [0, 1]  # 20 pictures, 16 a shard
+    read, *drawn = features.open_caches(config, tmp_path, entries)["features"]
+    assert read is None and drawn[0].folder == drawn[1].folder
+    tokenizer = load_tokenizer(config, tmp_path)
+    program = programs.make_program(config, tokenizer.vocab_size)
+    made = input.items(config, tokenizer, program, tmp_path, config.data.train)
+    groups = [made.make(i).item for i in range(made.per_epoch)]
+    found = np.concatenate([group["draw_features"][group["draw_valid"]] for group in groups])
+    assert sum(group["read_valid"].sum() for group in groups) == 20 and len(found) == 40
+    of_each = sorted(map(tuple, np.stack([drawn[0][i] for i in range(20)]).reshape(20, -1)))
+    assert sorted(map(tuple, found.reshape(40, -1))) == sorted(of_each * 2)
+    with pytest.raises(UserError, match="no source of the config draws a picture"):
+        features.open_caches(config, tmp_path, entries[:1])
 
 
 def test_latents_are_the_autoencoders_and_are_kept_apart(run, params, tmp_path):

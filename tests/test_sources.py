@@ -882,6 +882,51 @@ def test_every_example_of_a_mixture_has_a_key_of_its_own(tmp_path):
     assert keys(tmp_path / "elsewhere/deeper") == found  # wherever the data lies
 
 
+def test_the_full_size_configs_read_what_the_docs_lay_out(tmp_path, monkeypatch):
+    """docs/data.md, "Public data sets": every source of every stage, what is held out of it too."""
+    from pisces_jax import cli
+    from pisces_jax.training.tokenizer import entries_of
+
+    monkeypatch.setenv("PISCES_DATA", str(tmp_path))
+    for name in ("captions", "detailed", "instructions"):
+        (tmp_path / name).mkdir()
+        more = {"json": b'{"detailed": "long"}'} if name == "detailed" else {}
+        members = [sample(i, b"short", **{f"{i:05d}.{k}": v for k, v in more.items()}) for i in range(100)]
+        shard(tmp_path / name / "0.tar", sum(members, []))
+    (tmp_path / "instructions/images").mkdir()
+    (tmp_path / "instructions/images/red.png").write_bytes(png("RGB", (255, 0, 0)))
+    (tmp_path / "instructions/conversations.json").write_text(json.dumps([LLAVA] * 100))
+    drawn = [("draw: long", False), "draw"]
+    described = [("draw: short", False), ("long", True), "draw"]
+    expected = {
+        "decoder": {"pair": ["read", ("short", False)]},
+        "stage1": {
+            "caption": ["read", ("caption:", False), ("short", True)], "draw_caption": [("draw: short", False), "draw"]
+        },
+        "stage2": {
+            "describe": ["read", ("describe:", False), ("long", True)], "draw_details": drawn,
+            "draw_described": described,
+        },
+        "stage3": {
+            "conversation": ["read", *LLAVA_PARTS[1:]], "draw_caption": [("draw: short", False), "draw"],
+            "draw_described": described,
+        },
+    }  # fmt: skip
+    root = Path(__file__).parents[1] / "configs"
+    for size in ("pisces_8b", "pisces_1b"):
+        for stage, sources in expected.items():
+            (config,) = cli.load_stages(str(root / size / f"{stage}.py"), {}).values()
+            for split, count in (config.data.train, 99), (config.data.evaluate, 1):
+                found = {}
+                for entry in entries_of(split):
+                    assert len(entry.source) == count
+                    parts = [(role if role in ("read", "draw") else (role, learn))
+                             for role, learn in shape_of(entry.source[0])]
+                    found[entry.name] = parts
+                    assert entry.source.draws == ("draw" in parts)
+                assert found == sources
+
+
 # Buckets
 
 

@@ -46,8 +46,15 @@ def cached_picture(example: Example) -> Picture:
     return (drawn or pictures)[0]
 
 
+def draws(source: Source) -> bool:
+    """Whether a source's examples draw pictures; one that does not say so may."""
+    return getattr(source, "draws", True)
+
+
 class FeatureCache:
     """A source's features, whole or being written. `encoder` says what they are from: any JSON, compared as a whole.
+
+    Sources of the same pictures have the same folder, whatever their names and texts.
 
     Raises:
         UserError: the folder holds features of another encoder.
@@ -55,7 +62,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike, entry: Entry, encoder: Mapping[str, Any]):
         digest = hashlib.blake2b("\0".join(map(str, picture_words(entry.source))).encode(), digest_size=8).hexdigest()
-        self.folder = Path(folder) / f"{entry.name}-{digest}"
+        self.folder = Path(folder) / digest
         self.name, self.count = entry.name, len(entry.source)
         self.encoder = json.loads(json.dumps(dict(encoder)))
         self._about: dict[str, Any] | None = None

@@ -216,6 +216,7 @@ class ImageFolder:
         if not isinstance(val_share, (int, float)) or not 0 <= val_share <= 1:
             raise UserError(f"val_share={val_share!r} is no share: give a number from 0 to 1")
         self.path, self.recipe, self.split = os.fspath(path).rstrip("/"), recipe, split
+        self.draws = recipe.draws
         try:
             metadata = storage.join(self.path, "metadata.jsonl")
             self._records = JsonRecords([metadata], images, self.path, Path(self.path).name)

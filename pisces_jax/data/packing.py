@@ -85,7 +85,7 @@ class PackedGroups:
         read_id       uint32 [Pr,2]  `identity(seed, epoch, example.key, ordinal of the part)`
         draw_...      the same for the pictures to draw
 
-    With `features` (one cache an entry) there are no `draw_images` but
+    With `features` (one cache an entry, None for one that draws nothing) there are no `draw_images` but
 
         draw_features float32 [Pd,m,C]
 
@@ -108,7 +108,7 @@ class PackedGroups:
         folder: str | Path | None = None,
         scaled_jpeg: bool = False,
         max_broken: float = MAX_BROKEN,
-        features: Sequence[FeatureCache] | None = None,
+        features: Sequence[FeatureCache | None] | None = None,
     ):
         self.features = features
         self.entries = [Entry(*entry) for entry in entries]
@@ -223,7 +223,9 @@ class PackedGroups:
 
     def _picture(self, placed: Placed, s: int, index: int) -> tuple[str, np.ndarray]:
         if placed.role == "draw" and self.features is not None:
-            return "features", self.features[s][index]
+            cache = self.features[s]
+            assert cache is not None
+            return "features", cache[index]
         size = self._size(placed.role)
         stretch = placed.role == "read" and self.layout.read_stretch
         return "images", placed.picture.square(size, stretch, self.scaled_jpeg)
@@ -242,7 +244,8 @@ class PackedGroups:
         for role, slots in ("read", layout.read_slots), ("draw", layout.draw_slots):
             size = self._size(role)
             if role == "draw" and self.features is not None:
-                group["draw_features"] = np.zeros((slots, *self.features[0].shape), np.float32)
+                of_one = next(cache.shape for cache in self.features if cache is not None)
+                group["draw_features"] = np.zeros((slots, *of_one), np.float32)
             else:
                 group[f"{role}_images"] = np.zeros((slots, size, size, 3), np.uint8)
             group[f"{role}_row"] = np.zeros(slots, np.int32)

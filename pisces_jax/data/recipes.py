@@ -70,7 +70,7 @@ class Recipe:
             _check_format(name, getattr(self, name))
         if not isinstance(self.drop, (int, float)) or not 0 <= self.drop < 1:
             raise UserError(f"drop={self.drop!r} is no rate: give a number from 0 to below 1")
-        if self.drop and self.recipe not in DRAWING:
+        if self.drop and not self.draws:
             raise UserError(f"drop={self.drop} is for drawing and {self.recipe!r} draws nothing: remove it")
 
     @property
@@ -86,6 +86,10 @@ class Recipe:
             if self.recipe != "draw_described":
                 used = (self.detailed_format,)
         return [one for wordings in used for one in _wordings(wordings)]
+
+    @property
+    def draws(self) -> bool:
+        return self.recipe in DRAWING
 
     @property
     def pictures(self) -> str:

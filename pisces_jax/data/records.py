@@ -61,6 +61,7 @@ class Examples:
             raise UserError(f"the split {split!r} is empty: it has {len(records)} records in all")
         if records.names is not None:
             recipe.check(records.names)
+        self.draws = recipe.draws
         self.remote = getattr(records, "remote", False)  # every example is a request: `lengths` reads many at once
         if hasattr(records, "wanted"):
             records.wanted = used_fields(recipe)

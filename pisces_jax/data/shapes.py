@@ -123,6 +123,10 @@ class ShapesSource:
     def __len__(self) -> int:
         return self.num_examples
 
+    @property
+    def draws(self) -> bool:
+        return self.task.startswith("draw")
+
     def __getitem__(self, index: int) -> Example:
         index = operator.index(index)
         if not 0 <= index < self.num_examples:

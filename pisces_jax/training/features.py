@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pisces_jax import processes
 from pisces_jax.data.example import TRANSIENT, BrokenExample, reason_of
-from pisces_jax.data.features import DTYPES, SHARD, FeatureCache, cached_picture
+from pisces_jax.data.features import DTYPES, SHARD, FeatureCache, cached_picture, draws
 from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.layout import Entry
 from pisces_jax.data.packing import LEAST_SEEN
@@ -62,22 +62,26 @@ def encoder_of(config: ConfigDict, workdir: Path, kind: Kind) -> dict[str, Any]:
     }
 
 
-def _caches(config: ConfigDict, workdir: Path, kind: Kind, entries: Sequence[Entry]) -> list[FeatureCache]:
+def _caches(config: ConfigDict, workdir: Path, kind: Kind, entries: Sequence[Entry]) -> list[FeatureCache | None]:
+    """A cache an entry, None for one whose pictures are only read: the unified model draws from features alone."""
     folder = workdir / (config.data.features or "features") / kind.folder
     encoder = encoder_of(config, workdir, kind)
-    return [FeatureCache(folder, entry, encoder) for entry in entries]
+    every = config.program != "unified"
+    return [FeatureCache(folder, entry, encoder) if every or draws(entry.source) else None for entry in entries]
 
 
-def open_caches(config: ConfigDict, workdir: Path, entries: Sequence[Entry]) -> dict[str, list[FeatureCache]]:
-    """The caches that a config reads by kind, none where it reads pictures.
+def open_caches(config: ConfigDict, workdir: Path, entries: Sequence[Entry]) -> dict[str, list[FeatureCache | None]]:
+    """The caches that a config reads by kind, one an entry (None where it needs none), no kind where it reads pictures.
 
     Raises:
-        UserError: one is missing or unfinished.
+        UserError: one is missing or unfinished, or no source draws.
     """
     if not config.data.features:
         return {}
     opened = {name: _caches(config, workdir, kind, entries) for name, kind in kinds_of(config).items()}
-    return {name: [cache.open() for cache in caches] for name, caches in opened.items()}
+    if not any(cache is not None for cache in opened["features"]):
+        raise UserError("data.features is set, and no source of the config draws a picture: leave it empty")
+    return {name: [None if cache is None else cache.open() for cache in caches] for name, caches in opened.items()}
 
 
 def cache_features(
@@ -90,7 +94,7 @@ def cache_features(
     share: tuple[int, int] = (0, 1),
 ) -> Mapping[str, int]:
     """Writes what is not there yet of every source, by all kinds; how many pictures could not be read, by source,
-    those of shards that were there counted too.
+    those of shards that were there counted too. A source that needs no features is not named.
 
     Every process writes its `share` of the shards (part i of n), on its own devices; what an interruption leaves is
     whole shards, and the same call goes on with the others. It returns when all processes are done.
@@ -101,16 +105,21 @@ def cache_features(
     """
     if dtype not in DTYPES:
         raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
-    every = {name: (kind, _caches(config, workdir, kind, entries)) for name, kind in kinds_of(config).items()}
-    work = {name: [cache.todo(*share) for cache in caches] for name, (_, caches) in every.items()}
-    missing = {name: any(cache.todo(0, 1) for cache in caches) for name, (_, caches) in every.items()}
+    kinds = kinds_of(config)
+    needed = {}
+    for name, kind in kinds.items():
+        caches = zip(entries, _caches(config, workdir, kind, entries), strict=True)
+        needed[name] = [(entry, cache) for entry, cache in caches if cache is not None]
+    work = {}
+    for name, pairs in needed.items():
+        once = {cache.folder: (entry, cache) for entry, cache in pairs}.values()
+        work[name] = [(entry, cache, cache.todo(*share)) for entry, cache in once if cache.todo(0, 1)]
     processes.meet("features to write")  # the weights are read by all processes or by none
-    for name, (kind, caches) in every.items():  # one encoder at a time in the memory
-        if missing[name]:
-            todo = list(zip(entries, caches, work[name], strict=True))
-            _write(config, workdir, kind, todo, dtype, batch_size, threads)
+    for name, todo in work.items():  # one encoder at a time in the memory
+        if todo:
+            _write(config, workdir, kinds[name], todo, dtype, batch_size, threads)
     processes.meet("features written")
-    return {cache.name: cache.empty() for cache in every["features"][1]}
+    return {entry.name: cache.empty() for entry, cache in needed["features"]}
 
 
 def _write(

@@ -1,6 +1,7 @@
 """The runs of full-size Pisces from published weights: what `configs/pisces_8b` and `configs/pisces_1b` share.
 
-Published folders lie below `PISCES_WEIGHTS` (default `weights`), data below `PISCES_DATA`; see docs/weights.md.
+Published folders lie below `PISCES_WEIGHTS` (default `weights`), docs/weights.md; data below `PISCES_DATA` (default
+`data`), docs/data.md.
 Learning rates, batch sizes and what is frozen are ours: the paper gives none. They start from its closest documented
 siblings, MetaMorph (the same language model and SigLIP) and Emu2's decoder.
 """
@@ -60,14 +61,32 @@ PISCES_1B = Family(
 )  # fmt: skip
 
 
-def sources(folder: str, *recipes: str, **formats: str) -> dict[str, Any]:
-    """The same image folder under several recipes, for training and held out."""
+def shards(folder: str, *recipes: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """The same tar shards under several recipes."""
+    common = dict(kind="webdataset", path=data(f"{folder}/*.tar"), **settings)
+    return {recipe: dict(common, recipe=recipe) for recipe in recipes}
 
-    def split(name: str) -> dict[str, Any]:
-        common = dict(kind="image_folder", path=data(folder), split=name, **formats)
-        return {recipe: dict(common, recipe=recipe) for recipe in recipes}
 
-    return dict(train=split("train"), evaluate=split("val"))
+def detailed(*recipes: str) -> dict[str, dict[str, Any]]:
+    """Pictures with a short caption in the `.txt` and a detailed one in the `.json`."""
+    return shards("detailed", *recipes, detailed_format="{detailed}")
+
+
+def conversations() -> dict[str, dict[str, Any]]:
+    """Conversations about pictures, in LLaVA's layout."""
+    source = dict(
+        kind="json", path=data("instructions/conversations.json"), image_root=data("instructions/images"),
+        recipe="conversation", cut=True,
+    )  # fmt: skip
+    return dict(conversation=source)
+
+
+def splits(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Sources for training, and what is held out of each."""
+    return {
+        part: {name: dict(source, split=split) for name, source in sources.items()}
+        for part, split in (("train", "train"), ("evaluate", "val"))
+    }
 
 
 def decoder_run(family: Family, **changes: Any) -> ConfigDict:
@@ -83,7 +102,7 @@ def decoder_run(family: Family, **changes: Any) -> ConfigDict:
     merge(config, dict(
         data=dict(
             tokenizer=weights(family.language_folder), text_length=128, features="features",
-            **sources("captions", "pair"),
+            **splits(shards("captions", "pair")),
         ),
         flow=dict(times="logit_normal", drop=0.1, steps=30, guidance=3.0),
         optimizer=dict(
@@ -134,16 +153,20 @@ def unified_run(name: str, family: Family, start: str = "", **changes: Any) -> C
 
 
 def stage(number: int, family: Family, **changes: Any) -> ConfigDict:
-    """Stage 1 learns from short captions, 2 from detailed ones, 3 from instructions for both tasks."""
+    """Stage 1 learns from short captions, 2 from detailed ones, 3 from instructions for both tasks; in 2 and 3 the
+    model also learns to write a detailed caption before it draws from a short one."""
     given: Mapping[int, Any] = {
-        1: dict(steps=40_000, learning_rate=7e-5, data=sources("captions", "caption", "draw_caption")),
-        2: dict(steps=20_000, learning_rate=5e-5, data=sources("detailed", "describe", "draw_details")),
-        3: dict(steps=8_000, learning_rate=2e-5, data=sources("instructions", "describe", "draw_described")),
-    }
+        1: dict(steps=40_000, learning_rate=7e-5, data=shards("captions", "caption", "draw_caption")),
+        2: dict(steps=20_000, learning_rate=5e-5, data=detailed("describe", "draw_details", "draw_described")),
+        3: dict(
+            steps=8_000, learning_rate=2e-5,
+            data=conversations() | shards("instructions", "draw_caption") | detailed("draw_described"),
+        ),
+    }  # fmt: skip
     values = given[number]
     config = unified_run(
         f"stage{number}", family, f"stage{number - 1}" if number > 1 else "", steps=values["steps"],
-        batch_size=512, data=values["data"], optimizer=dict(learning_rate=values["learning_rate"]),
+        batch_size=512, data=splits(values["data"]), optimizer=dict(learning_rate=values["learning_rate"]),
     )  # fmt: skip
     merge(config, changes)
     return config

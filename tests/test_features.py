@@ -313,8 +313,12 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
         cached.cached_picture(twice)
 
 
-def test_a_decoder_does_not_learn_from_features():
-    config = tiny_config.get_config("unified")
+@pytest.mark.parametrize(
+    "stage, words",
+    [("unified", "parts.decoder: a decoder learns from pictures"), ("pretrain", "trains the encoder that features are")],
+)
+def test_what_learns_from_pictures_takes_no_features(stage, words):
+    config = tiny_config.get_config(stage)
     config.data.features = "features"
-    with pytest.raises(UserError, match="parts.decoder: a decoder learns from pictures"):
+    with pytest.raises(UserError, match=words):
         programs.make_program(config, 300)

@@ -378,6 +378,8 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
     reconstruction = _reconstruction(config, dtype)
     if config.program == "decoder":
         return DecoderProgram(reconstruction, {"reconstruction": config.loss.reconstruction})
+    if config.data.features:
+        raise UserError("data.features: program pretrain trains the encoder that features are of: leave it empty")
     if config.optimizer.accumulate != 1:
         raise UserError(
             "optimizer.accumulate must be 1 in program pretrain: its contrastive loss compares the whole batch"

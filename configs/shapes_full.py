@@ -15,7 +15,7 @@ from pisces_jax.training.small import picture_run, rates, shapes_data, unified_r
 SIZE = 32
 EXAMPLES = 100_000  # of each task and stage
 LOG = dict(every=50, evaluate_every=500, evaluate_batches=6, checkpoint_every=500, samples_every=1500)
-LANGUAGE_MODEL = dict(width=256, layers=5, heads=8, kv_heads=4, head_dim=32, mlp_hidden=512)
+LANGUAGE_MODEL = dict(layers=5, heads=6, kv_heads=3, head_dim=32, mlp_hidden=384)
 
 
 def data(*slots: int, **weights: Any) -> dict[str, Any]:
@@ -40,13 +40,13 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         unified_run(
             "stage2", "stage1", SIZE,
-            data(9, 14, describe=0.7, conversation=0.55, draw_details=1.25, draw_described=0.7),
-            steps=3000, sharp=True, optimizer=rates(3e-3, 0, 0.8), language_model=LANGUAGE_MODEL, log=LOG,
+            data(9, 11, describe=0.6, conversation=1.0, draw_details=1.2, draw_described=0.8),
+            steps=3400, sharp=True, optimizer=rates(3e-3, 0, 0.8), language_model=LANGUAGE_MODEL, log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
-            data(8, 13, describe=0.35, conversation=1.0, draw_details=0.25, draw_described=1.9),
-            steps=5400, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
+            data(8, 10, describe=0.3, conversation=1.3, draw_details=0.3, draw_described=1.7),
+            steps=6400, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), language_model=LANGUAGE_MODEL, log=LOG,
         ),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """The shapes world, the full small run: under two hours on two CPU cores.
 
 The stages of configs/shapes.py with a language model of five layers and 1.9 million parameters in place of four and
-1.2, up to four objects in every picture that no prompt asks for, more questions, and six times the steps: what it
-draws and reads is in README.md. An interrupted run is continued by the same command. Not run on a GPU yet.
+1.2, up to four objects from stage 2 on in every picture that no prompt asks for, more questions, and six times the
+steps: what it draws and reads is in README.md. An interrupted run is continued by the same command. Not run on a
+GPU yet.
 
     python -m pisces_jax.demo --config=configs/shapes_full.py --workdir=runs/shapes_full
 """

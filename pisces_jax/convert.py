@@ -113,6 +113,8 @@ def _export(workdir: Path, run: str, only: list[str], dtype: str | None, out: Pa
         where |= dict.fromkeys(("generation_encoder", "decoder", *(("autoencoder",) if latent else ())), decoder)
     own = {"unified": PARTS, "text": ("language_model",), "pretrain": ("understanding_encoder",)}
     where |= dict.fromkeys(own.get(config.program, ()), run)
+    if config.program == "pretrain":  # of one encoder, perhaps
+        where = {part: run for part in where if part in config.model}
     if unknown := [part for part in only if part not in where]:
         raise UserError(f"--part={unknown[0]}: the parts of {workdir / run} are {', '.join(where)}")
     tokenizer = load_tokenizer(config, workdir)

@@ -53,6 +53,28 @@ def flow_matching(
     return loss_weight(t, config) * error
 
 
+def words_of_pictures(
+    scores: Float[Array, "B N V"],
+    tokens: Int[Array, "B L"],
+    real: Bool[Array, "B L"],
+    valid: Bool[Array, "B"],
+) -> Float[Array, "B"]:
+    """How well a picture's vectors tell which words its text has: binary cross-entropies of its tokens, and of those
+    of the batch's other texts, which it has not, summed, from `scores` of every vector and token of the vocabulary.
+
+    Words as labels, without a text encoder (SuperClass, Huang et al. 2024, arXiv 2411.03313; there softmax over the
+    vocabulary from one pooled vector). A word's score for the picture is the log of the mean of the exponentials of
+    its vectors' scores, so that the vectors of what it names answer for it, and those of other things need not.
+    Texts and pictures that are not `valid` take no part.
+    """
+    B, _, V = scores.shape
+    rows = jnp.broadcast_to(jnp.arange(B)[:, None], tokens.shape)
+    there = jnp.zeros((B, V), bool).at[rows, tokens].max(real & valid[:, None])
+    score = jax.nn.logsumexp(scores.astype(jnp.float32), axis=1) - jnp.log(scores.shape[1])
+    error = jax.nn.softplus(jnp.where(there, -score, score))
+    return jnp.sum(jnp.where(there.any(axis=0), error, 0.0), axis=-1)
+
+
 def sigmoid_contrastive(
     pictures: Float[Array, "B E"],
     texts: Float[Array, "B E"],

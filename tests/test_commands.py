@@ -11,6 +11,7 @@ from PIL import Image
 
 from pisces_jax import cli
 from pisces_jax.errors import UserError, run_command
+from pisces_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests/tiny_config.py")
@@ -39,6 +40,26 @@ def test_a_pretraining_run_is_exported(trained, call, tmp_path):
     status, printed, _ = call("convert", "export", f"--workdir={trained / 'run'}", "--run=pretrain", f"--out={out}")
     assert status == 0 and "understanding_encoder" in printed
     assert sorted(p.name for p in out.iterdir()) == ["decoder", "generation_encoder", "understanding_encoder"]
+
+
+def test_an_encoder_that_reads_is_pretrained_alone_and_exported(call, tmp_path):
+    config = tmp_path / "reader.py"
+    config.write_text(
+        "import tiny_config\n\n\n"
+        "def get_config(stage=''):\n"
+        "    config = tiny_config.get_config('pretrain')\n"
+        "    for part in ('generation_encoder', 'decoder', 'pool'):\n"
+        "        del config.model[part]\n"
+        "    config.loss.words, config.log.samples_every = 0.5, 0\n"
+        "    return config\n"
+    )
+    run = tmp_path / "run"
+    assert call("train", f"--config={config}", f"--workdir={run}")[0] == 0
+    losses = {k for record in read_metrics(run / "pretrain") for k in record if k.startswith("val/")}
+    assert losses == {"val/contrastive_understanding", "val/words", "val/matched_understanding"}
+    out = tmp_path / "out"
+    assert call("convert", "export", f"--workdir={run}", "--run=pretrain", f"--out={out}")[0] == 0
+    assert [p.name for p in out.iterdir()] == ["understanding_encoder"]
 
 
 def contents(folder: Path) -> dict[str, int]:

@@ -195,6 +195,30 @@ def test_softmax_contrastive_equals_the_double_loop():
     np.testing.assert_array_equal(objectives.softmax_contrastive(*changed, jnp.asarray(valid), jnp.asarray(same)), got)
 
 
+def test_words_of_pictures_equals_the_loops():
+    """For each picture, the vocabulary's words that some text of the batch has, its own or another's."""
+    rng = np.random.default_rng(0)
+    B, N, V = 4, 3, 9
+    scores = 2 * rng.standard_normal((B, N, V))
+    tokens = np.array([[1, 3, 3, 2], [1, 4, 2, 0], [1, 5, 6, 2], [1, 3, 7, 2]])
+    real = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]], bool)
+    valid = np.array([1, 1, 0, 1], bool)
+    texts = [{1, 2, 3}, {1, 2, 4}, set(), {1, 2, 3, 7}]  # the third takes no part; 0 is padding
+    expected = np.zeros(B)
+    for i in range(B):
+        for word in set().union(*texts):
+            score = math.log(sum(math.exp(scores[i, n, word]) for n in range(N)) / N)
+            there = 1 / (1 + math.exp(-score))
+            expected[i] -= math.log(there if word in texts[i] else 1 - there)
+    taking_part = np.flatnonzero(valid)
+    arguments = [jnp.asarray(a) for a in (scores, tokens, real, valid)]
+    got = objectives.words_of_pictures(*arguments)
+    np.testing.assert_allclose(got[taking_part], expected[taking_part], rtol=1e-5)
+    tokens[2], tokens[1, 3] = 8, 8
+    changed = jnp.asarray(scores), jnp.asarray(tokens), *arguments[2:]
+    np.testing.assert_array_equal(objectives.words_of_pictures(*changed)[taking_part], got[taking_part])
+
+
 def test_masked_averages_are_normalised_over_everything():
     values, mask = np.arange(12.0), np.array([1] * 5 + [0] * 3 + [1] + [0] * 3, bool)
     parts = [{"loss": objectives.masked_average(*map(jnp.asarray, half))} for half in

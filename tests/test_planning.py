@@ -223,6 +223,18 @@ def test_parts_of_the_flops_sum_to_the_step():
     assert parts["language_model"] == pytest.approx(3 * 16 * products)
 
 
+def test_flops_of_words_as_labels():
+    """A product of each of four vectors of 16 with the vocabulary, and its gradients; pictures as one encoder's."""
+    model = {k: v for k, v in tiny.model_settings().items() if k not in ("generation_encoder", "decoder")}
+    config = tiny.config(program="pretrain", batch_size=8, model=model, loss=dict(words=0.5))
+    program = make_program(config, 32)
+    shapes = {k: s for k, (s, _) in batch_shapes(config, program).items()}
+    assert shapes["image"] == (8, 8, 8, 3)
+    parts = flops.step_flops_by_part(program, shapes, {"understanding_encoder", "text_tower", "words"})
+    assert parts.keys() == {"understanding_encoder", "text_tower", "words"}
+    assert parts["words"] == 3 * 8 * 2 * 4 * 16 * 32
+
+
 def test_flops_of_a_stem_of_convolutions():
     """Pixels halved twice: 9 products of 3 × 8 channels for each of 8 × 8, of 8 × 16 for each of 4 × 4."""
     plain = ViTConfig(image_size=16, patch_size=4, width=8, layers=1, heads=1, mlp_hidden=8)

@@ -314,6 +314,20 @@ def test_questions_are_answered_truly_and_balanced(held_out):
         assert abs(answers["yes"] / answers.total() - 0.5) < 0.13  # 5 sigma of 400, 3.5 of 200
 
 
+def test_conversations_ask_the_kinds_that_they_are_to():
+    """Told by how questions begin; all five kinds unless given."""
+    starts = dict(colour="what colour", existence="is there", count="how many", comparison="which is larger")
+
+    def begins(**settings):
+        source = shapes.ShapesSource("conversation", num_examples=200, **settings)
+        asked = [part.text for i in range(200) for part in source[i].parts[1::2]]
+        return {next((k for k, start in starts.items() if q.startswith(start)), "relation") for q in asked}
+
+    assert begins() == set(shapes.QUESTION_KINDS)
+    assert begins(question_kinds=["existence", "colour"]) == {"existence", "colour"}
+    assert begins(most_objects=1, question_kinds=("relation", "count")) == {"count"}
+
+
 def test_conversations_are_true_and_of_different_questions():
     kinds = collections.Counter()
     for i in range(400):
@@ -452,6 +466,10 @@ def test_unknown_names_are_the_users_mistake():
         shapes.ShapesSource("describe", most_objects=5)
     with pytest.raises(UserError, match="0 to 1, not 2"):
         shapes.ShapesSource("draw_described", prompts=2)
+    with pytest.raises(UserError, match="question_kinds: 'color' is none of colour, count"):
+        shapes.ShapesSource("conversation", question_kinds=("color",))
+    with pytest.raises(UserError, match="up to 1 objects need at least one of colour, count, existence"):
+        shapes.ShapesSource("conversation", most_objects=1, question_kinds=("relation",))
 
 
 def test_corpus_has_every_word():

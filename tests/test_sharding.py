@@ -239,7 +239,7 @@ def test_picture_programs_on_eight_devices(program):
     """Contrast over the whole batch, and noise that belongs to the example and not to the device."""
     config = tiny.config(
         program=program, batch_size=8, model=tiny.model_settings(32), data=dict(text_length=12),
-        flow=dict(drop=0.3, zero_share=0.2), loss=dict(feature_noise=0.1, same_text=True),
+        flow=dict(drop=0.3, zero_share=0.2), loss=dict(feature_noise=0.1, same_text=True, words=0.3),
         # Adam's first update is each gradient over its own size: `eps` keeps the rounding of near zeros out of it.
         optimizer=dict(b1=0.9, eps=1e-3, clip=0.0, table=((".*", 1.0, 0.0),)),
     )  # fmt: skip

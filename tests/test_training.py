@@ -15,16 +15,18 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from clu.metrics import Average
+from flax.core import meta
 from ml_collections import ConfigDict
 
 from pisces_jax.data.images import fit
 from pisces_jax.errors import UserError
+from pisces_jax.inference.samples import make_sampler
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import checkpoints, loop, optimizer
 from pisces_jax.training.config import build, flow_config, merge, run_config
 from pisces_jax.training.metrics import Writer, check_finite, read_metrics
-from pisces_jax.training.programs import example_keys, resize, to_pixels, to_signal
+from pisces_jax.training.programs import example_keys, make_program, resize, to_pixels, to_signal
 from pisces_jax.training.step import make_trainer
 
 # --- the optimizer's table
@@ -521,6 +523,45 @@ def test_parts_come_from_where_they_were_trained(finished):
 
 def files(folder):
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+def test_encoders_are_pretrained_alone_as_together():
+    """The losses of one encoder, from its share of the parameters of both."""
+
+    def program(*left_out, words=0.3):
+        model = {k: v for k, v in tiny.model_settings().items() if k not in left_out}
+        loss = dict(words=words)
+        return make_program(tiny.config(program="pretrain", batch_size=4, model=model, loss=loss), 32)
+
+    rng = np.random.default_rng(0)
+    length = np.array([3, 64, 9, 20])[:, None]
+    batch = dict(
+        image=rng.integers(0, 256, (4, 16, 16, 3), np.uint8), tokens=rng.integers(0, 32, (4, 64)),
+        text_mask=np.arange(64) < length, id=rng.integers(0, 99, (4, 2)).astype(np.uint32), valid=np.arange(4) != 1,
+    )  # fmt: skip
+    params = meta.unbox(jax.jit(program().init)(jax.random.key(0)))
+    together = jax.jit(program().losses)(params, batch, jax.random.key(1))[0]
+    shares = {
+        "understanding": ({"contrastive_understanding", "words"}, program("generation_encoder", "decoder"), 0),
+        "generation": ({"contrastive_generation", "reconstruction"}, program("understanding_encoder", words=0.0), 1),
+    }
+    for name, (losses, alone, place) in shares.items():
+        heads = {k: params["contrastive"][k] for k in ("text", name)}
+        heads |= {k: v[place : place + 1] for k, v in params["contrastive"].items() if k in ("log_scale", "bias")}
+        shapes = meta.unbox(jax.eval_shape(alone.init, jax.random.key(0)))
+        own = {k: heads if k == "contrastive" else params[k] for k in shapes}
+        assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, shapes)
+        got = jax.jit(alone.losses)(own, batch, jax.random.key(1))[0]
+        assert set(got) == set(alone.weights) == losses
+        for loss, average in got.items():
+            assert float(average.compute()) == pytest.approx(float(together[loss].compute()), rel=1e-6), loss
+    with pytest.raises(UserError, match="give model.understanding_encoder, model.generation_encoder"):
+        program("understanding_encoder", "generation_encoder", "decoder")
+    with pytest.raises(UserError, match="loss.words is of the understanding encoder"):
+        program("understanding_encoder")
+    with pytest.raises(UserError, match="run run draws nothing: set it to 0"):
+        config = tiny.config(program="pretrain", model=tiny.model_settings(), log=dict(samples_every=5))
+        make_sampler(config, None, None, program("generation_encoder", "decoder"))
 
 
 @pytest.mark.slow

@@ -7,12 +7,13 @@ This is its public face; scenes and rendering are in `shapes_scene.py`, captions
 import functools
 import operator
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pisces_jax.data.example import Example, Part, Picture, Role, Text
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
 from pisces_jax.data.shapes_questions import (
     HELD_OUT_QUESTION_KINDS,
+    KINDS_OF_ONE_OBJECT,
     QUESTION_KINDS,
     question_for,
     questions,
@@ -92,11 +93,13 @@ class ShapesSource:
 
     Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
     distribution with other random numbers; every example of "held_out" holds something that neither of them
-    does. Scenes have up to `most_objects` objects, but where a prompt asks for them. Of the short texts of
+    does. Scenes have up to `most_objects` objects, but where a prompt asks for them; a "conversation" asks questions of
+    `question_kinds`. Of the short texts of
     "draw_described", the share `prompts` is in GenEval's words, the others are captions; its descriptions name the
     objects in the short text's order, those of "draw_details" in any, all others in reading order.
 
-    Raises `UserError` for an unknown task or split, a number of objects that the world does not have, or no share.
+    Raises `UserError` for an unknown task, split or kind of question, a number of objects that the world does not have,
+    or no share.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class ShapesSource:
         size: int = 32,
         most_objects: int = MAX_OBJECTS,
         prompts: float = 0.5,
+        question_kinds: Sequence[str] = QUESTION_KINDS,
     ):
         if task not in TASKS:
             raise UserError(f"the shapes world has no task {task!r}: choose one of {', '.join(TASKS)}")
@@ -117,8 +121,15 @@ class ShapesSource:
             raise UserError(f"the shapes world has scenes of 1 to {MAX_OBJECTS} objects, not of {most_objects}")
         if not 0 <= prompts <= 1:
             raise UserError(f"prompts is a share of the shapes world's examples, 0 to 1, not {prompts}")
+        if unknown := [kind for kind in question_kinds if kind not in QUESTION_KINDS]:
+            raise UserError(f"question_kinds: {unknown[0]!r} is none of {', '.join(QUESTION_KINDS)}")
+        possible = QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT
+        if not set(possible) & set(question_kinds):
+            raise UserError(
+                f"question_kinds: scenes of up to {most_objects} objects need at least one of {', '.join(possible)}"
+            )
         self.task, self.split, self.num_examples, self.seed, self.size = task, split, num_examples, seed, size
-        self.most_objects, self.prompts = most_objects, prompts
+        self.most_objects, self.prompts, self.question_kinds = most_objects, prompts, tuple(question_kinds)
 
     def __len__(self) -> int:
         return self.num_examples
@@ -139,7 +150,7 @@ class ShapesSource:
             scene, _, question, answer = sample_question(rng, self.split, most_objects=self.most_objects)
             return self._picture(scene, "read"), Text(question), Text(answer, learn=True)
         if self.task == "conversation":
-            scene, answered = sample_conversation(rng, self.split, self.most_objects)
+            scene, answered = sample_conversation(rng, self.split, self.most_objects, among=self.question_kinds)
             turns = [part for question, answer in answered for part in (Text(question), Text(answer, learn=True))]
             return self._picture(scene, "read"), *turns
         if self.task == "draw_prompt":

@@ -5,7 +5,7 @@ Yes and no come equally often within a kind, and a "no" is hard: what is asked f
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pisces_jax.data.relations import CONVERSE, RELATIONS, relations
 from pisces_jax.data.shapes_scene import (
@@ -63,15 +63,20 @@ def sample_question(
 
 
 def sample_conversation(
-    rng: random.Random, split: str, most_objects: int = MAX_OBJECTS, most: int = 6
+    rng: random.Random,
+    split: str,
+    most_objects: int = MAX_OBJECTS,
+    most: int = 6,
+    among: Sequence[str] = QUESTION_KINDS,
 ) -> tuple[Scene, list[Answered]]:
-    """A scene of up to `most_objects` objects and up to `most` different questions about it with their answers; their
-    kinds are balanced as in `sample_question`."""
-    scene, _, *first = sample_question(rng, split, most_objects=most_objects)
+    """A scene of up to `most_objects` objects and up to `most` different questions about it with their answers; of the
+    kinds `among` which they are each is as likely, one that stands there twice twice, if the scene permits it."""
+    possible = [kind for kind in among if most_objects > 1 or kind in KINDS_OF_ONE_OBJECT]
+    scene, _, *first = sample_question(rng, split, rng.choice(possible), most_objects)
     asked = {first[0]: first[1]}
     kinds: list[str] = []
     for _ in range(2 * most):  # a scene of one object has few questions
-        kinds = kinds or rng.sample(QUESTION_KINDS, len(QUESTION_KINDS))
+        kinds = kinds or rng.sample(among, len(among))
         if len(asked) < most and (answered := ask(kinds.pop(), scene, rng)):
             asked.setdefault(*answered)
     return scene, list(asked.items())

@@ -40,11 +40,12 @@ def make_sampler(config: ConfigDict, workdir: Path, tokenizer: Any, program: Pro
     Raises:
         UserError: there is nothing to sample from, or no decoder to draw with.
     """
-    sources = input.evaluation_sources(config)
     if isinstance(program, UnifiedProgram):
-        return _drawer(config, workdir, tokenizer, sources)
-    assert hasattr(program, "reconstruction")
-    return _reconstructor(config, program.reconstruction, sources)
+        return _drawer(config, workdir, tokenizer, input.evaluation_sources(config))
+    model = getattr(program, "reconstruction", None)
+    if model is None:
+        raise UserError(f"log.samples_every: run {config.name} draws nothing: set it to 0")
+    return _reconstructor(config, model, input.evaluation_sources(config))
 
 
 def _save(grid: np.ndarray, path: Path) -> np.ndarray:

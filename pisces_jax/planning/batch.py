@@ -8,17 +8,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pisces_jax.sharding import batch_sharding
-from pisces_jax.training.programs import DecoderProgram, Program, Reconstruction, TextProgram, UnifiedProgram
+from pisces_jax.training.config import picture_size
+from pisces_jax.training.programs import DecoderProgram, Program, TextProgram, UnifiedProgram
 
 
 def batch_shapes(config: ConfigDict, program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shape and dtype of every array of the global batch, as the input pipeline makes them."""
     d, size = config.data, config.batch_size
     if not isinstance(program, TextProgram | UnifiedProgram):
-        r: Reconstruction = program.reconstruction  # type: ignore[attr-defined]
-        side, dit = r.encoder.config.image_size, r.decoder.config
+        side = picture_size(config)
         pictures: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((size, side, side, 3), jnp.uint8)}
         if d.features and isinstance(program, DecoderProgram):
+            r = program.reconstruction
+            dit = r.decoder.config
             if r.autoencoder is not None:
                 pictures = {"latents": ((size, dit.size, dit.size, dit.channels), jnp.float32)}
             pictures["features"] = (size, dit.condition_vectors, dit.condition_width), jnp.float32

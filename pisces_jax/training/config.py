@@ -81,6 +81,8 @@ def run_config(**changes: Any) -> ConfigDict:
                 contrastive=1.0,
                 # "sigmoid" is SigLIP's loss; "softmax" is CLIP's, by which small batches learn finer things.
                 contrast="sigmoid",
+                # Pretraining: the understanding encoder's vectors tell which words the caption has; 0: they do not.
+                words=0.0,
                 # Pictures of the same text are right pairs too: for class labels and other names that repeat.
                 same_text=False,
                 reconstruction=1.0,
@@ -202,6 +204,13 @@ def _part(config: ConfigDict, part: str) -> Mapping[str, Any]:
 
 def vit_config(config: ConfigDict, part: str) -> ViTConfig:
     return build(ViTConfig, _part(config, part), f"model.{part}")
+
+
+def picture_size(config: ConfigDict) -> int:
+    """Side of the pictures that programs "pretrain" and "decoder" are given: the understanding encoder's own where it
+    is trained alone, else the generation encoder's."""
+    alone = config.program == "pretrain" and "generation_encoder" not in config.model
+    return vit_config(config, "understanding_encoder" if alone else "generation_encoder").image_size
 
 
 def autoencoder_config(config: ConfigDict) -> AutoencoderConfig | None:

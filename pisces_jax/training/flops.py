@@ -128,12 +128,18 @@ def step_flops_by_part(
     else:
         pictures = batch_shapes["tokens"][0]
         assert isinstance(program, DecoderProgram | PretrainProgram)
-        r = program.reconstruction
-        encoder = 0.0 if "features" in batch_shapes else vit(r.encoder.config)
-        forward = {"generation_encoder": pictures * encoder, **_decoding(r, pictures, "latents" in batch_shapes)}
+        forward = {}
+        if (r := program.reconstruction) is not None:
+            encoder = 0.0 if "features" in batch_shapes else vit(r.encoder.config)
+            forward = {"generation_encoder": pictures * encoder, **_decoding(r, pictures, "latents" in batch_shapes)}
         if isinstance(program, PretrainProgram):
-            forward["understanding_encoder"] = pictures * vit(program.understanding_encoder.config)
-            forward["text_tower"] = pictures * text_tower(program.text_tower.config)
+            tower = program.text_tower.config
+            forward["text_tower"] = pictures * text_tower(tower)
+            if program.understanding_encoder is not None:
+                reader = program.understanding_encoder.config
+                forward["understanding_encoder"] = pictures * vit(reader)
+                if "words" in program.weights:
+                    forward["words"] = pictures * 2.0 * reader.vectors * reader.output_width * tower.vocab_size
     # The generation encoder's features are what is predicted: it takes gradients in pretraining alone.
     once = {"generation_encoder"} if isinstance(program, UnifiedProgram | DecoderProgram) else set()
     return {part: (3 if part in trained - once else 1) * flops for part, flops in forward.items()}

@@ -13,7 +13,7 @@ from pisces_jax.data.pairs import Pairs
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.errors import UserError
 from pisces_jax.processes import all_agree, primary_first
-from pisces_jax.training.config import vit_config
+from pisces_jax.training.config import picture_size
 from pisces_jax.training.features import open_caches
 from pisces_jax.training.programs import TextProgram, UnifiedProgram
 from pisces_jax.training.tokenizer import entries_of
@@ -47,8 +47,7 @@ def _items(
         return PackedGroups(entries, tokenizer, layout, config.seed, **kwargs)
     kwargs |= open_caches(config, workdir, entries)
     if not isinstance(program, UnifiedProgram):
-        size = vit_config(config, "generation_encoder").image_size
-        return Pairs(entries, tokenizer, d.text_length, size, config.seed, **kwargs)
+        return Pairs(entries, tokenizer, d.text_length, picture_size(config), config.seed, **kwargs)
     c = program.model.config
     layout = Layout(
         c.read_vectors, c.draw_vectors, d.row_length, rows=d.rows, read_slots=d.read_slots, draw_slots=d.draw_slots,

@@ -22,7 +22,7 @@ from pisces_jax.errors import UserError
 from pisces_jax.flow import FlowConfig
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT, DiTConfig
-from pisces_jax.models.layers import apply
+from pisces_jax.models.layers import Linear, apply
 from pisces_jax.models.pisces import Pisces, PiscesConfig
 from pisces_jax.models.transformer import Transformer
 from pisces_jax.models.vit import ContrastiveHead, TextTower, TextTowerConfig, ViT, pooled_features
@@ -163,42 +163,52 @@ class DecoderProgram:
 @dataclasses.dataclass(frozen=True)
 class PretrainProgram:
     """Encoders from scratch: contrastive (`contrast`: "sigmoid" or "softmax") between picture and caption for both
-    encoders, one text tower; for the generation encoder reconstruction through the decoder in the same run, as its
-    model was trained both ways.
+    encoders or one of them, one text tower; for the generation encoder reconstruction through the decoder in the same
+    run, as its model was trained both ways. With a weight for `words`, the understanding encoder's vectors also tell
+    which words the caption has.
     """
 
-    reconstruction: Reconstruction
-    understanding_encoder: ViT
+    reconstruction: Reconstruction | None
+    understanding_encoder: ViT | None
     text_tower: TextTower
-    heads: Mapping[str, ContrastiveHead]
+    head: ContrastiveHead
     weights: Mapping[str, float]
     same_text: bool = False
     contrast: str = "sigmoid"
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key, 6)
-        params = self.reconstruction.init(keys[0])
-        size = self.understanding_encoder.config.image_size
-        params["understanding_encoder"] = self.understanding_encoder.init(
-            keys[1], jnp.zeros((1, size, size, 3), jnp.uint8)
-        )["params"]
+        params = {} if self.reconstruction is None else self.reconstruction.init(keys[0])
+        if self.understanding_encoder is not None:
+            size = self.understanding_encoder.config.image_size
+            images = jnp.zeros((1, size, size, 3), jnp.uint8)
+            params["understanding_encoder"] = self.understanding_encoder.init(keys[1], images)["params"]
         t = self.text_tower.config
         tokens = jnp.zeros((1, t.max_length), jnp.int32)
         params["text_tower"] = self.text_tower.init(keys[2], tokens, tokens == 0)["params"]
-        widths = {
-            "text": t.width,
-            "understanding": self.understanding_encoder.config.output_width,
-            "generation": self.reconstruction.encoder.config.output_width,
-        }
+        widths = {"text": t.width, **{name: encoder.config.output_width for name, encoder in self.encoders.items()}}
+        head_keys = dict(zip(("text", "understanding", "generation"), keys[3:], strict=True))
         params["contrastive"] = {
-            name: head.init(k, jnp.zeros((1, widths[name])))["params"]
-            for k, (name, head) in zip(keys[3:], self.heads.items(), strict=True)
+            name: self.head.init(head_keys[name], jnp.zeros((1, width)))["params"] for name, width in widths.items()
         }
         # SigLIP's starting point: scale 10, bias -10; CLIP starts at 14, without a bias.
-        params["contrastive"]["log_scale"] = jnp.full(2, jnp.log(10.0))
+        params["contrastive"]["log_scale"] = jnp.full(len(self.encoders), jnp.log(10.0))
         if self.contrast == "sigmoid":
-            params["contrastive"]["bias"] = jnp.full(2, -10.0)
+            params["contrastive"]["bias"] = jnp.full(len(self.encoders), -10.0)
+        if "words" in self.weights:
+            vectors = jnp.zeros((1, widths["understanding"]))
+            params["words"] = self._words().init(jax.random.fold_in(key, 6), vectors)["params"]
         return params
+
+    @property
+    def encoders(self) -> dict[str, ViT]:
+        """Those that are pretrained."""
+        drawn = None if self.reconstruction is None else self.reconstruction.encoder
+        found = {"understanding": self.understanding_encoder, "generation": drawn}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
+
+    def _words(self) -> Linear:
+        return Linear((self.text_tower.config.vocab_size,), ("features",), ("vocab",), dtype=self.text_tower.dtype)
 
     def counts(self, batch: Batch) -> dict[str, Array]:
         return dict.fromkeys(self.weights, batch["valid"].sum().astype(jnp.float32))
@@ -207,21 +217,24 @@ class PretrainProgram:
         heads = params["contrastive"]
 
         def embed(name: str, x: Array) -> Array:
-            return apply(self.heads[name], heads[name], x)
+            return apply(self.head, heads[name], x)
 
         with jax.named_scope("text_tower"):
             text = apply(self.text_tower, params["text_tower"], batch["tokens"], batch["text_mask"])
             text = embed("text", text)
-        with jax.named_scope("understanding_encoder"):
-            images = resize(batch["image"], self.understanding_encoder.config.image_size)
-            read = apply(self.understanding_encoder, params["understanding_encoder"], images)
-        drawn = self.reconstruction.vectors(params, batch["image"])
+        vectors_of = {}
+        if self.understanding_encoder is not None:
+            with jax.named_scope("understanding_encoder"):
+                images = resize(batch["image"], self.understanding_encoder.config.image_size)
+                vectors_of["understanding"] = apply(self.understanding_encoder, params["understanding_encoder"], images)
+        if self.reconstruction is not None:
+            vectors_of["generation"] = self.reconstruction.vectors(params, batch["image"])
         every = batch["valid"]
         same = jnp.eye(text.shape[0], dtype=bool)
         if self.same_text:
             same = (batch["tokens"][:, None] == batch["tokens"][None]).all(axis=-1)
         losses, reported = {}, {}
-        for i, (name, vectors) in enumerate((("understanding", read), ("generation", drawn))):
+        for i, (name, vectors) in enumerate(vectors_of.items()):
             pictures = embed(name, vectors.astype(jnp.float32).mean(axis=1))
             scale = heads["log_scale"][i]
             if self.contrast == "sigmoid":
@@ -232,10 +245,15 @@ class PretrainProgram:
             nearest = jnp.argmax(pictures @ text.T, axis=1)
             matched = jnp.take_along_axis(same, nearest[:, None], axis=1)[:, 0]
             reported[f"matched_{name}"] = objectives.masked_average(matched.astype(jnp.float32), every)
-        features = pooled_features(drawn, self.reconstruction.pool)
-        signal = self.reconstruction.signal(params, batch["image"])
-        errors = self.reconstruction.errors(params, features, signal, batch["id"], key)
-        losses["reconstruction"] = objectives.masked_average(errors, every)
+        if "words" in self.weights:
+            scores = apply(self._words(), params["words"], vectors_of["understanding"])
+            error = objectives.words_of_pictures(scores, batch["tokens"], batch["text_mask"], every)
+            losses["words"] = objectives.masked_average(error, every)
+        if self.reconstruction is not None:
+            features = pooled_features(vectors_of["generation"], self.reconstruction.pool)
+            signal = self.reconstruction.signal(params, batch["image"])
+            errors = self.reconstruction.errors(params, features, signal, batch["id"], key)
+            losses["reconstruction"] = objectives.masked_average(errors, every)
         return losses, reported
 
 
@@ -375,29 +393,42 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
         return TextProgram(language, {"text": config.loss.text}, config.loss.chunk, tuple(config.data.train))
     if config.program not in ("pretrain", "decoder"):
         raise UserError(f"config key program: {config.program!r} is none of pretrain, decoder, unified, text")
-    reconstruction = _reconstruction(config, dtype)
     if config.program == "decoder":
-        return DecoderProgram(reconstruction, {"reconstruction": config.loss.reconstruction})
+        return DecoderProgram(_reconstruction(config, dtype), {"reconstruction": config.loss.reconstruction})
+    return _pretrain(config, dtype, vocab_size)
+
+
+def _pretrain(config: ConfigDict, dtype: Any, vocab_size: int) -> PretrainProgram:
+    """Of the encoders that `config.model` has.
+
+    Raises:
+        UserError: settings that pretraining does not have.
+    """
     if config.data.features:
         raise UserError("data.features: program pretrain trains the encoder that features are of: leave it empty")
     if config.optimizer.accumulate != 1:
         raise UserError(
             "optimizer.accumulate must be 1 in program pretrain: its contrastive loss compares the whole batch"
         )
-    if config.loss.contrast not in ("sigmoid", "softmax"):
-        raise UserError(f"config key loss.contrast: {config.loss.contrast!r} is neither 'sigmoid' nor 'softmax'")
+    loss = config.loss
+    if loss.contrast not in ("sigmoid", "softmax"):
+        raise UserError(f"config key loss.contrast: {loss.contrast!r} is neither 'sigmoid' nor 'softmax'")
+    reads, draws = (f"{name}_encoder" in config.model for name in ("understanding", "generation"))
+    if not (reads or draws):
+        raise UserError("program pretrain trains encoders: give model.understanding_encoder, model.generation_encoder")
+    if loss.words and not reads:
+        raise UserError("loss.words is of the understanding encoder: give model.understanding_encoder, or set it to 0")
+    weights = {"contrastive_understanding": loss.contrastive} if reads else {}
+    if draws:
+        weights |= {"contrastive_generation": loss.contrastive, "reconstruction": loss.reconstruction}
+    if loss.words:
+        weights["words"] = loss.words
     tower: TextTowerConfig = settings.text_tower_config(config, vocab_size)
-    head = ContrastiveHead(tower.width, dtype)
-    weights = {
-        "contrastive_understanding": config.loss.contrastive,
-        "contrastive_generation": config.loss.contrastive,
-        "reconstruction": config.loss.reconstruction,
-    }
-    heads = {"text": head, "understanding": head, "generation": head}
-    reader = ViT(settings.vit_config(config, "understanding_encoder"), dtype)
     return PretrainProgram(
-        reconstruction, reader, TextTower(tower, dtype), heads, weights, config.loss.same_text, config.loss.contrast
-    )
+        _reconstruction(config, dtype) if draws else None,
+        ViT(settings.vit_config(config, "understanding_encoder"), dtype) if reads else None,
+        TextTower(tower, dtype), ContrastiveHead(tower.width, dtype), weights, loss.same_text, loss.contrast,
+    )  # fmt: skip
 
 
 def _reconstruction(config: ConfigDict, dtype: Any) -> Reconstruction:

@@ -9,12 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.data.shapes import QUESTION_KINDS
-from pisces_jax.training.small import FROZEN_ENCODERS, SHARP, picture_run, rates, shapes_data, unified_run
+from pisces_jax.training.small import SHARP, picture_run, rates, shapes_data, unified_run
 
 SIZE = 32
 EXAMPLES = 16_000  # of each task and stage: about as many as a stage sees of its commonest
-READER = dict(SHARP, layers=1)  # what a vector shows stays where it is
 HEADS = dict(heads=6, kv_heads=3, head_dim=32)
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
@@ -26,43 +24,31 @@ def data(*slots: int, **weights: Any) -> dict[str, Any]:
 def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
     stages = (
-        # Contrast stops at colours where these tell pictures apart; words as labels teach shapes, and where they are.
+        # What sets shapes apart, by their names alone: where colours tell pictures apart, no shape is learned.
         picture_run(
-            "reader", "pretrain", SIZE, shapes_data(SIZE, 2 * EXAMPLES, pair=1.0), steps=1400, batch_size=32,
-            reader=READER, only="understanding", loss=dict(words=0.1, contrastive=0.01), optimizer=rates(8e-3, 30),
-            log=dict(LOG, samples_every=0),
-        ),
-        # Features that are easily predicted: of single objects, by the names of their shapes.
-        picture_run(
-            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=360, batch_size=32,
-            reader=READER, only="generation", loss=dict(contrast="softmax", same_text=True), optimizer=rates(5e-3, 30),
-            log=LOG,
+            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=360, batch_size=32, reader=SHARP,
+            loss=dict(contrast="softmax", same_text=True), optimizer=rates(5e-3, 30), log=LOG,
         ),
         picture_run(
-            "decoder", "decoder", SIZE, data(pair=1.0), steps=200, reader=READER, loss=dict(feature_noise=0.05),
+            "decoder", "decoder", SIZE, data(pair=1.0), steps=200, reader=SHARP, loss=dict(feature_noise=0.05),
             optimizer=rates(3e-3, 20, average=0.99), log=LOG,
         ),
         # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
         unified_run(
             "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
-            steps=150, reader=READER, language_model=HEADS, parts=dict(understanding_encoder="reader"),
-            optimizer=dict(rates(3e-3, 30, 1.0), table=FROZEN_ENCODERS), log=LOG,
+            steps=150, reader=SHARP, language_model=HEADS, optimizer=rates(3e-3, 30, 1.0), log=LOG,
         ),
-        # Colour and existence are asked the most: to find what is asked for is learned from them first.
         unified_run(
             "stage2", "stage1", SIZE,
             data(
-                10, 15, most_objects=2, question_objects=4, question_kinds=(*QUESTION_KINDS, "colour", "existence"),
-                describe=0.5, conversation=0.75, draw_details=1.25, draw_described=0.7,
+                10, 15, most_objects=2, describe=0.7, conversation=0.55, draw_details=1.25, draw_described=0.7
             ),
-            steps=1150, reader=READER, language_model=HEADS,
-            optimizer=dict(rates(3e-3, 0, 0.8), table=FROZEN_ENCODERS), log=LOG,
+            steps=700, reader=SHARP, language_model=HEADS, optimizer=rates(3e-3, 0, 0.8), log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
             data(8, 13, describe=0.35, conversation=1.0, draw_details=0.25, draw_described=1.9),
-            steps=850, reader=READER, decode=True, language_model=HEADS,
-            optimizer=dict(rates(2.4e-3, 0), table=FROZEN_ENCODERS),
+            steps=780, reader=SHARP, decode=True, language_model=HEADS, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), log=LOG,
         ),
     )  # fmt: skip

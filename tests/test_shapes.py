@@ -468,8 +468,10 @@ def test_unknown_names_are_the_users_mistake():
         shapes.ShapesSource("draw_described", prompts=2)
     with pytest.raises(UserError, match="question_kinds: 'color' is none of colour, count"):
         shapes.ShapesSource("conversation", question_kinds=("color",))
-    with pytest.raises(UserError, match="up to 1 objects need at least one of colour, count, existence"):
+    with pytest.raises(UserError, match="'train' with up to 1 objects needs at least one of colour, count, existence"):
         shapes.ShapesSource("conversation", most_objects=1, question_kinds=("relation",))
+    with pytest.raises(UserError, match="'held_out' with up to 4 objects needs at least one of colour"):
+        shapes.ShapesSource("conversation", "held_out", question_kinds=("comparison",))
 
 
 def test_corpus_has_every_word():

@@ -13,8 +13,8 @@ from pisces_jax.data.example import Example, Part, Picture, Role, Text
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
 from pisces_jax.data.shapes_questions import (
     HELD_OUT_QUESTION_KINDS,
-    KINDS_OF_ONE_OBJECT,
     QUESTION_KINDS,
+    possible_kinds,
     question_for,
     questions,
     sample_conversation,
@@ -123,10 +123,11 @@ class ShapesSource:
             raise UserError(f"prompts is a share of the shapes world's examples, 0 to 1, not {prompts}")
         if unknown := [kind for kind in question_kinds if kind not in QUESTION_KINDS]:
             raise UserError(f"question_kinds: {unknown[0]!r} is none of {', '.join(QUESTION_KINDS)}")
-        possible = QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT
+        possible = possible_kinds(split, most_objects)
         if not set(possible) & set(question_kinds):
             raise UserError(
-                f"question_kinds: scenes of up to {most_objects} objects need at least one of {', '.join(possible)}"
+                f"question_kinds: split {split!r} with up to {most_objects} objects needs at least one of "
+                f"{', '.join(possible)}"
             )
         self.task, self.split, self.num_examples, self.seed, self.size = task, split, num_examples, seed, size
         self.most_objects, self.prompts, self.question_kinds = most_objects, prompts, tuple(question_kinds)

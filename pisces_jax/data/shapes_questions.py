@@ -43,6 +43,13 @@ def question_for(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
     raise AssertionError("every scene can be asked what exists in it")
 
 
+def possible_kinds(split: str, most_objects: int) -> tuple[str, ...]:
+    """The kinds that can be asked in a split of scenes of up to `most_objects` objects."""
+    if split == "held_out":
+        return HELD_OUT_QUESTION_KINDS
+    return QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT
+
+
 def sample_question(
     rng: random.Random, split: str, kind: str | None = None, most_objects: int = MAX_OBJECTS
 ) -> tuple[Scene, str, str, str]:
@@ -52,10 +59,9 @@ def sample_question(
     In "train" and "val" nothing held out is shown or named; in "held_out" the question or its answer names
     it.
     """
+    kind = kind or rng.choice(possible_kinds(split, most_objects))
     if split == "held_out":
-        kind = kind or rng.choice(HELD_OUT_QUESTION_KINDS)
         return _HELD_OUT_ASKERS[kind](rng)
-    kind = kind or rng.choice(QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT)
     while True:
         scene = sample_scene(rng, split, most_objects)
         if answered := ask(kind, scene, rng):
@@ -71,8 +77,9 @@ def sample_conversation(
 ) -> tuple[Scene, list[Answered]]:
     """A scene of up to `most_objects` objects and up to `most` different questions about it with their answers; of the
     kinds `among` which they are each is as likely, one that stands there twice twice, if the scene permits it."""
-    possible = [kind for kind in among if most_objects > 1 or kind in KINDS_OF_ONE_OBJECT]
-    scene, _, *first = sample_question(rng, split, rng.choice(possible), most_objects)
+    possible = possible_kinds(split, most_objects)
+    kind = rng.choice([kind for kind in among if kind in possible])
+    scene, _, *first = sample_question(rng, split, kind, most_objects)
     asked = {first[0]: first[1]}
     kinds: list[str] = []
     for _ in range(2 * most):  # a scene of one object has few questions

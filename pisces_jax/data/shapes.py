@@ -94,9 +94,9 @@ class ShapesSource:
     Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
     distribution with other random numbers; every example of "held_out" holds something that neither of them
     does. Scenes have up to `most_objects` objects, but where a prompt asks for them; a "conversation" asks questions of
-    `question_kinds`. Of the short texts of
-    "draw_described", the share `prompts` is in GenEval's words, the others are captions; its descriptions name the
-    objects in the short text's order, those of "draw_details" in any, all others in reading order.
+    `question_kinds`, of one that is named twice twice as often. Of the short texts of "draw_described", the share
+    `prompts` is in GenEval's words, the others are captions; its descriptions name the objects in the short text's
+    order, those of "draw_details" in any, all others in reading order.
 
     Raises `UserError` for an unknown task, split or kind of question, a number of objects that the world does not have,
     or no share.

@@ -314,12 +314,13 @@ def test_questions_are_answered_truly_and_balanced(held_out):
         assert abs(answers["yes"] / answers.total() - 0.5) < 0.13  # 5 sigma of 400, 3.5 of 200
 
 
-def test_conversations_ask_the_kinds_that_they_are_to():
+@pytest.mark.parametrize("task", ["question", "conversation"])
+def test_questions_are_of_the_kinds_that_they_are_to_be(task):
     """Told by how questions begin; all five kinds unless given."""
     starts = dict(colour="what colour", existence="is there", count="how many", comparison="which is larger")
 
     def begins(**settings):
-        source = shapes.ShapesSource("conversation", num_examples=200, **settings)
+        source = shapes.ShapesSource(task, num_examples=200, **settings)
         asked = [part.text for i in range(200) for part in source[i].parts[1::2]]
         return {next((k for k, start in starts.items() if q.startswith(start)), "relation") for q in asked}
 

@@ -93,10 +93,10 @@ class ShapesSource:
 
     Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
     distribution with other random numbers; every example of "held_out" holds something that neither of them
-    does. Scenes have up to `most_objects` objects, but where a prompt asks for them; a "conversation" asks questions of
-    `question_kinds`, of one that is named twice twice as often. Of the short texts of "draw_described", the share
-    `prompts` is in GenEval's words, the others are captions; its descriptions name the objects in the short text's
-    order, those of "draw_details" in any, all others in reading order.
+    does. Scenes have up to `most_objects` objects, but where a prompt asks for them; questions are of `question_kinds`.
+    Of the short texts of "draw_described", the share `prompts` is in GenEval's words, the others are captions; its
+    descriptions name the objects in the short text's order, those of "draw_details" in any, all others in reading
+    order.
 
     Raises `UserError` for an unknown task, split or kind of question, a number of objects that the world does not have,
     or no share.
@@ -123,11 +123,10 @@ class ShapesSource:
             raise UserError(f"prompts is a share of the shapes world's examples, 0 to 1, not {prompts}")
         if unknown := [kind for kind in question_kinds if kind not in QUESTION_KINDS]:
             raise UserError(f"question_kinds: {unknown[0]!r} is none of {', '.join(QUESTION_KINDS)}")
-        possible = possible_kinds(split, most_objects)
-        if not set(possible) & set(question_kinds):
+        if not possible_kinds(split, most_objects, question_kinds):
             raise UserError(
                 f"question_kinds: split {split!r} with up to {most_objects} objects needs at least one of "
-                f"{', '.join(possible)}"
+                f"{', '.join(possible_kinds(split, most_objects))}"
             )
         self.task, self.split, self.num_examples, self.seed, self.size = task, split, num_examples, seed, size
         self.most_objects, self.prompts, self.question_kinds = most_objects, prompts, tuple(question_kinds)
@@ -148,7 +147,8 @@ class ShapesSource:
 
     def _parts(self, rng: random.Random) -> tuple[Part, ...]:
         if self.task == "question":
-            scene, _, question, answer = sample_question(rng, self.split, most_objects=self.most_objects)
+            kind = rng.choice(possible_kinds(self.split, self.most_objects, self.question_kinds))
+            scene, _, question, answer = sample_question(rng, self.split, kind, self.most_objects)
             return self._picture(scene, "read"), Text(question), Text(answer, learn=True)
         if self.task == "conversation":
             scene, answered = sample_conversation(rng, self.split, self.most_objects, among=self.question_kinds)

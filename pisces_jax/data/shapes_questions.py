@@ -43,11 +43,12 @@ def question_for(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
     raise AssertionError("every scene can be asked what exists in it")
 
 
-def possible_kinds(split: str, most_objects: int) -> tuple[str, ...]:
-    """The kinds that can be asked in a split of scenes of up to `most_objects` objects."""
+def possible_kinds(split: str, most_objects: int, among: Sequence[str] = QUESTION_KINDS) -> tuple[str, ...]:
+    """Those that can be asked in a split of scenes of up to `most_objects` objects."""
+    possible = QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT
     if split == "held_out":
-        return HELD_OUT_QUESTION_KINDS
-    return QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT
+        possible = HELD_OUT_QUESTION_KINDS
+    return tuple(kind for kind in among if kind in possible)
 
 
 def sample_question(
@@ -75,10 +76,9 @@ def sample_conversation(
     most: int = 6,
     among: Sequence[str] = QUESTION_KINDS,
 ) -> tuple[Scene, list[Answered]]:
-    """A scene of up to `most_objects` objects and up to `most` different questions about it with their answers; of the
-    kinds `among` which they are each is as likely, one that stands there twice twice, if the scene permits it."""
-    possible = possible_kinds(split, most_objects)
-    kind = rng.choice([kind for kind in among if kind in possible])
+    """A scene of up to `most_objects` objects and up to `most` different questions about it with their answers, of the
+    kinds `among` which it permits, each as often."""
+    kind = rng.choice(possible_kinds(split, most_objects, among))
     scene, _, *first = sample_question(rng, split, kind, most_objects)
     asked = {first[0]: first[1]}
     kinds: list[str] = []

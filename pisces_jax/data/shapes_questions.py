@@ -45,7 +45,7 @@ def question_for(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
 
 def possible_kinds(split: str, most_objects: int, among: Sequence[str] = QUESTION_KINDS) -> tuple[str, ...]:
     """Those that can be asked in a split of scenes of up to `most_objects` objects."""
-    possible = QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT
+    possible: tuple[str, ...] = QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT
     if split == "held_out":
         possible = HELD_OUT_QUESTION_KINDS
     return tuple(kind for kind in among if kind in possible)

@@ -107,6 +107,15 @@ def test_features_are_the_encoders_and_survive_interruption(run, params, tmp_pat
     assert len(contents(tmp_path / "a")) == 5
 
 
+def test_pictures_of_another_size_are_others(run, tmp_path):
+    """Their texts and keys are the same."""
+    config = run("decoder", features="features")
+    for size in (8, 16):
+        config.data.train = dict(pair=dict(kind="shapes", task="pair", num_examples=16, size=size))
+        features.cache_features(config, tmp_path, input.entries_of(config.data.train), "float32", 8)
+    assert len(contents(tmp_path)) == 2 * 2  # of each one shard, and what it is of
+
+
 def test_another_encoder_or_form_is_refused(run, tmp_path):
     config = run("decoder", features="features")
     entries = input.entries_of(config.data.train)

@@ -5,15 +5,16 @@ python -m pisces_jax.train --config=configs/shapes.py --workdir=runs/shapes     
 python -m pisces_jax.train --config=configs/shapes.py:stage1 --workdir=runs/shapes   # one of them
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.training.small import picture_run, rates, shapes_data, unified_run
+from pisces_jax.training.small import SHARP, picture_run, rates, shapes_data, unified_run
 
 SIZE = 32
 EXAMPLES = 16_000  # of each task and stage: about as many as a stage sees of its commonest
-HEADS = dict(heads=6, kv_heads=3, head_dim=32)
+READER = dict(SHARP, layers=1)  # what a vector shows stays where it is
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 
 
@@ -21,35 +22,55 @@ def data(*slots: int, **weights: Any) -> dict[str, Any]:
     return shapes_data(SIZE, EXAMPLES, *slots, **weights)
 
 
+def unified(name: str, start: str, data: Mapping[str, Any], steps: int, **changes: Any) -> ConfigDict:
+    return unified_run(
+        name, start, SIZE, data, steps=steps, reader=READER, frozen_reader="reader",
+        language_model=dict(heads=6, kv_heads=3, head_dim=32), **{"log": LOG, **changes},
+    )  # fmt: skip
+
+
 def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
+    unseen = dict(LOG, samples_every=0)  # nothing to see: these stages draw nothing
     stages = (
-        # What sets shapes apart, by their names alone: where colours tell pictures apart, no shape is learned.
+        # Features that are easily predicted: of single objects, by the names of their shapes.
         picture_run(
-            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=360, batch_size=32, sharp=True,
-            loss=dict(contrast="softmax", same_text=True), optimizer=rates(5e-3, 30), log=LOG,
+            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0, text_length=8), steps=360,
+            batch_size=32, reader=READER, only="generation", loss=dict(contrast="softmax", same_text=True),
+            optimizer=rates(5e-3, 30), log=LOG,
+        ),
+        # Contrast stops at colours where these tell pictures apart; words as labels teach shapes, and where they are.
+        picture_run(
+            "reader", "pretrain", SIZE, shapes_data(SIZE, 2 * EXAMPLES, pair=1.0, text_length=40), steps=1400,
+            batch_size=32, reader=READER, only="understanding", text_layers=1,
+            loss=dict(words=0.1, contrastive=0.01), optimizer=rates(8e-3, 30), log=unseen,
         ),
         picture_run(
-            "decoder", "decoder", SIZE, data(pair=1.0), steps=200, sharp=True, loss=dict(feature_noise=0.05),
+            "decoder", "decoder", SIZE, data(pair=1.0), steps=200, reader=READER, loss=dict(feature_noise=0.05),
             optimizer=rates(3e-3, 20, average=0.99), log=LOG,
         ),
         # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
-        unified_run(
-            "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
-            steps=150, sharp=True, language_model=HEADS, optimizer=rates(3e-3, 30, 1.0), log=LOG,
+        unified(
+            "stage1", "", data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5), 150,
+            optimizer=rates(3e-3, 30, 1.0),
         ),
-        unified_run(
-            "stage2", "stage1", SIZE,
-            data(
-                10, 15, most_objects=2, describe=0.7, conversation=0.55, draw_details=1.25, draw_described=0.7
-            ),
-            steps=700, sharp=True, language_model=HEADS, optimizer=rates(3e-3, 0, 0.8), log=LOG,
+        # To find what is asked for: by its colour first, as "is there a red circle?" is noise until it can be found.
+        unified(
+            "colours", "stage1", data(29, 1, conversation=1.0, question_kinds=("colour",)), 150,
+            optimizer=rates(3e-3, 20, 1.0), log=unseen,
         ),
-        unified_run(
-            "stage3", "stage2", SIZE,
-            data(8, 13, describe=0.35, conversation=1.0, draw_details=0.25, draw_described=1.9),
-            steps=780, sharp=True, decode=True, language_model=HEADS, optimizer=rates(2.4e-3, 0),
-            sampling=dict(describe=True, temperature=0.7), log=LOG,
+        unified(
+            "questions", "colours", data(29, 1, conversation=1.0, question_kinds=("colour", "existence")), 200,
+            optimizer=rates(3e-3, 0, 0.8), log=unseen,
+        ),
+        unified(
+            "stage2", "questions",
+            data(10, 15, most_objects=2, describe=0.5, conversation=0.65, draw_details=1.25, draw_described=0.8),
+            1000, optimizer=rates(3e-3, 0, 0.8),
+        ),
+        unified(
+            "stage3", "stage2", data(8, 13, describe=0.35, conversation=1.0, draw_details=0.25, draw_described=1.9),
+            1050, decode=True, optimizer=rates(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7),
         ),
     )  # fmt: skip
     runs = {config.name: config for config in stages}

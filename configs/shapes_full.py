@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.training.small import picture_run, rates, shapes_data, unified_run
+from pisces_jax.training.small import SHARP, picture_run, rates, shapes_data, unified_run
 
 SIZE = 32
 EXAMPLES = 100_000  # of each task and stage
@@ -29,26 +29,26 @@ def get_config(stage: str = "") -> ConfigDict:
     stages = (
         # By the names of shapes alone, as in configs/shapes.py.
         picture_run(
-            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=1200, batch_size=32, sharp=True,
-            loss=dict(contrast="softmax", same_text=True), optimizer=rates(5e-3, 30), log=LOG,
+            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=1200, batch_size=32,
+            reader=SHARP, loss=dict(contrast="softmax", same_text=True), optimizer=rates(5e-3, 30), log=LOG,
         ),
         picture_run(
-            "decoder", "decoder", SIZE, data(pair=1.0), steps=600, sharp=True, loss=dict(feature_noise=0.05),
+            "decoder", "decoder", SIZE, data(pair=1.0), steps=600, reader=SHARP, loss=dict(feature_noise=0.05),
             optimizer=rates(3e-3, 20, average=0.99), log=LOG,
         ),
         unified_run(
             "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),
-            steps=200, sharp=True, optimizer=rates(3e-3, 30, 1.0), language_model=LANGUAGE_MODEL, log=LOG,
+            steps=200, reader=SHARP, optimizer=rates(3e-3, 30, 1.0), language_model=LANGUAGE_MODEL, log=LOG,
         ),
         unified_run(
             "stage2", "stage1", SIZE,
             data(9, 11, describe=0.6, conversation=1.0, draw_details=1.2, draw_described=0.8),
-            steps=3400, sharp=True, optimizer=rates(3e-3, 0, 0.8), language_model=LANGUAGE_MODEL, log=LOG,
+            steps=3400, reader=SHARP, optimizer=rates(3e-3, 0, 0.8), language_model=LANGUAGE_MODEL, log=LOG,
         ),
         unified_run(
             "stage3", "stage2", SIZE,
             data(8, 10, describe=0.3, conversation=1.3, draw_details=0.3, draw_described=1.7),
-            steps=6400, sharp=True, decode=True, optimizer=rates(2.4e-3, 0),
+            steps=6400, reader=SHARP, decode=True, optimizer=rates(2.4e-3, 0),
             sampling=dict(describe=True, temperature=0.7), language_model=LANGUAGE_MODEL, log=LOG,
         ),
     )  # fmt: skip

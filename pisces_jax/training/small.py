@@ -3,22 +3,23 @@
 Two different encoders: SigLIP's form for reading, 36 vectors; EVA-CLIP's for drawing, pooled to 16 vectors of 96.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.data.shapes import TASKS
+from pisces_jax.data.shapes import QUESTION_KINDS, TASKS
 from pisces_jax.training.config import merge, run_config
 
 # No weight decay on norms, biases, gates and embeddings.
 PLAIN = r".*/(scale|bias|gate|log_scale|class_token|[a-z_]*embedding)"
 TABLE = ((PLAIN, 1.0, 0.0), (".*", 1.0, 0.01))
 FROZEN_GENERATION = (("generation_encoder/.*", 0.0, 0.0), *TABLE)
-# An understanding encoder that learns to tell shapes apart, at a third of the rate of the others.
+FROZEN_ENCODERS = (("(understanding|generation)_encoder/.*", 0.0, 0.0), *TABLE)
+# Settings of an understanding encoder that learns to tell shapes apart; its rate is a third of the others'.
 SHARP = dict(stem=(24, 48, 96), positions="sines")
-SLOW = (r"(understanding_encoder|text_tower|contrastive)/.*", 0.3, 0.0)
+SLOW = (r"(understanding_encoder|text_tower|contrastive|words)/.*", 0.3, 0.0)
 # The matrices inside the blocks: Muon learns in fewer steps than AdamW and costs a tenth more time at these sizes.
 MUON = (
     (r"(?!decoder/).*/attention/(query|key|value)/kernel", 1, 2),
@@ -29,11 +30,11 @@ MUON = (
 BLOCK = dict(width=128, layers=3, heads=2, unroll=True)
 
 
-def encoders(size: int, sharp: bool) -> dict[str, Any]:
+def encoders(size: int, reader: Mapping[str, Any]) -> dict[str, Any]:
     vit = dict(image_size=size, patch_size=size // 8, mlp_hidden=384, **BLOCK)
     return dict(
         # Reads at half again the size, as SigLIP and CLIP see different sizes: 36 vectors.
-        understanding_encoder=dict(vit, image_size=size * 3 // 2, patch_size=size // 4, **(SHARP if sharp else {})),
+        understanding_encoder=dict(vit, image_size=size * 3 // 2, patch_size=size // 4, **reader),
         generation_encoder=dict(
             vit, norm="post", final_norm=False, post_scale=0.1, class_token=True, biases="qv", activation="gelu",
             output_dim=96,
@@ -54,30 +55,37 @@ FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
 
 
 def shapes_data(
-    size: int, examples: int, read_slots: int = 0, draw_slots: int = 0, most_objects: int = 4, **weights: float
+    size: int, examples: int, read_slots: int = 0, draw_slots: int = 0, most_objects: int = 4,
+    question_kinds: Sequence[str] = QUESTION_KINDS, text_length: int = 64, **weights: float,
 ) -> dict[str, Any]:
     """The shapes world's tasks by weight, `examples` of the commonest and of the others in proportion; training and
     held-out pictures come from other random numbers.
 
-    `most_objects` at the most are in a picture that no prompt asks for; most prompts name one or two.
+    `most_objects` at the most are in a picture that no prompt asks for; most prompts name one or two. Conversations ask
+    `question_kinds`; `text_length` is of encoder pretraining's captions.
     """
 
-    def source(task: str, weight: float, examples: int, split: str, most_objects: int = most_objects) -> dict[str, Any]:
+    def source(task: str, weight: float, examples: int, split: str) -> dict[str, Any]:
         return dict(
             kind="shapes", task=task, weight=weight, num_examples=examples, split=split, size=size,
-            most_objects=most_objects, prompts=0.85,
+            most_objects=most_objects, prompts=0.85, question_kinds=tuple(question_kinds),
         )  # fmt: skip
 
-    most = max(weights.values())
+    commonest = max(weights.values())
+    texts = [task for task in TASKS if not task.startswith("pair")]
     return dict(
         tokenizer_vocabulary=512,
-        tokenizer_sources={task: source(task, 1.0, 2000, "train", 4) for task in TASKS if not task.startswith("pair")},
+        # The same for all stages, which share it.
+        tokenizer_sources={
+            t: source(t, 1.0, 2000, "train") | dict(most_objects=4, question_kinds=QUESTION_KINDS) for t in texts
+        },
         train={
-            task: source(task, weight, max(1000, round(examples * weight / most)), "train")
+            task: source(task, weight, max(1000, round(examples * weight / commonest)), "train")
             for task, weight in weights.items()
         },
         evaluate={task: source(task, weight, 64, "val") for task, weight in weights.items()},
         examples_per_epoch=examples,
+        text_length=text_length,
         read_slots=read_slots,
         draw_slots=draw_slots,
     )
@@ -88,14 +96,24 @@ def rates(rate: float, warmup: int, final: float = 0.05, average: float = 0.0) -
 
 
 def picture_run(
-    name: str, program: str, size: int, data: Mapping[str, Any], sharp: bool = False, **changes: Any
-) -> ConfigDict:
-    """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them."""
+    name: str, program: str, size: int, data: Mapping[str, Any],
+    reader: Mapping[str, Any] = MappingProxyType({}), only: str = "", text_layers: int = 2,
+    **changes: Any,
+) -> ConfigDict:  # fmt: skip
+    """Encoder pretraining or decoder training on `size`-pixel pictures, a pixel decoder with them.
+
+    `reader` has the settings of the understanding encoder that differ from those here; with some, it learns slowly.
+    `only` one of the encoders is pretrained, "understanding" or "generation", where it is given; the text tower of
+    pretraining has `text_layers` blocks.
+    """
     config = run_config(name=name, program=program, batch_size=16, plain_products=True, data=data)
-    config.model = ConfigDict(dict(decoder=pixel_decoder(size), **encoders(size, sharp)))
+    config.model = ConfigDict(dict(decoder=pixel_decoder(size), **encoders(size, reader)))
+    if only:
+        kept = {"understanding": ("understanding_encoder",), "generation": ("generation_encoder", "decoder", "pool")}
+        config.model = ConfigDict({part: config.model[part] for part in kept[only]})
     if program == "pretrain":
-        config.model.text_tower = ConfigDict(dict(BLOCK, layers=2, mlp_hidden=384))
-        config.optimizer.table = (SLOW, *TABLE) if sharp else TABLE
+        config.model.text_tower = ConfigDict(dict(BLOCK, layers=text_layers, mlp_hidden=384))
+        config.optimizer.table = (SLOW, *TABLE) if reader else TABLE
     else:
         config.parts = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
         config.optimizer.table = FROZEN_GENERATION
@@ -106,12 +124,14 @@ def picture_run(
 
 def unified_run(
     name: str, start: str, size: int, data: Mapping[str, Any], decode: bool = False,
-    language_model: Mapping[str, Any] = MappingProxyType({}), sharp: bool = False, **changes: Any,
+    language_model: Mapping[str, Any] = MappingProxyType({}), reader: Mapping[str, Any] = MappingProxyType({}),
+    frozen_reader: str = "", **changes: Any,
 ) -> ConfigDict:  # fmt: skip
     """A unified stage that goes on from run `start` ("": a new language model on the pretrained encoders).
 
     With `decode` the decoder learns on beside it, from the vectors that the stage predicts. `language_model` has the
-    settings of its own that differ from those here.
+    settings of its own that differ from those here, `reader` the understanding encoder's as in `picture_run`. That
+    encoder is pretrain's and learns on, or it is run `frozen_reader`'s and stays as it is.
     """
     config = run_config(name=name, program="unified", decoder="decoder", batch_size=2, plain_products=True)
     merge(config, dict(data=dict(row_length=160, rows=8, read_slots=15, draw_slots=18)))
@@ -125,13 +145,15 @@ def unified_run(
         },
         hidden=dict(projector=256, vector_head=256),
         place_embedding=True, fed_vectors=False,
-        **encoders(size, sharp),
+        **encoders(size, reader),
     ))  # fmt: skip
-    config.parts = ConfigDict(dict(generation_encoder="pretrain", understanding_encoder="pretrain"))
+    config.parts = ConfigDict(dict(generation_encoder="pretrain", understanding_encoder=frozen_reader or "pretrain"))
     if start:
         trained = ("language_model", "understanding_projector", "generation_projector", "vector_head")
-        config.parts.update(dict.fromkeys((*trained, "understanding_encoder"), start))
-    config.optimizer.table = (SLOW, *FROZEN_GENERATION) if sharp else FROZEN_GENERATION
+        learned = trained if frozen_reader else (*trained, "understanding_encoder")
+        config.parts.update(dict.fromkeys(learned, start))
+    slow = (SLOW,) if reader else ()
+    config.optimizer.table = FROZEN_ENCODERS if frozen_reader else (*slow, *FROZEN_GENERATION)
     config.optimizer.muon = MUON
     if decode:
         config.model.decoder = ConfigDict(pixel_decoder(size))

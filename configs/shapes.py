@@ -56,7 +56,7 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         # To find what is asked for: by its colour first, as "is there a red circle?" is noise until it can be found.
         unified(
-            "colours", "stage1", data(29, 1, conversation=1.0, question_kinds=("colour",)), 150,
+            "colours", "stage1", data(29, 1, conversation=1.0, question_kinds=("colour",)), 200,
             optimizer=rates(3e-3, 20, 1.0), log=unseen,
         ),
         unified(
@@ -66,11 +66,11 @@ def get_config(stage: str = "") -> ConfigDict:
         unified(
             "stage2", "questions",
             data(10, 15, most_objects=2, describe=0.5, conversation=0.65, draw_details=1.25, draw_described=0.8),
-            1000, optimizer=rates(3e-3, 0, 0.8),
+            850, optimizer=rates(3e-3, 0, 0.8),
         ),
         unified(
             "stage3", "stage2", data(8, 13, describe=0.35, conversation=1.0, draw_details=0.25, draw_described=1.9),
-            1050, decode=True, optimizer=rates(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7),
+            950, decode=True, optimizer=rates(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7),
         ),
     )  # fmt: skip
     runs = {config.name: config for config in stages}

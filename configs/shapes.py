@@ -35,14 +35,14 @@ def get_config(stage: str = "") -> ConfigDict:
     stages = (
         # Features that are easily predicted: of single objects, by the names of their shapes.
         picture_run(
-            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0, text_length=8), steps=360,
+            "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0) | dict(text_length=8), steps=360,
             batch_size=32, reader=READER, only="generation", loss=dict(contrast="softmax", same_text=True),
             optimizer=rates(5e-3, 30), log=LOG,
         ),
         # Contrast stops at colours where these tell pictures apart; words as labels teach shapes, and where they are.
         picture_run(
-            "reader", "pretrain", SIZE, shapes_data(SIZE, 2 * EXAMPLES, pair=1.0, text_length=40), steps=1400,
-            batch_size=32, reader=READER, only="understanding", text_layers=1,
+            "reader", "pretrain", SIZE, shapes_data(SIZE, 2 * EXAMPLES, pair=1.0) | dict(text_length=40),
+            steps=1400, batch_size=32, reader=READER, only="understanding", text_layers=1,
             loss=dict(words=0.1, contrastive=0.01), optimizer=rates(8e-3, 30), log=unseen,
         ),
         picture_run(

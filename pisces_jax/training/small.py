@@ -56,13 +56,13 @@ FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
 
 def shapes_data(
     size: int, examples: int, read_slots: int = 0, draw_slots: int = 0, most_objects: int = 4,
-    question_kinds: Sequence[str] = QUESTION_KINDS, text_length: int = 64, **weights: float,
-) -> dict[str, Any]:
+    question_kinds: Sequence[str] = QUESTION_KINDS, **weights: float,
+) -> dict[str, Any]:  # fmt: skip
     """The shapes world's tasks by weight, `examples` of the commonest and of the others in proportion; training and
     held-out pictures come from other random numbers.
 
-    `most_objects` at the most are in a picture that no prompt asks for; most prompts name one or two. Conversations ask
-    `question_kinds`; `text_length` is of encoder pretraining's captions.
+    `most_objects` at the most are in a picture that no prompt asks for; most prompts name one or two.
+    Conversations ask `question_kinds`.
     """
 
     def source(task: str, weight: float, examples: int, split: str) -> dict[str, Any]:
@@ -85,7 +85,6 @@ def shapes_data(
         },
         evaluate={task: source(task, weight, 64, "val") for task, weight in weights.items()},
         examples_per_epoch=examples,
-        text_length=text_length,
         read_slots=read_slots,
         draw_slots=draw_slots,
     )

@@ -31,7 +31,7 @@ def unified(name: str, start: str, data: Mapping[str, Any], steps: int, **change
 
 def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
-    unseen = dict(LOG, samples_every=0)  # nothing to see: these stages draw nothing
+    no_samples = dict(LOG, samples_every=0)  # of what draws nothing
     stages = (
         # Features that are easily predicted: of single objects, by the names of their shapes.
         picture_run(
@@ -43,7 +43,7 @@ def get_config(stage: str = "") -> ConfigDict:
         picture_run(
             "reader", "pretrain", SIZE, shapes_data(SIZE, 2 * EXAMPLES, pair=1.0) | dict(text_length=40),
             steps=1400, batch_size=32, reader=READER, only="understanding", text_layers=1,
-            loss=dict(words=0.1, contrastive=0.01), optimizer=rates(8e-3, 30), log=unseen,
+            loss=dict(words=0.1, contrastive=0.01), optimizer=rates(8e-3, 30), log=no_samples,
         ),
         picture_run(
             "decoder", "decoder", SIZE, data(pair=1.0), steps=200, reader=READER, loss=dict(feature_noise=0.05),
@@ -57,11 +57,11 @@ def get_config(stage: str = "") -> ConfigDict:
         # To find what is asked for: by its colour first, as "is there a red circle?" is noise until it can be found.
         unified(
             "colours", "stage1", data(29, 1, conversation=1.0, question_kinds=("colour",)), 200,
-            optimizer=rates(3e-3, 20, 1.0), log=unseen,
+            optimizer=rates(3e-3, 20, 1.0), log=no_samples,
         ),
         unified(
             "questions", "colours", data(29, 1, conversation=1.0, question_kinds=("colour", "existence")), 200,
-            optimizer=rates(3e-3, 0, 0.8), log=unseen,
+            optimizer=rates(3e-3, 0, 0.8), log=no_samples,
         ),
         unified(
             "stage2", "questions",

@@ -69,8 +69,8 @@ def get_config(stage: str = "") -> ConfigDict:
             850, optimizer=rates(3e-3, 0, 0.8),
         ),
         unified(
-            "stage3", "stage2", data(8, 13, describe=0.35, conversation=1.0, draw_details=0.25, draw_described=1.9),
-            950, decode=True, optimizer=rates(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7),
+            "stage3", "stage2", data(6, 16, describe=0.2, conversation=0.7, draw_details=0.3, draw_described=2.2),
+            1050, decode=True, optimizer=rates(2.4e-3, 0), sampling=dict(describe=True, temperature=0.7),
         ),
     )  # fmt: skip
     runs = {config.name: config for config in stages}

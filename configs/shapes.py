@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from pisces_jax.training.small import SHARP, picture_run, rates, shapes_data, unified_run
 
 SIZE = 32
-EXAMPLES = 16_000  # of each task and stage: about as many as a stage sees of its commonest
+EXAMPLES = 16_000  # of the commonest task of a stage, which sees none more than twice
 READER = dict(SHARP, layers=1)  # what a vector shows stays where it is
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 

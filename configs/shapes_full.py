@@ -27,7 +27,7 @@ def data(*slots: int, **weights: Any) -> dict[str, Any]:
 def get_config(stage: str = "") -> ConfigDict:
     """One stage, or with no name all of them in order."""
     stages = (
-        # By the names of shapes alone, as in configs/shapes.py.
+        # What sets shapes apart, by their names alone: where colours tell pictures apart, no shape is learned.
         picture_run(
             "pretrain", "pretrain", SIZE, data(most_objects=1, pair_shapes=1.0), steps=1200, batch_size=32,
             reader=SHARP, loss=dict(contrast="softmax", same_text=True), optimizer=rates(5e-3, 30), log=LOG,

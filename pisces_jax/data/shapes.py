@@ -130,8 +130,8 @@ class ShapesSource:
             )
         self.task, self.split, self.num_examples, self.seed, self.size = task, split, num_examples, seed, size
         self.most_objects, self.prompts, self.question_kinds = most_objects, prompts, tuple(question_kinds)
-        # Texts and keys do not show the size of the pictures.
-        self.fingerprint = f"{seed}/{size}/{most_objects}/{prompts}/{self.question_kinds}"
+        # What the keys do not show, and texts need not.
+        self.fingerprint = f"{size}/{most_objects}/{prompts}/{self.question_kinds}"
 
     def __len__(self) -> int:
         return self.num_examples

@@ -1,7 +1,7 @@
 """Prints the lower bounds of setup.py as exact pins, so that the lowest supported versions can be tested.
 
-    python .ci/lowest.py > constraints-lowest.txt
-    make test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+python .ci/lowest.py > constraints-lowest.txt
+make test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 """
 
 import pathlib

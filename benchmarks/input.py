@@ -92,7 +92,7 @@ class Alone:
         return {"image": np.zeros((SIZE, SIZE, 3), np.uint8)}
 
     def make(self, i: int) -> Any:
-        from pisces_jax.data.packing import Made
+        from pisces_jax.data.packing.rows import Made
 
         (picture, *_) = self.source[i % len(self.source)].parts
         return Made({"image": picture.square(SIZE, scaled=self.scaled)}, 1, [])
@@ -134,7 +134,7 @@ def cpu(flags: argparse.Namespace) -> None:
 
 
 def pictures(flags: argparse.Namespace) -> None:
-    from pisces_jax.data.pipeline import BatchIterator, _Batches
+    from pisces_jax.data.packing.pipeline import BatchIterator, _Batches
     from pisces_jax.data.sources import make_source
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -192,9 +192,9 @@ def pictures(flags: argparse.Namespace) -> None:
 
 def packing(flags: argparse.Namespace) -> None:
     """Stage-1 lengths at full size: 729 vectors read or 64 drawn, and a text of some 80 tokens, log-normal."""
-    from pisces_jax.data.epochs import Epochs
-    from pisces_jax.data.layout import Layout
-    from pisces_jax.data.lengths import Lengths
+    from pisces_jax.data.packing.epochs import Epochs
+    from pisces_jax.data.packing.layout import Layout
+    from pisces_jax.data.packing.lengths import Lengths
 
     n = flags.examples
     rng = np.random.default_rng(0)
@@ -221,12 +221,12 @@ def packing(flags: argparse.Namespace) -> None:
 
 
 def _stage(config: str, workdir: Path) -> tuple[Any, Any, Any]:
-    from pisces_jax import cli
+    from pisces_jax.training.config_files import load_stages
     from pisces_jax.training.programs import make_program
     from pisces_jax.training.tokenizer import load_tokenizer
 
     path, _, stage = config.partition(":")
-    run = cli.load_stages(config, {})[stage] if stage else list(cli.load_stages(path, {}).values())[-1]
+    run = load_stages(config, {})[stage] if stage else list(load_stages(path, {}).values())[-1]
     tokenizer = load_tokenizer(run, workdir)
     return run, tokenizer, make_program(run, tokenizer.vocab_size)
 

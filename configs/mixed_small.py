@@ -50,7 +50,7 @@ def get_config(stage: str = "") -> ConfigDict:
     rate = dict(learning_rate=1e-3, warmup_steps=30)
     stages = (
         picture_run("pretrain", "pretrain", SIZE, data("pair"), steps=600, log=LOG, optimizer=rate),
-        picture_run("decoder", "decoder", SIZE, data("pair"), steps=200, log=LOG, optimizer=dict(rate, average=0.99)),
+        picture_run("decoder", "decoder", SIZE, data("pair"), steps=200, log=LOG, optimizer=dict(rate, ema=0.99)),
         unified_run(
             "stage1", "", SIZE, data("caption", "draw_caption", rows=4, row_length=256, read_slots=15, draw_slots=15),
             steps=300, log=LOG, optimizer=rate,

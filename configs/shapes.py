@@ -47,7 +47,7 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         picture_run(
             "decoder", "decoder", SIZE, data(pair=1.0), steps=200, reader=READER, loss=dict(feature_noise=0.05),
-            optimizer=rates(3e-3, 20, average=0.99), log=LOG,
+            optimizer=rates(3e-3, 20, ema=0.99), log=LOG,
         ),
         # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
         unified(

@@ -34,7 +34,7 @@ def get_config(stage: str = "") -> ConfigDict:
         ),
         picture_run(
             "decoder", "decoder", SIZE, data(pair=1.0), steps=600, reader=SHARP, loss=dict(feature_noise=0.05),
-            optimizer=rates(3e-3, 20, average=0.99), log=LOG,
+            optimizer=rates(3e-3, 20, ema=0.99), log=LOG,
         ),
         unified_run(
             "stage1", "", SIZE, data(11, 29, most_objects=1, caption=0.7, draw_caption=0.2, draw_details=1.5),

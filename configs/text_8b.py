@@ -7,8 +7,8 @@ python -m pisces_jax.plan --config=configs/text_8b.py --topology=v5p:4x4x4 --voc
 
 from ml_collections import ConfigDict
 
-from pisces_jax.models.published import LLAMA_3_1_8B, settings
 from pisces_jax.training.config import run_config
+from pisces_jax.weights.sizes import LLAMA_3_1_8B, settings
 
 
 def get_config(stage: str = "") -> ConfigDict:
@@ -19,7 +19,7 @@ def get_config(stage: str = "") -> ConfigDict:
         steps=1000,
         batch_size=256,
         compute_dtype="bfloat16",
-        model=dict(language_model=settings(LLAMA_3_1_8B, remat="nothing")),
+        model=dict(language_model=settings(LLAMA_3_1_8B, remat="full")),
         data=dict(row_length=2048, rows=1, train=dict(texts=texts)),
         loss=dict(chunk=16_384),
         optimizer=dict(learning_rate=3e-5, warmup_steps=100, b2=0.95, clip=1.0),

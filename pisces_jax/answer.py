@@ -5,8 +5,8 @@ python -m pisces_jax.answer --workdir=DIR --image=F --question="what colour is t
 
 from pathlib import Path
 
-from pisces_jax import cli
-from pisces_jax.errors import UserError, run_command
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError, run_command
 
 
 def main() -> None:
@@ -24,7 +24,9 @@ def main() -> None:
         "--image", required=True, type=Path, metavar="F", help="a picture: PNG, JPEG, WebP, GIF, BMP, TIFF"
     )
     parser.add_argument("--question", help="what to ask (default: to describe the picture)")
-    parser.add_argument("--most", type=cli.whole_number(1), default=96, help="longest answer, in tokens (default 96)")
+    parser.add_argument(
+        "--max_tokens", type=cli.whole_number(1), default=96, help="longest answer, in tokens (default 96)"
+    )
     parser.add_argument("--temperature", type=cli.number(0), default=0.0, help="0: the likeliest answer (default)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="for a temperature above 0")
     flags = parser.parse()
@@ -41,7 +43,7 @@ def main() -> None:
     model = load_model(flags.workdir, flags.run, batch_size=1)
     question = DESCRIBE_INSTRUCTION if flags.question is None else " ".join(flags.question.split())
     parts = (Picture(image, "read"), Text(question))
-    cli.say(model.answer([parts], most=flags.most, temperature=flags.temperature, seed=flags.seed)[0])
+    cli.say(model.answer([parts], max_tokens=flags.max_tokens, temperature=flags.temperature, seed=flags.seed)[0])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ python -m pisces_jax.cache --config=configs/X.py[:stage] --workdir=DIR [--config
 
 from pathlib import Path
 
-from pisces_jax import cli, processes
-from pisces_jax.errors import UserError, run_command
+from pisces_jax.utils import cli, processes
+from pisces_jax.utils.errors import UserError, run_command
 
 
 def main() -> None:
@@ -30,12 +30,14 @@ def main() -> None:
     cli.add_process_flags(parser)
     flags = parser.parse(rest)
     processes.start(flags.coordinator, flags.processes, flags.process)
-    stages = cli.load_stages(flags.config, overrides)
+    from pisces_jax.training.config_files import load_stages
+
+    stages = load_stages(flags.config, overrides)
     if len(stages) > 1:
         raise UserError(f"--config={flags.config} has several stages: name one, such as :{list(stages)[-1]}")
     import jax
 
-    from pisces_jax.training.features import cache_features
+    from pisces_jax.training.feature_cache import cache_features
     from pisces_jax.training.tokenizer import entries_of
 
     cli.start()

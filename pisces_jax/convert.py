@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pisces_jax import cli
-from pisces_jax.errors import UserError, run_command
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError, run_command
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -33,7 +33,7 @@ def import_weights(argv: list[str]) -> None:
     parser = cli.Parser(
         "convert import",
         "Reads published safetensors with their config.json and writes the same values in this project's own layout, "
-        "for a config to start from (parts.NAME = DIR). Configs may name the published folder itself: then nothing "
+        "for a config to start from (init_from.NAME = DIR). Configs may name the published folder itself: then nothing "
         "needs to be imported. Nothing in the folder is executed, and nothing is left behind when it fails. Memory "
         "stays small whatever the size: one tensor of one layer at a time.",
         [

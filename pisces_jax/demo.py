@@ -7,8 +7,8 @@ import json
 import time
 from pathlib import Path
 
-from pisces_jax import cli, train
-from pisces_jax.errors import run_command
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import run_command
 
 
 def main() -> None:
@@ -21,21 +21,28 @@ def main() -> None:
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/shapes"), metavar="DIR", help="default runs/shapes")
     parser.add_argument("--config", default="configs/shapes.py", metavar="FILE", help="default configs/shapes.py")
-    cli.add_amount_flags(parser)
-    flags = parser.parse(rest)
-    stages = cli.load_stages(flags.config, overrides)
-    seconds = train.train_stages(stages, flags.workdir)
+    from pisces_jax.evaluation import suite
 
-    from pisces_jax.evaluation import report, suite
+    suite.add_amount_flags(parser)
+    flags = parser.parse(rest)
+    from pisces_jax.evaluation import report
     from pisces_jax.evaluation.grids import png
+    from pisces_jax.inference.flags import drawing_choice
     from pisces_jax.inference.model import load_model
+    from pisces_jax.inference.samples import make_sampler
+    from pisces_jax.training.config_files import load_stages
     from pisces_jax.training.metrics import read_metrics
+    from pisces_jax.training.stages import train_stages
+
+    stages = load_stages(flags.config, overrides)
+    cli.start()
+    seconds = train_stages(stages, flags.workdir, make_sampler)
 
     cli.say("scoring: drawing, reading, reconstruction")
     start = time.perf_counter()
     model = load_model(flags.workdir, list(stages.values())[-1].name)
-    how = cli.drawing_choice(None, model.config)
-    results = suite.evaluate(model, suite.SHAPES_TASKS, cli.amount(flags), how, both=True)
+    how = drawing_choice(None, model.config)
+    results = suite.evaluate(model, suite.SHAPES_TASKS, suite.amount(flags), how, both=True)
     runs = {name: flags.workdir / config.name for name, config in stages.items()}
     metrics = {name: read_metrics(run) for name, run in runs.items()}
     files = {"samples.png": png(report.samples_sheet(results))}

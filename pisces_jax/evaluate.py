@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pisces_jax import cli
-from pisces_jax.errors import UserError, run_command
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError, run_command
 
 
 def main() -> None:
+    from pisces_jax.evaluation import suite
+    from pisces_jax.inference.flags import add_drawing_flags, drawing_choice
+
     parser = cli.Parser(
         "evaluate",
         "Scores a finished run on unseen data: geneval (drawing), spread (of one prompt's pictures), reading and "
@@ -30,12 +33,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="F.json", help="a JSON file with every number that is printed")
     parser.add_argument("--grid", type=Path, metavar="F.png", help="a sheet of what was drawn and read, for the eye")
     parser.add_argument("--both", action="store_true", help="geneval: with descriptions and without")
-    cli.add_drawing_flags(parser)
-    cli.add_amount_flags(parser)
+    add_drawing_flags(parser)
+    suite.add_amount_flags(parser)
     parser.add_argument("--batch_size", type=cli.whole_number(1), default=64, help="rows at a time (default 64)")
     flags = parser.parse()
 
-    from pisces_jax.evaluation import report, suite
+    from pisces_jax.evaluation import report
     from pisces_jax.evaluation.grids import png
     from pisces_jax.inference.model import load_model
     from pisces_jax.training.input import evaluation_sources, training_sources
@@ -54,8 +57,8 @@ def main() -> None:
     training: Sequence[Any] = ()
     if "pictures" in tasks:
         sources, training = evaluation_sources(model.config), training_sources(model.config)
-    how = cli.drawing_choice(flags, model.config)
-    amount = cli.amount(flags)
+    how = drawing_choice(flags, model.config)
+    amount = suite.amount(flags)
     results = suite.evaluate(model, tasks, amount, how, both=flags.both, sources=sources, training=training)
     scores = {"run": model.config.name, **results.scores}
     cli.say(suite.table(scores))

@@ -6,13 +6,15 @@ python -m pisces_jax.generate --workdir=DIR --prompt="a photo of a red circle" -
 import json
 from pathlib import Path
 
-from pisces_jax import cli
-from pisces_jax.errors import UserError, run_command
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError, run_command
 
 _MOST_ROWS = 100  # of the grid
 
 
 def main() -> None:
+    from pisces_jax.inference.flags import add_drawing_flags, drawing_choice
+
     parser = cli.Parser(
         "generate",
         "Draws each prompt and writes the pictures (PNG), one grid of them all (grid.png), and the prompts with the "
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument("--prompts_file", type=Path, metavar="F", help="a text file with a prompt on each line")
     parser.add_argument("--num_images", type=cli.whole_number(1), default=4, help="pictures a prompt (default 4)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="another seed, other pictures (default 0)")
-    cli.add_drawing_flags(parser)
+    add_drawing_flags(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR2", help="the folder to write into")
     flags = parser.parse()
     prompts = _prompts(flags.prompt, flags.prompts_file)
@@ -42,7 +44,7 @@ def main() -> None:
     cli.start()
     asked = [prompt for prompt in prompts for _ in range(flags.num_images)]
     model = load_model(flags.workdir, flags.run, batch_size=min(64, len(asked)))
-    how = cli.drawing_choice(flags, model.config)
+    how = drawing_choice(flags, model.config)
     drawings = model.draw([(Text(draw_instruction(prompt)),) for prompt in asked], seed=flags.seed, **how)
     files: dict[str, bytes] = {}
     lines, rows = [], []

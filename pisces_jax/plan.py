@@ -8,9 +8,9 @@ import json
 import os
 from pathlib import Path
 
-from pisces_jax import cli
-from pisces_jax.errors import UserError, run_command
-from pisces_jax.files import write_atomic
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError, run_command
+from pisces_jax.utils.files import write_atomic
 
 
 def main() -> None:
@@ -41,7 +41,9 @@ def main() -> None:
     flags = parser.parse(rest)
     if flags.json is not None:
         cli.check_output(flags.json, "--json", folder=False)
-    stages = cli.load_stages(flags.config, overrides)
+    from pisces_jax.training.config_files import load_stages
+
+    stages = load_stages(flags.config, overrides)
     if len(stages) > 1:
         raise UserError(f"--config={flags.config} has several stages: name one, as {flags.config}:{list(stages)[-1]}")
     (config,) = stages.values()

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "fsdp_inner", "tensor")
 _FSDP = ("fsdp", "fsdp_inner")

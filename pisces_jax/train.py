@@ -3,18 +3,10 @@
 python -m pisces_jax.train --config=configs/X.py[:stage] --workdir=DIR [--config.key=value ...]
 """
 
-import json
-import re
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ml_collections import ConfigDict
-
-from pisces_jax import cli, processes
-from pisces_jax.errors import UserError, run_command
-from pisces_jax.files import write_atomic
+from pisces_jax.utils import cli, processes
+from pisces_jax.utils.errors import run_command
 
 
 def main() -> None:
@@ -38,134 +30,21 @@ def main() -> None:
     )
     flags = parser.parse(rest)
     processes.start(flags.coordinator, flags.processes, flags.process)
-    if flags.dry_run:
-        dry_run(cli.load_stages(flags.config, overrides), flags.workdir)
-        return
-    train_stages(cli.load_stages(flags.config, overrides), flags.workdir)
-
-
-def train_stages(stages: cli.Stages, workdir: Path) -> dict[str, float]:
-    """Trains all stages that are not finished; the seconds that each took, over all its interruptions.
-
-    Raises:
-        UserError: a stage that cannot be trained, before the first one starts wherever that can be told.
-    """
-    from pisces_jax.inference.samples import make_sampler  # JAX, after what can be told without it
-    from pisces_jax.training.loop import train
-
-    cli.start()
-    work = check_stages(stages, workdir)
-    for i, (name, config) in enumerate(stages.items()):
-        if len(stages) > 1:
-            taken = [seconds_of(workdir / c.name) for c in list(stages.values())[:i]]
-            cli.say(f"stage {i + 1} of {len(stages)}: {name}, {config.steps} steps{_outlook(taken, work)}")
-        with _Stopwatch(workdir / config.name):
-            train(config, workdir, make_sampler)
-    return {name: seconds_of(workdir / config.name) for name, config in stages.items()}
-
-
-def dry_run(stages: cli.Stages, workdir: Path) -> None:
-    """Tries each stage on this machine with random weights, without training it (docs/launch.md).
-
-    Raises:
-        UserError: what would have stopped the run.
-    """
+    from pisces_jax.inference.samples import make_sampler
     from pisces_jax.planning.preflight import preflight
+    from pisces_jax.training.config_files import load_stages
+    from pisces_jax.training.stages import train_stages
 
+    stages = load_stages(flags.config, overrides)
     cli.start()
-    cli.check_output(workdir, "--workdir", folder=True)
+    if not flags.dry_run:
+        train_stages(stages, flags.workdir, make_sampler)
+        return
+    cli.check_output(flags.workdir, "--workdir", folder=True)
     for name, config in stages.items():
         if processes.primary():
             cli.say(f"{name}:")
-        preflight(config, workdir, lambda line: cli.say(line) if processes.primary() else None)
-
-
-def _outlook(taken: Sequence[float], work: Sequence[float]) -> str:
-    """How long all stages will take still, if their FLOPs run as fast as those of the stages before."""
-    if not sum(taken):
-        return ""
-    to_come = sum(taken) * sum(work[len(taken) :]) / sum(work[: len(taken)])
-    return f" ({sum(taken) / 60:.1f} min so far, about {to_come / 60:.0f} min of training to come)"
-
-
-def check_stages(stages: cli.Stages, workdir: Path) -> list[float]:
-    """FLOPs of each stage; what is wrong with any is said before the first one runs for minutes. Writes nothing.
-
-    Raises:
-        UserError: settings that do not fit, or weights to start from that neither exist nor are trained before.
-    """
-    from pisces_jax.sharding import make_mesh
-    from pisces_jax.training import optimizer
-    from pisces_jax.training.checkpoints import is_finished
-    from pisces_jax.training.config import part_settings
-    from pisces_jax.training.programs import make_program
-    from pisces_jax.weights.folder import Folder, is_folder
-
-    cli.check_output(workdir, "--workdir", folder=True)
-    known: set[str] = set()
-    work = []
-    for name, config in stages.items():
-        if config.steps < 1 or config.batch_size < 1:
-            raise UserError(f"stage {name}: config keys steps and batch_size must be at least 1")
-        if not config.name or Path(config.name).name != config.name:
-            raise UserError(f"config key name {config.name!r} must be the name of a folder below --workdir")
-        make_mesh(**config.mesh)
-        program = make_program(config, config.data.tokenizer_vocabulary or 512)
-        work.append(_flops(config, program))
-        optimizer.learning_rate(config.optimizer, config.steps)
-        sources = {**config.parts, "decoder": config.decoder} if config.decoder else config.parts
-        for part, source in sources.items():
-            if is_folder(source):
-                # What depends on the tokenizer is held against the folder when the run starts.
-                folder = Folder.open(source)
-                tokens = getattr(folder.settings, "vocab_size", 1)
-                folder.check(part_settings(config, part, tokens), f"stage {name}: model.{part}")
-            elif source and source not in known and not is_finished(workdir / source):
-                raise UserError(
-                    f"stage {name} takes its {part} from run {source!r}, which is not in --workdir={workdir} or not "
-                    "finished: train it first"
-                )
-        known.add(config.name)
-    return work
-
-
-def _flops(config: ConfigDict, program: Any) -> float:
-    from pisces_jax.planning.batch import batch_shapes
-    from pisces_jax.training import flops, optimizer
-
-    shapes = {name: shape for name, (shape, _) in batch_shapes(config, program).items()}
-    table = optimizer.read_table(config.optimizer.table)
-    multiples = {
-        part: next((rule.multiple for rule in table if re.fullmatch(rule.pattern, f"{part}/kernel")), 1.0)
-        for part in config.model
-    }
-    trained = {part for part, multiple in multiples.items() if multiple}
-    return config.steps * flops.step_flops(program, shapes, trained)
-
-
-class _Stopwatch:
-    """Adds the seconds spent inside to the run's `seconds.json`, also when it is interrupted."""
-
-    def __init__(self, run: Path) -> None:
-        from pisces_jax.training.checkpoints import is_finished
-
-        self._run, self._finished = run, is_finished(run)
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if processes.primary() and not self._finished and (self._run / "config.json").exists():
-            seconds = seconds_of(self._run) + time.perf_counter() - self._start
-            write_atomic(self._run / "seconds.json", json.dumps({"seconds": round(seconds, 1)}))
-
-
-def seconds_of(run: Path) -> float:
-    """Seconds of training of a run, 0 where none were taken."""
-    try:
-        return float(json.loads((run / "seconds.json").read_text())["seconds"])
-    except (OSError, ValueError, KeyError):
-        return 0.0
+        preflight(config, flags.workdir, lambda line: cli.say(line) if processes.primary() else None)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ A test compiles a step with every TPU group, and starts JAX with every GPU group
 import argparse
 import dataclasses
 
-from pisces_jax import cli
-from pisces_jax.errors import UserError, run_command
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError, run_command
 
 
 @dataclasses.dataclass(frozen=True)

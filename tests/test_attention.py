@@ -9,8 +9,10 @@ import plain
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pisces_jax.models import blockwise
-from pisces_jax.models.attention import (
+from pisces_jax.models.layers import apply_rope, cos_sin, grid_angles, grid_centres
+from pisces_jax.models.transformer import RopeScaling, TransformerConfig, rope_frequencies
+from pisces_jax.ops import blockwise
+from pisces_jax.ops.attention import (
     attention,
     cache_mask,
     causal_mask,
@@ -18,8 +20,6 @@ from pisces_jax.models.attention import (
     segment_mask,
     xla_attention,
 )
-from pisces_jax.models.layers import grid_angles, grid_centres, rotate, turns
-from pisces_jax.models.transformer import RotaryScaling, TransformerConfig, rotary_frequencies
 from pisces_jax.sharding import make_mesh
 
 B, T, H = 2, 9, 6
@@ -93,9 +93,7 @@ def test_backends_equal_the_reference_on_packed_rows(monkeypatch, backend, causa
     """200 positions, no multiple of any block; grouped queries; two key-value heads over four tensor devices, too."""
     rng = np.random.default_rng(0)
     rows = 2 if sizes is None else 4
-    q, k, v, weights = (
-        jnp.asarray(rng.standard_normal((rows, 200, n, 32)), jnp.float32) for n in (4, 2, 2, 4)
-    )
+    q, k, v, weights = (jnp.asarray(rng.standard_normal((rows, 200, n, 32)), jnp.float32) for n in (4, 2, 2, 4))
     ids = jnp.asarray(np.tile(packed_rows(200), (rows // 2, 1)))
     arguments = dict(causal=causal, segment_ids=(ids, ids))
     monkeypatch.setattr(blockwise, "BLOCK", 64)
@@ -111,9 +109,7 @@ def test_backends_pad_what_does_not_divide(backend):
     """SigLIP's 729 vectors and heads of 72, without masks: nothing sees the padding."""
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 729, 2, 72)), jnp.float32) for _ in range(3))
-    np.testing.assert_allclose(
-        attention(q, k, v, backend=backend), xla_attention(q, k, v), rtol=2e-5, atol=2e-5
-    )
+    np.testing.assert_allclose(attention(q, k, v, backend=backend), xla_attention(q, k, v), rtol=2e-5, atol=2e-5)
 
 
 def test_which_backend_runs():
@@ -191,18 +187,18 @@ def test_rotary_is_complex_multiplication():
     frequencies = plain.llama3_frequencies(8, 10_000.0)
     expected = plain.turn(x, positions, frequencies)
     with jax.enable_x64(True):
-        got = rotate(jnp.asarray(x), turns(jnp.asarray(positions[..., None] * frequencies)))
+        got = apply_rope(jnp.asarray(x), cos_sin(jnp.asarray(positions[..., None] * frequencies)))
         np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
         # Only distances count: products of turned queries and keys, both moved by 1000.
-        moved = rotate(jnp.asarray(x), turns(jnp.asarray((positions[..., None] + 1000) * frequencies)))
+        moved = apply_rope(jnp.asarray(x), cos_sin(jnp.asarray((positions[..., None] + 1000) * frequencies)))
         products, others = (np.einsum("btnh,bsnh->bnts", a, a) for a in (got, moved))
         np.testing.assert_allclose(products, others, rtol=1e-8, atol=1e-9)
 
 
 def llama(head_dim=128, scaling=None, base=500_000.0):
     return TransformerConfig(
-        vocab_size=8, width=8, layers=1, heads=1, kv_heads=1, head_dim=head_dim, mlp_hidden=8, rotary_base=base,
-        rotary_scaling=scaling,
+        vocab_size=8, width=8, layers=1, heads=1, kv_heads=1, head_dim=head_dim, mlp_hidden=8, rope_theta=base,
+        rope_scaling=scaling,
     )  # fmt: skip
 
 
@@ -216,10 +212,10 @@ def test_llama3_frequencies_equal_the_published_formula():
     assert (expected == unscaled).any() and (expected == unscaled / 8).any()
     assert ((expected < unscaled) & (expected > unscaled / 8)).sum() > 3
     with jax.enable_x64(True):
-        got = rotary_frequencies(llama(scaling=RotaryScaling(*PUBLISHED)))
+        got = rope_frequencies(llama(scaling=RopeScaling(*PUBLISHED)))
         np.testing.assert_allclose(got, expected, rtol=1e-12)
-        np.testing.assert_allclose(rotary_frequencies(llama()), unscaled, rtol=1e-12)
-    np.testing.assert_allclose(rotary_frequencies(llama(scaling=RotaryScaling(*PUBLISHED))), expected, rtol=1e-5)
+        np.testing.assert_allclose(rope_frequencies(llama()), unscaled, rtol=1e-12)
+    np.testing.assert_allclose(rope_frequencies(llama(scaling=RopeScaling(*PUBLISHED))), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -227,19 +223,19 @@ def test_llama3_frequencies_equal_the_published_formula():
     ids=["none", "swapped", "context", "factor"],
 )  # fmt: skip
 def test_another_scaling_would_be_seen(wrong):
-    got = np.asarray(rotary_frequencies(llama(scaling=RotaryScaling(*PUBLISHED))))
+    got = np.asarray(rope_frequencies(llama(scaling=RopeScaling(*PUBLISHED))))
     other = plain.llama3_frequencies(128, 500_000.0, wrong)
     assert (np.abs(got / other - 1) > 0.2).any()
 
 
 def test_frequencies_by_hand():
     """Four dimensions, base 100: 1 and 0.1 radians a position; wavelengths 6.28 and 62.8."""
-    np.testing.assert_allclose(rotary_frequencies(llama(4, base=100.0)), [1, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(rope_frequencies(llama(4, base=100.0)), [1, 0.1], rtol=1e-6)
     # original/high = 20, original/low = 80: the slow one lies between them, original/wavelength = 1.2732.
-    scaling = RotaryScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=80)
+    scaling = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=80)
     smooth = (80 / (2 * np.pi / 0.1) - 1) / 3
     expected = [1, (1 - smooth) * 0.1 / 4 + smooth * 0.1]
-    np.testing.assert_allclose(rotary_frequencies(llama(4, scaling, 100.0)), expected, rtol=1e-6)
+    np.testing.assert_allclose(rope_frequencies(llama(4, scaling, 100.0)), expected, rtol=1e-6)
 
 
 def test_rotary_over_a_grid_sees_both_axes():
@@ -251,8 +247,8 @@ def test_rotary_over_a_grid_sees_both_axes():
     assert angles.shape == (1, 16, H // 2)
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, H))
-    by = turns(angles)
-    turned = [np.asarray(rotate(jnp.tile(jnp.asarray(z, jnp.float32), (1, 16, 1, 1)), by))[0, :, 0] for z in (q, k)]
+    by = cos_sin(angles)
+    turned = [np.asarray(apply_rope(jnp.tile(jnp.asarray(z, jnp.float32), (1, 16, 1, 1)), by))[0, :, 0] for z in (q, k)]
     products = turned[0] @ turned[1].T
     by_offset = {}
     for i in range(16):

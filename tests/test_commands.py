@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pisces_jax import cli
-from pisces_jax.errors import UserError, run_command
+from pisces_jax.training.config_files import load_stages
 from pisces_jax.training.metrics import read_metrics
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests/tiny_config.py")
@@ -132,7 +133,7 @@ def test_generate_writes_pictures_grid_and_prompts(trained, call, tmp_path):
 
 
 def test_answer_prints_the_answer_alone(trained, call):
-    flags = [f"--workdir={trained / 'run'}", f"--image={trained / 'picture.png'}", "--most=4"]
+    flags = [f"--workdir={trained / 'run'}", f"--image={trained / 'picture.png'}", "--max_tokens=4"]
     status, out, error = call("answer", *flags, "--question=what colour is the circle?")
     assert (status, error) == (0, "") and out.endswith("\n")
     assert call("answer", *flags)[0] == 0
@@ -175,7 +176,7 @@ BAD = [
     ("train --config=TINY --workdir=NEW --config.steps", "--config.steps has no value"),
     ("train --config=TINY --workdir=NEW --config.steps=0", "at least 1"),
     ("train --config=TINY --workdir=NEW --config.compute_dtype=float23", "compute_dtype: 'float23' is none of"),
-    ("train --config=TINY --workdir=NEW --config.optimizer.moment_dtype=int8", "moment_dtype: 'int8' is none of"),
+    ("train --config=TINY --workdir=NEW --config.optimizer.mu_dtype=int8", "mu_dtype: 'int8' is none of"),
     ("plan --config=TINY:unified --topology=cpu:8 --config.compute_dtype=half", "compute_dtype: 'half' is none of"),
     ("train --config=TINY --workdir=NEW --config.mesh.fsdp=7", "devices"),
     ("train --config=TINY:unified --workdir=NEW", "train it first"),
@@ -241,7 +242,7 @@ def test_errors_are_plain_in_a_real_process():
 
 def test_a_key_without_a_stage_holds_for_all_that_have_it():
     changes = {"seed": "3", "model.decoder.width": "8", "model.text_tower.width": "8", "stages.unified.steps": "9"}
-    stages = cli.load_stages(TINY, changes)
+    stages = load_stages(TINY, changes)
     assert list(stages) == ["pretrain", "decoder", "unified"]  # what others need comes first
     assert [run.seed for run in stages.values()] == [3, 3, 3]
     assert [run.steps for run in stages.values()] == [2, 2, 9]
@@ -250,11 +251,11 @@ def test_a_key_without_a_stage_holds_for_all_that_have_it():
 
 
 def test_values_keep_their_types_and_names_of_ones_own_may_be_new():
-    run = cli.load_stages(f"{TINY}:decoder", {
-        "optimizer.table": "((r'.*', 0.5, 0.1),)", "log.tensorboard": "true", "optimizer.clip": "3",
+    run = load_stages(f"{TINY}:decoder", {
+        "optimizer.param_groups": "((r'.*', 0.5, 0.1),)", "log.tensorboard": "true", "optimizer.clip": "3",
         "storage.generation_encoder": "bfloat16",
     })["decoder"]  # fmt: skip
-    assert run.optimizer.table == ((".*", 0.5, 0.1),) and run.log.tensorboard is True
+    assert run.optimizer.param_groups == ((".*", 0.5, 0.1),) and run.log.tensorboard is True
     assert run.optimizer.clip == 3.0 and run.storage.generation_encoder == "bfloat16"
 
 
@@ -262,11 +263,11 @@ def test_stages_in_a_circle_are_refused(tmp_path):
     path = tmp_path / "circle.py"
     path.write_text(
         "from ml_collections import ConfigDict\nfrom pisces_jax.training.config import run_config\n"
-        "def get_config(stage=''):\n    a = run_config(name='a', parts=dict(x='b'))\n"
-        "    b = run_config(name='b', parts=dict(x='a'))\n    return ConfigDict(dict(stages=dict(a=a, b=b)))\n"
+        "def get_config(stage=''):\n    a = run_config(name='a', init_from=dict(x='b'))\n"
+        "    b = run_config(name='b', init_from=dict(x='a'))\n    return ConfigDict(dict(stages=dict(a=a, b=b)))\n"
     )
     with pytest.raises(UserError, match="wait for one another"):
-        cli.load_stages(str(path), {})
+        load_stages(str(path), {})
 
 
 def test_output_is_whole_or_not_there(tmp_path, monkeypatch):

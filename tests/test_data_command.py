@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 
 from pisces_jax.data import show
-from pisces_jax.data.layout import Layout
-from pisces_jax.data.packing import PackedGroups
-from pisces_jax.data.pairs import Pairs
+from pisces_jax.data.packing.layout import Layout
+from pisces_jax.data.packing.pairs import Pairs
+from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import train_sentencepiece
-from pisces_jax.errors import run_command
+from pisces_jax.utils.errors import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests/tiny_config.py")
@@ -79,7 +79,7 @@ def test_the_page_shows_the_rows(tmp_path):
         assert sorted(shown[role]) == sorted(image.tobytes() for image in held) and len(held) == 11
     # What is learned, and nothing else, is marked: captions that are read, with the end.
     marked = "".join(re.findall(r"<mark>(.*?)</mark>", page))
-    learned = sum(int(groups[i]["learn"].sum()) for i in numbers)
+    learned = sum(int(groups[i]["loss_mask"].sum()) for i in numbers)
     assert marked.count("end") >= 11 and learned > 0 and marked.count("<code>eos</code>") == 11
     pairs = Pairs(entries[:1], tokenizer, 32, 4, seed=0)
     page = show.page(pairs, range(12), "pairs")
@@ -210,13 +210,13 @@ def test_workers_of_the_command_import_no_jax(tmp_path):
 
 def test_the_mixture_of_real_sets_fills_its_rows(data_folder, tmp_path, monkeypatch):
     """CIFAR-10, OpenMoji and shapes, 4 : 3 : 3, as `configs/mixed_small.py` packs them; a tenth of each to be quick."""
-    from pisces_jax import cli
     from pisces_jax.training import input as training_input
+    from pisces_jax.training.config_files import load_stages
     from pisces_jax.training.programs import make_program
     from pisces_jax.training.tokenizer import load_tokenizer
 
     monkeypatch.setenv("PISCES_DATA", str(data_folder))
-    config = cli.load_stages(str(ROOT / "configs/mixed_small.py:stage1"), {})["stage1"]
+    config = load_stages(str(ROOT / "configs/mixed_small.py:stage1"), {})["stage1"]
     config.data.tokenizer_examples, config.data.examples_per_epoch = 500, 12_000
     for name, spec in config.data.train.items():
         spec.update(dict(split="train[:10%]") if "cifar" in name else {})

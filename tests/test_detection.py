@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from pisces_jax.data.shapes_scene import COLORS, SHAPES, render, sample_scene
-from pisces_jax.evaluation.detection import ShapesDetector
+from pisces_jax.shapes_world.detector import ShapesDetector
+from pisces_jax.shapes_world.scene import COLORS, SHAPES, render, sample_scene
 
 # All 10,000 clean and 2,000 spoilt pictures take minutes on two busy cores.
 CLEAN, SPOILT = (10_000, 2_000) if os.environ.get("PISCES_LONG_TESTS") else (600, 300)

@@ -10,7 +10,10 @@ import pytest
 
 from pisces_jax.data.example import Example, Picture, Text
 from pisces_jax.data.instructions import draw_instruction
-from pisces_jax.data.shapes import (
+from pisces_jax.evaluation import charts, grids, pictures, report, suite
+from pisces_jax.shapes_world import drawing, reading, reconstruction, spread
+from pisces_jax.shapes_world.detector import Detection
+from pisces_jax.shapes_world.source import (
     HELD_OUT_QUESTION_KINDS,
     HELD_OUT_TAGS,
     QUESTION_KINDS,
@@ -22,9 +25,7 @@ from pisces_jax.data.shapes import (
     questions,
     render,
 )
-from pisces_jax.data.shapes_text import metadata, prompt_space, scene_for
-from pisces_jax.evaluation import charts, drawing, grids, pictures, reading, reconstruction, report, spread, suite
-from pisces_jax.evaluation.detection import Detection
+from pisces_jax.shapes_world.text import metadata, prompt_space, scene_for
 
 SIZE = 32
 
@@ -64,7 +65,7 @@ class Oracle:
                 return render(scene, SIZE)
         raise AssertionError(instruction)
 
-    def answer(self, asked, *, most=32):
+    def answer(self, asked, *, max_tokens=32):
         known = {}
         for held_out in (False, True):
             for scene, _, question, answer in questions(40, 0, held_out):
@@ -81,7 +82,7 @@ class Oracle:
 
 
 AMOUNT = suite.Amount(per_task=3, images=2, per_kind=3, held_out=2, spread=0, pictures=6)
-HOW = dict(describe=True, most=8, temperature=1.0, guidance=None)
+HOW = dict(describe=True, max_tokens=8, temperature=1.0, guidance=None)
 
 
 def test_a_perfect_model_scores_one_in_everything():
@@ -187,7 +188,7 @@ def test_true_pictures_satisfy_their_prompts(held_out):
 
 
 class Captioner(Oracle):
-    def answer(self, asked, *, most=32):
+    def answer(self, asked, *, max_tokens=32):
         self.asked = asked
         return ["a photo of a cat"] * len(asked)
 

@@ -11,16 +11,17 @@ import pytest
 import tiny_config
 from PIL import Image
 
-from pisces_jax.data import features as cached
+from pisces_jax.data import feature_cache as cached
 from pisces_jax.data.example import FILE_GONE, BrokenExample, Example, Picture, Text
 from pisces_jax.data.images import UnreadablePicture
-from pisces_jax.data.layout import Entry
-from pisces_jax.errors import UserError
+from pisces_jax.data.packing.layout import Entry
 from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
-from pisces_jax.training import checkpoints, features, input, programs
+from pisces_jax.training import checkpoints, input, programs
+from pisces_jax.training import feature_cache as features
 from pisces_jax.training.config import vit_config
+from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.folder import export_part
 
 AUTOENCODER = dict(latent_channels=4, channels=(8, 16), blocks=1, groups=4, scale=0.13, shift=0.06)
@@ -30,11 +31,11 @@ def config_of(stage):
     """Of the tiny stages, or of a decoder that makes latents."""
     config = tiny_config.get_config("decoder" if stage == "latent" else stage)
     if stage == "unified":
-        del config.parts["decoder"]  # which learns from pictures, and there are none
+        del config.init_from["decoder"]  # which learns from pictures, and there are none
     if stage == "latent":
         config.model.autoencoder = AUTOENCODER
         config.model.decoder.update(size=8, channels=4)
-        config.parts.autoencoder = "published"
+        config.init_from.autoencoder = "published"
     return config
 
 
@@ -139,7 +140,7 @@ def test_an_encoder_that_was_replaced_is_refused(run, params, tmp_path, monkeypa
     """A published folder; then the same name with other weights."""
     config = run("decoder", features="features")
     folder = tmp_path / "published"
-    config.parts.generation_encoder = str(folder)
+    config.init_from.generation_encoder = str(folder)
     monkeypatch.setattr(features, "part_mark", checkpoints.part_mark)
     settings, weights = vit_config(config, "generation_encoder"), params["decoder"]["generation_encoder"]
     export_part(folder, "generation_encoder", settings, weights, native=True)
@@ -168,7 +169,7 @@ def test_a_run_that_was_trained_anew_is_another(tmp_path):
         folder = run / "checkpoints" / str(steps) / "state"
         weights = {"encoder": {"kernel": np.random.default_rng(seed).normal(size=8)}}
         ocp.PyTreeCheckpointer().save(folder, {"trained": weights})
-        (run / "config.json").write_text(json.dumps(dict(steps=steps, parts=parts)))
+        (run / "config.json").write_text(json.dumps(dict(steps=steps, init_from=parts)))
 
     marks = []
     for change in (
@@ -324,7 +325,7 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "stage, words",
-    [("unified", "parts.decoder: a decoder learns from pictures"), ("pretrain", "encoder that features are of")],
+    [("unified", "init_from.decoder: a decoder learns from pictures"), ("pretrain", "encoder that features are of")],
 )
 def test_what_learns_from_pictures_takes_no_features(stage, words):
     config = tiny_config.get_config(stage)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pisces_jax.flow import FlowConfig, guided, integrate, interpolate, loss_weight, sample_time, velocity
-from pisces_jax.objectives import flow_matching
+from pisces_jax.losses.flow import FlowConfig, guided, integrate, interpolate, loss_weight, sample_time, velocity
+from pisces_jax.losses.objectives import flow_matching
 
 MEAN, STD = 1.5, 0.4
 

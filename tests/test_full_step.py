@@ -15,7 +15,7 @@ from pisces_jax.training.optimizer import flatten
 from pisces_jax.training.programs import TextProgram, make_program
 from pisces_jax.training.step import make_trainer
 
-LANGUAGE = dict(width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_hidden=48, rotary_base=1000.0)
+LANGUAGE = dict(width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_hidden=48, rope_theta=1000.0)
 IDS = jnp.asarray([[1] * 9 + [2] * 20 + [0] * 3, [1] * 32])
 POSITIONS = jnp.asarray([[*range(9), *range(20), 0, 1, 2], [*range(32)]])
 
@@ -35,15 +35,15 @@ def gradients(remat, attention="xla"):
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "everything"])
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
 def test_rematerialisation_changes_no_gradient(remat):
-    for a, b in zip(jax.tree.leaves(gradients(remat)), jax.tree.leaves(gradients("everything")), strict=True):
+    for a, b in zip(jax.tree.leaves(gradients(remat)), jax.tree.leaves(gradients("none")), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(jnp.abs(b).max()))
 
 
 def test_saved_context_runs_attention_forward_once():
-    """The forward pass of blockwise attention, found by its running maximum, is in the backward pass of "nothing"
-    and not in that of "context"."""
+    """The forward pass of blockwise attention, found by its running maximum, is in the backward pass of "full"
+    and not in that of "attention"."""
 
     def loops(remat):
         model = Transformer(TransformerConfig(vocab_size=32, **LANGUAGE, remat=remat, attention="blockwise"))
@@ -57,7 +57,7 @@ def test_saved_context_runs_attention_forward_once():
         x = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
         return str(jax.make_jaxpr(jax.grad(loss))(params, x)).count("reduce_max")
 
-    assert loops("nothing") == 2 * loops("context")
+    assert loops("full") == 2 * loops("attention")
 
 
 def text_config(**optimizer):
@@ -102,9 +102,9 @@ def test_gradients_in_bfloat16(accumulate):
     """They differ by bfloat16's rounding; the masters and moments stay what they are."""
     sizes = dict(fsdp=2, tensor=2)
     _, _, exact = first_moments(text_config(), sizes)
-    trainer, state, rounded = first_moments(text_config(gradient_dtype="bfloat16", accumulate=accumulate), sizes)
+    trainer, state, rounded = first_moments(text_config(grad_dtype="bfloat16", grad_accum_steps=accumulate), sizes)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.trained, state.optimizer)) if x.ndim)
     for name, truth in exact.items():
         distance = np.linalg.norm(rounded[name] - truth) / np.linalg.norm(truth)
         assert 1e-5 < distance < 0.05, (name, distance)
-    assert trainer.config.optimizer.accumulate == accumulate
+    assert trainer.config.optimizer.grad_accum_steps == accumulate

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pisces_jax.data.relations import relations
-from pisces_jax.data.shapes_text import geneval_prompts
-from pisces_jax.errors import UserError
 from pisces_jax.evaluation import geneval
-from pisces_jax.evaluation.detection import Detection
+from pisces_jax.evaluation.relations import relations
+from pisces_jax.shapes_world.detector import Detection
+from pisces_jax.shapes_world.text import geneval_prompts
+from pisces_jax.utils.errors import UserError
 
 
 def found(label, score=0.95, color=None, box=(0, 0, 10, 10)):

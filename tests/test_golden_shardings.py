@@ -26,10 +26,10 @@ def name_of(path):
 
 
 def shardings(path):
-    from pisces_jax import cli
     from pisces_jax.planning.shardings import describe, trainer_without_devices
+    from pisces_jax.training.config_files import load_stages
 
-    (config,) = cli.load_stages(str(path), {}).values()
+    (config,) = load_stages(str(path), {}).values()
     sections = []
     for mesh in MESHES.get(path.parent.name, MESHES["pisces_8b"]):
         head = ",".join(f"{axis}={size}" for axis, size in mesh.items())

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pisces_jax import xla_flags
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"

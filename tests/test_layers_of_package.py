@@ -15,7 +15,7 @@ PACKAGE = ROOT / "pisces_jax"
 # From the bottom up: a unit (a folder, or a module at the top of the package) imports from its own layer or a
 # lower one. A module that is not named here is a command, at the top.
 LAYERS = [
-    {"__init__", "errors", "files", "processes"},
+    {"__init__", "utils"},
     {"sharding"},
     {"models"},
     {"data", "cross_entropy", "objectives", "flow"},

@@ -12,13 +12,13 @@ import pytest
 
 from pisces_jax.models import layers
 from pisces_jax.models.dit import DiT, DiTConfig
-from pisces_jax.models.transformer import RotaryScaling, Transformer, TransformerConfig, empty_cache
+from pisces_jax.models.transformer import RopeScaling, Transformer, TransformerConfig, empty_cache
 from pisces_jax.models.vit import ContrastiveHead, TextTower, TextTowerConfig, ViT, ViTConfig, pooled_features
 
 SCALING = (8.0, 1.0, 4.0, 64)
 LLAMA = TransformerConfig(
-    vocab_size=23, width=24, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_hidden=20, rotary_base=1000.0,
-    rotary_scaling=RotaryScaling(*SCALING),
+    vocab_size=23, width=24, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_hidden=20, rope_theta=1000.0,
+    rope_scaling=RopeScaling(*SCALING),
 )  # fmt: skip
 SIGLIP = ViTConfig(image_size=12, patch_size=4, width=16, layers=2, heads=2, mlp_hidden=24)
 EVA = dataclasses.replace(
@@ -144,7 +144,7 @@ def rows_of_segments():
 
 @pytest.mark.parametrize("scaling", [SCALING, None])
 def test_transformer_equals_numpy(x64, scaling):
-    config = dataclasses.replace(LLAMA, rotary_scaling=scaling and RotaryScaling(*scaling))
+    config = dataclasses.replace(LLAMA, rope_scaling=scaling and RopeScaling(*scaling))
     model = Transformer(config, jnp.float64)
     tokens = rng().integers(0, 23, (2, 11))
     segments, positions = rows_of_segments()
@@ -333,7 +333,7 @@ def plain_dit(p, config, x, t, condition, keep):
 
     def rotary(z, side, scale):
         """Half of each head's pairs turn with y, half with x."""
-        frequencies = np.array([config.rotary_base ** (-4 * i / H) for i in range(H // 4)])
+        frequencies = np.array([config.rope_theta ** (-4 * i / H) for i in range(H // 4)])
         places = [((i + 0.5) * scale, (j + 0.5) * scale) for i in range(side) for j in range(side)]
         out = np.zeros(z.shape)
         for m, (y_, x_) in enumerate(places):
@@ -520,7 +520,7 @@ def test_unrolled_and_rematerialised_layers_give_the_same_gradients(x64, name):
     largest = max(np.abs(g).max() for g in jax.tree.leaves(expected[1]["layers"]))
     assert 1e-2 < largest < 1e6
     for change in (
-        dict(unroll=True), dict(remat="nothing"), dict(remat="projections"), dict(remat="nothing", unroll=True)
+        dict(unroll=True), dict(remat="full"), dict(remat="dots"), dict(remat="full", unroll=True)
     ):  # fmt: skip
         got = gradients(kind(dataclasses.replace(config, **change), jnp.float64), p, inputs)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -537,7 +537,7 @@ def test_rematerialisation_computes_again():
         loss = jax.grad(lambda p: module.apply({"params": p}, images).sum())
         return str(jax.make_jaxpr(loss)(p)).count("dot_general")
 
-    assert products("everything") <= products("projections") < products("nothing")
+    assert products("none") <= products("dots") < products("full")
     with pytest.raises(ValueError, match="unknown rematerialisation policy 'some'; known: everything, nothing"):
         products("some")
 

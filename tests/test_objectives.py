@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pisces_jax import objectives
-from pisces_jax.cross_entropy import text_cross_entropy
+from pisces_jax.losses import objectives
+from pisces_jax.ops.cross_entropy import text_cross_entropy
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training.metrics import merge
 
@@ -105,9 +105,7 @@ def test_targets_of_a_packed_row():
     learn = [[0, 0, 1, 1, 1, 0, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0, 0, 1]]
     segments = [[1, 1, 1, 1, 2, 2, 2, 2, 0, 0], [1] * 10]
     counted = [[0, 1, 1, 0, 0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 1, 0]]
-    targets, counts = objectives.next_token_targets(
-        jnp.array(tokens), jnp.array(learn, bool), jnp.array(segments)
-    )
+    targets, counts = objectives.next_token_targets(jnp.array(tokens), jnp.array(learn, bool), jnp.array(segments))
     assert counts.astype(int).tolist() == counted
     assert targets[:, :-1].tolist() == [row[1:] for row in tokens]
 

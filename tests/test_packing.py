@@ -8,21 +8,19 @@ import numpy as np
 import pytest
 import tiny
 
-from pisces_jax.data import epochs, lengths
-from pisces_jax.data.arrays import read_arrays, write_arrays
-from pisces_jax.data.binning import pack
 from pisces_jax.data.example import TRANSIENT, BrokenExample, Example, Picture, Text, identity
 from pisces_jax.data.images import UnreadablePicture
-from pisces_jax.data.layout import Layout, lay_out
-from pisces_jax.data.lengths import Lengths, scan_lengths
-from pisces_jax.data.mixture import Mixture, shuffled
-from pisces_jax.data.packing import Entry, PackedGroups
-from pisces_jax.data.shapes import ShapesSource
-from pisces_jax.errors import UserError
+from pisces_jax.data.packing import epochs, lengths
+from pisces_jax.data.packing.arrays import read_arrays, write_arrays
+from pisces_jax.data.packing.binning import pack
+from pisces_jax.data.packing.layout import Layout, lay_out
+from pisces_jax.data.packing.lengths import Lengths, scan_lengths
+from pisces_jax.data.packing.mixture import Mixture, shuffled
+from pisces_jax.data.packing.rows import Entry, PackedGroups
+from pisces_jax.shapes_world.source import ShapesSource
+from pisces_jax.utils.errors import UserError
 
-LAYOUT = Layout(
-    read_vectors=5, draw_vectors=3, length=40, rows=3, read_slots=5, draw_slots=4, read_size=8, draw_size=6
-)
+LAYOUT = Layout(read_vectors=5, draw_vectors=3, length=40, rows=3, read_slots=5, draw_slots=4, read_size=8, draw_size=6)
 
 
 class Letters:
@@ -89,9 +87,9 @@ def segments(group):
             assert (np.diff(places) == 1).all()  # in one piece
             assert group["positions"][row, places].tolist() == list(range(len(places)))
             (source,) = set(group["source"][row, places].tolist())
-            yield source, group["tokens"][row, places], group["learn"][row, places], row, places[0]
+            yield source, group["tokens"][row, places], group["loss_mask"][row, places], row, places[0]
         padding = ids == 0
-        assert (group["tokens"][row, padding] == Letters.pad).all() and not group["learn"][row, padding].any()
+        assert (group["tokens"][row, padding] == Letters.pad).all() and not group["loss_mask"][row, padding].any()
         assert (group["source"][row, padding] == -1).all() and not group["positions"][row, padding].any()
 
 
@@ -103,7 +101,7 @@ def test_lay_out_by_hand():
     def check(parts, tokens, learn, places):
         got = lay_out(Example(tuple(parts), "k"), t, LAYOUT)
         assert got.tokens.tolist() == tokens and got.tokens.dtype == np.int32
-        assert got.learn.astype(int).tolist() == learn and got.learn.dtype == bool
+        assert got.loss_mask.astype(int).tolist() == learn and got.loss_mask.dtype == bool
         assert [(p.role, p.start, p.ordinal) for p in got.pictures] == places
 
     q, a = ord("Q"), ord("A")
@@ -147,7 +145,7 @@ def test_an_epoch_holds_every_example_once_and_nothing_else():
         expected, expected_ids = collections.Counter(), collections.Counter()
         for i in range(len(source)):
             laid_out = lay_out(source[i], Letters(), LAYOUT)
-            expected[laid_out.tokens.tobytes(), laid_out.learn.tobytes()] += 1
+            expected[laid_out.tokens.tobytes(), laid_out.loss_mask.tobytes()] += 1
             for placed in laid_out.pictures:
                 expected_ids[tuple(identity(1, epoch, source[i].key, placed.ordinal).tolist())] += 1
         assert seen == expected
@@ -185,7 +183,7 @@ def test_shapes_and_types_are_fixed():
     groups = two_sources()
     expected = {name: (value.shape, value.dtype) for name, value in groups.empty().items()}
     g, t, r, d = LAYOUT.rows, LAYOUT.length, LAYOUT.read_slots, LAYOUT.draw_slots
-    assert expected["tokens"] == ((g, t), np.int32) and expected["learn"] == ((g, t), bool)
+    assert expected["tokens"] == ((g, t), np.int32) and expected["loss_mask"] == ((g, t), bool)
     assert expected["read_images"] == ((r, 8, 8, 3), np.uint8) and expected["draw_id"] == ((d, 2), np.uint32)
     assert len(expected) == 5 + 2 * 6
     for i in range(5):
@@ -313,8 +311,8 @@ def test_an_unreadable_picture_is_masked_and_counted():
         a, b = whole[i], holed[i]
         for name in ("tokens", "segment_ids", "positions", "source"):  # nothing moves
             np.testing.assert_array_equal(a[name], b[name])
-        assert not (b["learn"] & ~a["learn"]).any()
-        learned += int((a["learn"] & ~b["learn"]).sum())
+        assert not (b["loss_mask"] & ~a["loss_mask"]).any()
+        learned += int((a["loss_mask"] & ~b["loss_mask"]).sum())
         valid += sum(int(a[f"{role}_valid"].sum() - b[f"{role}_valid"].sum()) for role in ("read", "draw"))
     # Example 3 is an edit: its readable picture to read goes too. Example 6 draws. Neither learns any text.
     assert valid == 3 and learned == 0
@@ -514,7 +512,9 @@ def test_a_long_text_is_cut_only_where_the_example_allows():
     assert len(lay_out(Example(parts, "k"), t, LAYOUT).tokens) == 62
     cut = lay_out(Example(parts, "k", cut=True), t, LAYOUT)
     assert len(cut.tokens) == 40 and cut.tokens[-1] == t.eos
-    assert cut.learn[31:39].all() and not cut.learn[39] and cut.learn.sum() == 8  # it does not learn to stop there
+    assert (
+        cut.loss_mask[31:39].all() and not cut.loss_mask[39] and cut.loss_mask.sum() == 8
+    )  # it does not learn to stop there
     picture = Picture(plain(0, 6), "draw")
     drawn = lay_out(Example((Text("Q" * 60), picture), "k", cut=True), t, LAYOUT)
     assert len(drawn.tokens) == 40 and (drawn.tokens == t.image).sum() == 3
@@ -527,4 +527,4 @@ def test_every_turn_of_a_conversation_ends():
     turns = (Text("Q"), Text("A", learn=True), Text("R"), Text("B", learn=True))
     got = lay_out(Example(turns, "k"), t, LAYOUT)
     assert got.tokens.tolist() == [t.bos, ord("Q"), ord("A"), t.eos, ord("R"), ord("B"), t.eos]
-    assert got.learn.astype(int).tolist() == [0, 0, 1, 1, 0, 1, 1]
+    assert got.loss_mask.astype(int).tolist() == [0, 0, 1, 1, 0, 1, 1]

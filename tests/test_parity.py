@@ -50,7 +50,7 @@ def test_llama_at_six_thousand_positions(tmp_path):
         run = jax.jit(lambda p, s: case.ours(s, p, case.inputs, jnp.float64), static_argnums=1)
         assert parity.relative(run(params, settings), expected) < 1e-9
         # These inputs would show it if 3.1's frequency scaling were missing.
-        assert parity.relative(run(params, dataclasses.replace(settings, rotary_scaling=None)), expected) > 0.1
+        assert parity.relative(run(params, dataclasses.replace(settings, rope_scaling=None)), expected) > 0.1
 
 
 def test_llama_step_by_step_equals_the_reference_with_its_cache(tmp_path):
@@ -163,8 +163,8 @@ def interleave(flat):
 
 
 MISTAKES = {
-    "frequency scaling left out": ("LLaMA", settings_changed(rotary_scaling=None)),
-    "rotary base": ("LLaMA", settings_changed(rotary_base=10_000.0)),
+    "frequency scaling left out": ("LLaMA", settings_changed(rope_scaling=None)),
+    "rotary base": ("LLaMA", settings_changed(rope_theta=10_000.0)),
     "rotary halves interleaved": ("LLaMA", params_changed(interleave)),
     "epsilon of RMSNorm": ("LLaMA", settings_changed(eps=1e-6)),
     "query heads dealt out to key heads in turn": (

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pisces_jax.data.layout import Layout
-from pisces_jax.data.packing import PackedGroups
-from pisces_jax.data.pairs import Pairs
-from pisces_jax.data.pipeline import packed_iterator, pairs_iterator
-from pisces_jax.data.shapes import corpus
+from pisces_jax.data.packing.layout import Layout
+from pisces_jax.data.packing.pairs import Pairs
+from pisces_jax.data.packing.pipeline import packed_iterator, pairs_iterator
+from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import train_sentencepiece
-from pisces_jax.errors import UserError
+from pisces_jax.shapes_world.source import corpus
+from pisces_jax.utils.errors import UserError
 
 LAYOUT = Layout(
     read_vectors=4, draw_vectors=4, length=96, rows=2, read_slots=4, draw_slots=4, read_size=16, draw_size=16
@@ -164,7 +164,8 @@ def test_a_run_stops_with_the_counts_when_too_much_is_broken(tmp_path, tokenizer
         take(iterator, 1000)
     assert f"{tmp_path.name}/" in str(error.value) and "raise data.max_broken (now 0.01)" in str(error.value)
     assert iterator.broken.total() <= 14 and {reason for _, reason in iterator.broken} <= {
-        "a picture cannot be decoded", "a picture is missing"
+        "a picture cannot be decoded",
+        "a picture is missing",
     }
     take(packed_iterator(groups, 1, threads=0, max_broken=1.0), 3 * groups.per_epoch)
     # The same where texts are broken: known before the first batch.
@@ -243,7 +244,7 @@ def test_unreadable_pictures_are_counted_wherever_they_are_read(tmp_path, tokeni
     groups = PackedGroups([make_source(spec)], tokenizer, LAYOUT, seed=0)
     iterator = packed_iterator(groups, 1, one_pass=True)
     for batch in iterator:
-        assert not batch["learn"].any() and not batch["read_valid"].any() and batch["segment_ids"].any()
+        assert not batch["loss_mask"].any() and not batch["read_valid"].any() and batch["segment_ids"].any()
     assert len(iterator.broken) == 8 and set(iterator.broken.values()) == {1}
     iterator = pairs_iterator(Pairs([make_source(spec)], tokenizer, 48, 16, seed=0), 8, num_batches=1)
     (batch,) = iterator

@@ -11,13 +11,13 @@ import plain
 import pytest
 import tiny
 
-from pisces_jax import objectives
-from pisces_jax.cross_entropy import text_cross_entropy
-from pisces_jax.data.packing import Entry, PackedGroups
-from pisces_jax.flow import FlowConfig
+from pisces_jax.data.packing.rows import Entry, PackedGroups
+from pisces_jax.losses import objectives
+from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.dit import DiT, DiTConfig
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.models.vit import ViT
+from pisces_jax.ops.cross_entropy import text_cross_entropy
 from pisces_jax.training.metrics import merge
 from pisces_jax.training.programs import Reconstruction, UnifiedProgram, text_targets
 
@@ -138,9 +138,7 @@ def test_everything_earlier_is_seen(outputs):
     batch = given_batch()
     hidden, _, _ = outputs(batch)
     holder = {
-        (group, row, start + k): (role, slot, k)
-        for role, group, slot, row, start in pictures(batch)
-        for k in range(n)
+        (group, row, start + k): (role, slot, k) for role, group, slot, row, start in pictures(batch) for k in range(n)
     }
     for g, r in ((0, 0), (1, 0)):
         for p in np.flatnonzero(batch["segment_ids"][g, r]):
@@ -270,7 +268,7 @@ def test_text_loss_of_packed_rows(params):
     total, count = 0.0, 0
     for g in range(2):
         for r in range(2):
-            for t in np.flatnonzero(batch["learn"][g, r]):
+            for t in np.flatnonzero(batch["loss_mask"][g, r]):
                 logits = head @ hidden[g, r, t - 1].astype(np.float64)
                 total += math.log(np.exp(logits).sum()) - logits[batch["tokens"][g, r, t]]
                 count += 1

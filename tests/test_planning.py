@@ -17,15 +17,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pisces_jax import xla_flags
-from pisces_jax.cli import load_stages
-from pisces_jax.errors import UserError
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.planning import hlo, memory, report, roofline, search, slices
 from pisces_jax.planning.batch import batch_shapes
 from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan, memory_asked_for
 from pisces_jax.sharding import make_mesh, user_mesh
 from pisces_jax.training import flops
+from pisces_jax.training.config_files import load_stages
 from pisces_jax.training.programs import make_program
+from pisces_jax.utils.errors import UserError
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: it is for Linux on x86-64 alone"
@@ -154,7 +154,7 @@ def test_more_cpus_than_there_are():
 def unified(**changes):
     data = dict(row_length=32, rows=2, read_slots=3, draw_slots=3, train={"a": {}})
     config = tiny.config(program="unified", batch_size=8, model=tiny.model_settings(32), data=data)
-    config.optimizer.table = (("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
+    config.optimizer.param_groups = (("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
     for key, value in changes.items():
         config[key].update(value)
     return config
@@ -248,7 +248,7 @@ def test_memory_by_formula():
     assert memory.shard_bytes((64, 48), jnp.bfloat16, NamedSharding(mesh, P(("fsdp", "fsdp_inner"), "tensor"))) == 768
     # A layer that saves its input: positions × width × bytes, for each position of this device's rows.
     config = unified(mesh=dict(fsdp=4, tensor=2))
-    config.model.language_model.remat = "nothing"
+    config.model.language_model.remat = "full"
     trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 32)
     c = trainer.program.model.config.language_model
     positions = 8 // 4 * 2 * 32
@@ -274,7 +274,7 @@ def test_the_prediction_is_calibrated_on_published_runs():
     """Two of the five are predicted too high and two too low, and one is the median itself."""
     residuals = sorted(roofline.EFFICIENCY / run.share - 1 for run in roofline.PUBLISHED)
     assert residuals[2] == pytest.approx(0) and residuals[0] > -0.15 and residuals[-1] < 0.30
-    work = roofline.executed_flops({"language_model": 3e12, "frozen": 1e12}, {"language_model": "nothing"})
+    work = roofline.executed_flops({"language_model": 3e12, "frozen": 1e12}, {"language_model": "full"})
     assert work == pytest.approx(5e12)
 
 
@@ -304,7 +304,7 @@ def test_the_search_tries_the_fastest_first():
 
     def order(flops, accumulate, remat, tensor=1):
         config = unified(mesh=dict(fsdp=8 // tensor, tensor=tensor))
-        config.optimizer.accumulate, config.batch_size = accumulate, 32
+        config.optimizer.grad_accum_steps, config.batch_size = accumulate, 32
         config.model.language_model.remat = remat
         trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 32)
         Chip.flops = flops
@@ -313,9 +313,9 @@ def test_the_search_tries_the_fastest_first():
         return search.cost(dataclasses.replace(trainer, mesh=mesh), SimpleNamespace(chip=Chip))
 
     slow, fast = 1e-3, 1e30
-    assert order(slow, 4, "projections") < order(slow, 1, "nothing")
-    assert order(slow, 1, "projections") < order(slow, 1, "projections", tensor=2)  # as fast, and simpler
-    assert order(fast, 1, "nothing") < order(fast, 4, "projections")
+    assert order(slow, 4, "dots") < order(slow, 1, "full")
+    assert order(slow, 1, "dots") < order(slow, 1, "dots", tensor=2)  # as fast, and simpler
+    assert order(fast, 1, "full") < order(fast, 4, "dots")
 
 
 def test_what_does_not_fit_is_told_from_other_errors():
@@ -364,9 +364,7 @@ def test_the_command(tmp_path):
 def tiny_text(**mesh):
     config = tiny.config(program="text", batch_size=8, compute_dtype="bfloat16", mesh=mesh)
     config.model = dict(
-        language_model=dict(
-            width=256, layers=2, heads=4, kv_heads=2, head_dim=128, mlp_hidden=512, remat="nothing"
-        )
+        language_model=dict(width=256, layers=2, heads=4, kv_heads=2, head_dim=128, mlp_hidden=512, remat="full")
     )
     config.data.row_length = 512
     config.data.train = {"a": {}}

@@ -13,8 +13,8 @@ import pytest
 from array_record.python import array_record_module
 from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 
-from pisces_jax import processes
-from pisces_jax.errors import UserError
+from pisces_jax.utils import processes
+from pisces_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = 4
@@ -97,8 +97,9 @@ def test_processes_that_pack_other_examples_stop(tmp_path):
     """Each of two processes reads a folder of its own, in one of which a text is missing."""
     program = (
         "import sys, pathlib\n"
-        "from pisces_jax import cli, processes\n"
-        "from pisces_jax.errors import run_command\n"
+        "from pisces_jax.training.config_files import load_stages\n"
+        "from pisces_jax.utils import processes\n"
+        "from pisces_jax.utils.errors import run_command\n"
         "def main():\n"
         "    port, process, workdir, folder = sys.argv[1:]\n"
         "    processes.start(f'127.0.0.1:{port}', 2, int(process))\n"
@@ -106,7 +107,7 @@ def test_processes_that_pack_other_examples_stop(tmp_path):
         "    from pisces_jax.training import input\n"
         "    from pisces_jax.training.programs import make_program\n"
         "    from pisces_jax.training.tokenizer import load_tokenizer\n"
-        "    config = cli.load_stages('tests/tiny_config.py:pretrain', {})['pretrain']\n"
+        "    config = load_stages('tests/tiny_config.py:pretrain', {})['pretrain']\n"
         "    tokenizer = load_tokenizer(config, pathlib.Path(workdir))\n"
         "    config.data.train = dict(f=dict(kind='image_folder', path=folder, recipe='pair'))\n"
         "    input.train_iterator(config, tokenizer, make_program(config, 300), pathlib.Path(workdir))\n"
@@ -170,10 +171,10 @@ def test_whether_there_are_others(monkeypatch):
 
 def test_dry_run_tries_everything_and_leaves_nothing(tmp_path):
     """One of everything, on eight devices; then nothing is there that was not there before."""
-    from pisces_jax import cli
     from pisces_jax.planning.preflight import preflight
+    from pisces_jax.training.config_files import load_stages
 
-    (config,) = cli.load_stages(str(ROOT / "tests/tiny_config.py") + ":pretrain", {}).values()
+    (config,) = load_stages(str(ROOT / "tests/tiny_config.py") + ":pretrain", {}).values()
     said = []
     preflight(config, tmp_path / "new", said.append)
     assert said[-1] == "go" and not (tmp_path / "new").exists()

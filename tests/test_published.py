@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pisces_jax.models import published
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.transformer import Transformer
 from pisces_jax.models.vit import ViT
+from pisces_jax.weights import sizes as published
 
 
 def count(module, *inputs, method=None):

@@ -90,9 +90,9 @@ def last_state(apply, x):
     return apply(padded, np.arange(SLOTS)[None], method="run")[0][:, len(x) - 1]
 
 
-def slow_text(apply, row, allowed, stop, most=MOST):
+def slow_text(apply, row, allowed, stop, max_tokens=MOST):
     x, tokens = inputs_of(apply, row), []
-    while len(tokens) < most:
+    while len(tokens) < max_tokens:
         logits = np.array(apply(last_state(apply, x)[:, None], method="logits"))[0, 0]
         token = int(np.argmax(np.where(allowed, logits, -np.inf)))
         if token in stop:
@@ -116,11 +116,11 @@ def fast(model, params):
     """Text, then a picture: jitted once for each choice of settings."""
     rollout = Rollout(model)
 
-    @functools.partial(jax.jit, static_argnames=("temperature", "stop", "most"))
-    def run(prompts, keys, allowed, temperature=0.0, stop=(), most=MOST):
+    @functools.partial(jax.jit, static_argnames=("temperature", "stop", "max_tokens"))
+    def run(prompts, keys, allowed, temperature=0.0, stop=(), max_tokens=MOST):
         rows = rollout.prefill(params, prompts, SLOTS)
         rows, tokens = rollout.sample_text(
-            params, rows, keys, most=most, temperature=temperature, stop=stop, allowed=allowed
+            params, rows, keys, max_tokens=max_tokens, temperature=temperature, stop=stop, allowed=allowed
         )
         return tokens, rollout.draw_vectors(params, rows, L.begin_image)
 
@@ -223,7 +223,7 @@ def test_sampling_follows_the_softmax(apply, fast):
     """The first token of 400 draws of one prompt, against the probabilities that the logits give."""
     rows, counts = [ROWS[0]] * 4, np.zeros(L.vocab_size)
     for i in range(100):
-        tokens, _ = fast(rows, everything(), seeds=range(4 * i, 4 * i + 4), temperature=8.0, stop=(), most=1)
+        tokens, _ = fast(rows, everything(), seeds=range(4 * i, 4 * i + 4), temperature=8.0, stop=(), max_tokens=1)
         np.add.at(counts, tokens[:, 0], 1)
     logits = np.asarray(apply(last_state(apply, inputs_of(apply, ROWS[0]))[:, None], method="logits"), np.float64)
     expected = np.exp(logits[0, 0] / 8.0) / np.exp(logits[0, 0] / 8.0).sum()
@@ -249,7 +249,7 @@ def test_answers_equal_the_slow_way_in_any_batches(apply, ready):
     asked = questions(5)
     plain_tokens = np.ones(L.vocab_size, bool)
     plain_tokens[[L.pad, L.bos, L.begin_image, L.end_image, L.image]] = False
-    in_twos, in_eights = (ready(size).answer(asked, most=6) for size in (2, 8))
+    in_twos, in_eights = (ready(size).answer(asked, max_tokens=6) for size in (2, 8))
     for i, parts in enumerate(asked):
         ids, at = [L.bos, *L().encode(parts[0].text)], None
         x = np.array(apply(jnp.asarray([ids]), method="embed"))[0]
@@ -281,7 +281,7 @@ def test_description_ends_where_the_picture_begins(apply, ready, params, monkeyp
     model = ready(2, changed)
     monkeypatch.setattr(model, "decode", lambda vectors, **_: np.zeros((len(vectors), 16, 16, 3), np.uint8))
     prompt = [(Text(L().decode(ROWS[0][0])),)]
-    (drawing,) = model.draw(prompt, describe=True, most=6, temperature=0.0)
+    (drawing,) = model.draw(prompt, describe=True, max_tokens=6, temperature=0.0)
     assert drawing.description == L().decode(free[:2])
     x = inputs_of(apply, (ROWS[0][0] + free[:2], None, None))
     np.testing.assert_allclose(drawing.vectors, slow_vectors(apply, x), rtol=2e-4, atol=2e-5)

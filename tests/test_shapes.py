@@ -10,15 +10,15 @@ import time
 import numpy as np
 import pytest
 
-from pisces_jax.data import shapes
 from pisces_jax.data.example import Picture, Text
-from pisces_jax.data.relations import relations
-from pisces_jax.data.shapes_questions import ask, sample_conversation
-from pisces_jax.data.shapes_scene import CANVAS, GAP, SIZES, coverage
-from pisces_jax.data.shapes_text import possible_prompts
-from pisces_jax.errors import UserError
-from pisces_jax.evaluation.detection import Detection
 from pisces_jax.evaluation.geneval import judge
+from pisces_jax.evaluation.relations import relations
+from pisces_jax.shapes_world import source as shapes
+from pisces_jax.shapes_world.detector import Detection
+from pisces_jax.shapes_world.questions import ask, sample_conversation
+from pisces_jax.shapes_world.scene import CANVAS, GAP, SIZES, coverage
+from pisces_jax.shapes_world.text import possible_prompts
+from pisces_jax.utils.errors import UserError
 
 SIZE_WORDS = ["small", "medium", "large"]
 ROWS = [

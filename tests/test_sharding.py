@@ -10,7 +10,6 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from pisces_jax.errors import UserError
 from pisces_jax.sharding import (
     BATCH_AXES,
     batch_sharding,
@@ -23,6 +22,7 @@ from pisces_jax.training.config import merge
 from pisces_jax.training.optimizer import flatten
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import Trainer, make_trainer
+from pisces_jax.utils.errors import UserError
 
 MESHES = {
     "fsdp": dict(fsdp=8),
@@ -126,9 +126,7 @@ def test_constrain():
     mesh = make_mesh(fsdp=4, tensor=2)
     with jax.set_mesh(mesh):
         y = jax.jit(lambda x: constrain(x, "batch", "length", "mlp"))(x)
-    assert y.sharding.is_equivalent_to(
-        jax.sharding.NamedSharding(mesh, P(("fsdp", "fsdp_inner"), None, "tensor")), 3
-    )
+    assert y.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, P(("fsdp", "fsdp_inner"), None, "tensor")), 3)
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         assert constrain(x, "batch", "length", "width") is x
 
@@ -136,13 +134,14 @@ def test_constrain():
 # --- the same numbers everywhere
 
 
-def unified(width, accumulate=1):
+def unified(width, grad_accum_steps=1):
     """A config whose first train step leaves its gradient in the optimizer's first moments: 0.1 of it."""
     model = tiny.model_settings(width)
     return tiny.config(
         program="unified", batch_size=8, model=model, data=dict(train={"a": {}, "b": {}}), loss=dict(chunk=8),
         optimizer=dict(
-            b1=0.9, clip=0.0, accumulate=accumulate, table=(("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
+            b1=0.9, clip=0.0, grad_accum_steps=grad_accum_steps,
+            param_groups=(("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
         ),
     )  # fmt: skip
 
@@ -241,11 +240,11 @@ def test_picture_programs_on_eight_devices(program):
         program=program, batch_size=8, model=tiny.model_settings(32), data=dict(text_length=12),
         flow=dict(drop=0.3, zero_share=0.2), loss=dict(feature_noise=0.1, same_text=True, words=0.3),
         # Adam's first update is each gradient over its own size: `eps` keeps the rounding of near zeros out of it.
-        optimizer=dict(b1=0.9, eps=1e-3, clip=0.0, table=((".*", 1.0, 0.0),)),
+        optimizer=dict(b1=0.9, eps=1e-3, clip=0.0, param_groups=((".*", 1.0, 0.0),)),
     )  # fmt: skip
     batch = pairs_batch(16)
     if program == "decoder":
-        config.optimizer.table = (("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
+        config.optimizer.param_groups = (("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
     expected = one_step(config, single_device(), batch, random_start(config))
     mesh = make_mesh(**MESHES["all"])
     got = one_step(config, mesh, batch, expected.start)
@@ -271,7 +270,7 @@ def test_a_decoder_that_learns_on_is_the_same_on_eight_devices():
 
     def config(accumulate):
         config = unified(32, accumulate)
-        config.parts.decoder = "decoder"
+        config.init_from.decoder = "decoder"
         merge(config, dict(flow=dict(drop=0.3, zero_share=0.2), loss=dict(true_vectors=0.5), optimizer=dict(eps=1e-3)))
         return config
 
@@ -324,8 +323,8 @@ def test_parts_normalised_each_by_itself_would_be_seen(alone):
 
 
 def test_batches_that_do_not_fit_the_mesh_are_refused():
-    config = unified(32, accumulate=2)
+    config = unified(32, grad_accum_steps=2)
     program = make_program(config, 32)
-    message = "batch_size 8 must be a multiple of 16 .mesh shards 8 × optimizer.accumulate 2"
+    message = "batch_size 8 must be a multiple of 16 .mesh shards 8 × optimizer.grad_accum_steps 2"
     with pytest.raises(UserError, match=message):
         make_trainer(program, config, make_mesh(fsdp=8))

@@ -22,13 +22,17 @@ import pytest
 import tiny
 from PIL import Image, ImageOps
 
-from pisces_jax.data import jsonfiles, lengths, parquet, recordfiles, storage, webdataset
+from pisces_jax.data import storage
 from pisces_jax.data.example import BrokenExample, Picture, Text
+from pisces_jax.data.formats import json_files as jsonfiles
+from pisces_jax.data.formats import parquet, webdataset
+from pisces_jax.data.formats import record_files as recordfiles
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
-from pisces_jax.data.layout import Layout
+from pisces_jax.data.packing import lengths
+from pisces_jax.data.packing.layout import Layout
 from pisces_jax.data.recipes import Recipe, Record
 from pisces_jax.data.sources import make_source
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 DATA = Path(os.environ.get("PISCES_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -225,9 +229,7 @@ def test_make_source_names_mistakes(folder):
         make_source({"kind": "image_folder", "path": str(folder), "split": "all"})
     with pytest.raises(UserError, match="source n: drop=0.1 is for drawing"):
         make_source(dict(kind="image_folder", name="n", path=str(folder), recipe="caption", drop=0.1))
-    entry = make_source(
-        dict(kind="image_folder", name="n", weight=2, path=str(folder), split="all", recipe="pair")
-    )
+    entry = make_source(dict(kind="image_folder", name="n", weight=2, path=str(folder), split="all", recipe="pair"))
     assert entry[:2] == ("n", 2.0) and len(entry.source) == 200
 
 
@@ -550,9 +552,11 @@ def test_webdataset(tmp_path):
     train, val = (make_source({**spec, "split": split, "val_share": 0.2}).source for split in ("train", "val"))
     last = [f"webdataset/s00{s}.tar/j{s}" for s in range(3)]
     assert [val.records[i].key for i in (4, 9, 14)] == last
-    assert len(train) == 12 and len(val) == 3 and problems(val) == {0: "a field is missing"} | {
-        1: "a field is missing", 2: "a field is missing"
-    }
+    assert (
+        len(train) == 12
+        and len(val) == 3
+        and problems(val) == {0: "a field is missing"} | {1: "a field is missing", 2: "a field is missing"}
+    )
     assert {train[i].key for i in range(12)}.isdisjoint(last)
 
 
@@ -622,7 +626,8 @@ def test_broken_shards(tmp_path):
     assert problems(open_shard([("x.jpg", b""), ("x.txt", b"x"), *good])) == {0: "a picture cannot be decoded"}
     assert problems(open_shard([("x.jpg", b"hello"), ("x.txt", b"x"), *good])) == {0: "a picture cannot be decoded"}
     assert problems(open_shard([("x.jpg", picture), ("x.jpg", picture), ("x.txt", b"x")])) == {
-        0: "a field is missing", 1: "duplicate key"
+        0: "a field is missing",
+        1: "duplicate key",
     }
     # Cut in a member's bytes, and in a header.
     members = sample(1) + [("00002.txt", b"two"), ("00002.jpg", bytes(5000))]
@@ -884,7 +889,7 @@ def test_every_example_of_a_mixture_has_a_key_of_its_own(tmp_path):
 
 def test_the_full_size_configs_read_what_the_docs_lay_out(tmp_path, monkeypatch):
     """docs/data.md, "Public data sets": every source of every stage, what is held out of it too."""
-    from pisces_jax import cli
+    from pisces_jax.training.config_files import load_stages
     from pisces_jax.training.tokenizer import entries_of
 
     monkeypatch.setenv("PISCES_DATA", str(tmp_path))
@@ -915,13 +920,15 @@ def test_the_full_size_configs_read_what_the_docs_lay_out(tmp_path, monkeypatch)
     root = Path(__file__).parents[1] / "configs"
     for size in ("pisces_8b", "pisces_1b"):
         for stage, sources in expected.items():
-            (config,) = cli.load_stages(str(root / size / f"{stage}.py"), {}).values()
+            (config,) = load_stages(str(root / size / f"{stage}.py"), {}).values()
             for split, count in (config.data.train, 99), (config.data.evaluate, 1):
                 found = {}
                 for entry in entries_of(split):
                     assert len(entry.source) == count
-                    parts = [(role if role in ("read", "draw") else (role, learn))
-                             for role, learn in shape_of(entry.source[0])]
+                    parts = [
+                        (role if role in ("read", "draw") else (role, learn))
+                        for role, learn in shape_of(entry.source[0])
+                    ]
                     found[entry.name] = parts
                     assert entry.source.draws == ("draw" in parts)
                 assert found == sources
@@ -948,9 +955,7 @@ def test_sources_on_a_bucket(bucket, tmp_path, folder):
             bucket.pipe(f"/folder/{path.name}", path.read_bytes())
     bucket.pipe("/talk/talk.json", json.dumps([LLAVA]).encode())
     bucket.pipe("/talk/red.png", png("RGB", (255, 0, 0)))
-    shards = source_of(
-        "webdataset", path="memory://data/*.tar", recipe="caption", index_dir=str(tmp_path / "index")
-    )
+    shards = source_of("webdataset", path="memory://data/*.tar", recipe="caption", index_dir=str(tmp_path / "index"))
     assert [texts(shards[i])[1][0] for i in range(3)] == ["number 0", "number 1", "number 2"] and not problems(shards)
     pictures = image_folder("memory://folder")
     assert len(pictures) == 200 and (picture(pictures[9]).array() == [9, 0, 0]).all()
@@ -1221,7 +1226,7 @@ def test_fit():
 
 def test_reading_needs_neither_jax_nor_tensorflow():
     program = (
-        "import sys, pisces_jax.data.packing, pisces_jax.data.pairs, pisces_jax.data.sources\n"
+        "import sys, pisces_jax.data.packing.rows, pisces_jax.data.packing.pairs, pisces_jax.data.sources\n"
         "sys.exit(' '.join({'jax', 'tensorflow', 'torch'} & set(sys.modules)) or 0)"
     )
     root = Path(__file__).parents[1]

@@ -13,18 +13,20 @@ from test_weights import PARTS, assert_same, filled, read
 from tiny import llama_tokenizer
 from transformers import AutoConfig, GenerationConfig
 
-from pisces_jax import cli, convert
+from pisces_jax import convert
 from pisces_jax.data.example import Picture, Text
 from pisces_jax.data.tokenizers import open_tokenizer
-from pisces_jax.errors import UserError, run_command
 from pisces_jax.inference.model import load_model
-from pisces_jax.models.published import settings
-from pisces_jax.train import check_stages
 from pisces_jax.training import checkpoints
 from pisces_jax.training.checkpoints import load_part
 from pisces_jax.training.config import merge, run_config
+from pisces_jax.training.config_files import load_stages
 from pisces_jax.training.loop import train
+from pisces_jax.training.stages import check_stages
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError, run_command
 from pisces_jax.weights.folder import export_part
+from pisces_jax.weights.sizes import settings
 
 LLAMA, SIGLIP, EVA, AUTOENCODER = (PARTS[name] for name in ("llama", "siglip", "eva", "autoencoder"))
 
@@ -55,10 +57,10 @@ def runs(folder, language):
             encoder, autoencoder=settings(AUTOENCODER),
             decoder=dict(size=6, patch_size=2, channels=4, width=16, layers=1, heads=2, mlp_hidden=24),
         ),
-        parts=dict(generation_encoder=f"{folder}/eva", autoencoder=f"{folder}/autoencoder"),
-        storage=dict(generation_encoder="bfloat16"), flow=dict(steps=2),
+        init_from=dict(generation_encoder=f"{folder}/eva", autoencoder=f"{folder}/autoencoder"),
+        param_dtype=dict(generation_encoder="bfloat16"), flow=dict(steps=2),
         data=dict(tokenizer=f"{folder}/llama", text_length=128, **sources("pair")),
-        optimizer=dict(table=(("(generation_encoder|autoencoder)/.*", 0.0, 0.0), (".*", 1.0, 0.0))),
+        optimizer=dict(param_groups=(("(generation_encoder|autoencoder)/.*", 0.0, 0.0), (".*", 1.0, 0.0))),
     )  # fmt: skip
     unified = run_config(
         name="stage1", program="unified", steps=1, batch_size=8, decoder="decoder",
@@ -66,7 +68,7 @@ def runs(folder, language):
             encoder, understanding_encoder=settings(SIGLIP), hidden=dict(projector=16, vector_head=16),
             language_model=settings(language, vocab_multiple=256),
         ),
-        parts=dict(
+        init_from=dict(
             language_model=f"{folder}/llama", understanding_encoder=f"{folder}/siglip",
             generation_encoder=f"{folder}/eva",
         ),
@@ -74,7 +76,7 @@ def runs(folder, language):
             tokenizer=f"{folder}/llama", row_length=160, rows=1, read_slots=1, draw_slots=1, read_stretch=True,
             **sources("describe"),
         ),
-        optimizer=dict(table=(("(generation|understanding)_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))),
+        optimizer=dict(param_groups=(("(generation|understanding)_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))),
     )  # fmt: skip
     return {"decoder": decoder, "stage1": unified}
 
@@ -119,7 +121,7 @@ def test_a_run_on_texts_alone_is_exported(trained, tmp_path, monkeypatch):
     language = dataclasses.replace(LLAMA, vocab_size=llama_rows(folder) - 4, layers=1)
     config = run_config(
         name="text", program="text", steps=1, batch_size=8,
-        model=dict(language_model=settings(language)), parts=dict(language_model=f"{folder}/llama"),
+        model=dict(language_model=settings(language)), init_from=dict(language_model=f"{folder}/llama"),
         data=dict(tokenizer=f"{folder}/llama", row_length=64, rows=1, train=dict(chats=source)),
         optimizer=dict(learning_rate=0.0),
     )  # fmt: skip
@@ -158,7 +160,7 @@ def test_it_reads_draws_and_is_exported(trained, tmp_path, monkeypatch):
     folder, made = trained
     model = load_model(folder / "run", batch_size=2)
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
-    assert isinstance(model.answer([[Picture(image, "read"), Text("what?")]], most=4)[0], str)
+    assert isinstance(model.answer([[Picture(image, "read"), Text("what?")]], max_tokens=4)[0], str)
     drawn = model.draw([[Text("draw: a circle")]], describe=False)[0]
     assert drawn.image.shape == (12, 12, 3) and drawn.vectors.shape == (1, 16)
 
@@ -195,11 +197,11 @@ def test_mistakes_are_told_before_anything_runs(trained, tmp_path):
         check_stages({stage: config}, tmp_path / "run")
 
     with pytest.raises(UserError, match="no folder"):
-        check("decoder", dict(parts=dict(autoencoder=f"{folder}/nowhere")))
+        check("decoder", dict(init_from=dict(autoencoder=f"{folder}/nowhere")))
     with pytest.raises(UserError, match=r"language_model does not fit .*the kind"):
-        check("stage1", dict(parts=dict(language_model=f"{folder}/siglip")))
+        check("stage1", dict(init_from=dict(language_model=f"{folder}/siglip")))
     with pytest.raises(UserError, match=r"autoencoder.* does not fit .*the kind"):
-        check("decoder", dict(parts=dict(autoencoder=f"{folder}/eva")))
+        check("decoder", dict(init_from=dict(autoencoder=f"{folder}/eva")))
     config = runs(folder, language)["decoder"]
     config.model.autoencoder.scale = 0.5
     with pytest.raises(UserError, match=r"scale \(0.13 there, 0.5 in the config\)"):
@@ -219,14 +221,14 @@ def test_full_size_configs_are_whole(config):
     folder = Path(__file__).resolve().parent.parent / "configs" / f"pisces_{config}"
     assert sorted(p.stem for p in folder.glob("*.py")) == ["decoder", "stage1", "stage2", "stage3"]
     for path in sorted(folder.glob("*.py")):
-        (run,) = cli.load_stages(str(path), {}).values()
+        (run,) = load_stages(str(path), {}).values()
         assert run.name == path.stem
         program = make_program(run, 128_260)
         names = [
             "/".join(k.key for k in keys if hasattr(k, "key"))
             for keys, _ in jax.tree_util.tree_leaves_with_path(jax.eval_shape(program.init, jax.random.key(0)))
         ]
-        rules = optimizer.match(optimizer.read_table(run.optimizer.table), names)
+        rules = optimizer.match(optimizer.read_table(run.optimizer.param_groups), names)
         frozen = {name.split("/")[0] for name, rule in rules.items() if not rule.multiple}
         assert frozen <= set(run.parts) and "generation_encoder" in frozen
         if run.program == "unified":

@@ -9,7 +9,7 @@ import tokenizers
 from tiny import LAYOUT, llama_tokenizer, picture
 
 from pisces_jax.data.example import Example, Text
-from pisces_jax.data.layout import lay_out
+from pisces_jax.data.packing.layout import lay_out
 from pisces_jax.data.tokenizers import (
     LlamaTokenizer,
     SentencePieceTokenizer,
@@ -17,7 +17,7 @@ from pisces_jax.data.tokenizers import (
     open_tokenizer,
     train_sentencepiece,
 )
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 COLOURS = ("red", "green", "blue", "purple")
 SHAPES = ("circle", "square", "triangle")
@@ -53,9 +53,7 @@ def test_text_never_becomes_a_special_token(tmp_path, text, model_type):
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["a red circle", "Größe, 大きさ, 🙂", "two\nlines\tand a tab", "", "(x_1)^2 != 0"]
-)
+@pytest.mark.parametrize("text", ["a red circle", "Größe, 大きさ, 🙂", "two\nlines\tand a tab", "", "(x_1)^2 != 0"])
 def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -135,9 +133,7 @@ def test_a_saved_tokenizer_opens_in_transformers(llama, tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos, ours.eos, ours.pad)
     turns = [Text("what is it?"), Text("a red circle", learn=True), Text("where?")]
-    messages = [
-        dict(role="assistant" if turn.learn else "user", content=turn.text) for turn in turns
-    ]
+    messages = [dict(role="assistant" if turn.learn else "user", content=turn.text) for turn in turns]
     got = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert got == lay_out(Example(tuple(turns), "chat"), ours, LAYOUT, prompt=True).tokens.tolist()
     got = theirs.apply_chat_template(messages[:2], return_dict=False)
@@ -166,7 +162,7 @@ def test_training_and_inference_see_the_chat_template_of_llama_3(llama):
     string = f"<|begin_of_text|>{header('user')}what is it?<|eot_id|>{header('assistant')}a red circle<|eot_id|>"
     laid = lay_out(Example((given, made), "chat"), tokenizer, LAYOUT)
     assert laid.tokens.tolist() == bare.encode(string).ids
-    learned = laid.tokens[laid.learn].tolist()
+    learned = laid.tokens[laid.loss_mask].tolist()
     assert learned == bare.encode("a red circle<|eot_id|>").ids
 
     longer = string + f"{header('user')}where?<|eot_id|>{header('assistant')}"

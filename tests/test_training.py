@@ -19,7 +19,6 @@ from flax.core import meta
 from ml_collections import ConfigDict
 
 from pisces_jax.data.images import fit
-from pisces_jax.errors import UserError
 from pisces_jax.inference.samples import make_sampler
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.sharding import make_mesh
@@ -28,6 +27,7 @@ from pisces_jax.training.config import build, flow_config, merge, run_config
 from pisces_jax.training.metrics import Writer, check_finite, read_metrics
 from pisces_jax.training.programs import example_keys, make_program, resize, to_pixels, to_signal
 from pisces_jax.training.step import make_trainer
+from pisces_jax.utils.errors import UserError
 
 # --- the optimizer's table
 
@@ -100,8 +100,8 @@ class Toy:
 
 
 OPTIMIZER = dict(
-    learning_rate=0.1, warmup_steps=2, final_rate=0.5, b1=0.8, b2=0.9, eps=1e-6, clip=3.0, average=0.7,
-    table=(("b/.*", 0.0, 0.0), (".*/scale", 0.5, 0.0), (".*", 1.0, 0.1)),
+    learning_rate=0.1, warmup_steps=2, final_rate=0.5, b1=0.8, b2=0.9, eps=1e-6, clip=3.0, ema=0.7,
+    param_groups=(("b/.*", 0.0, 0.0), (".*/scale", 0.5, 0.0), (".*", 1.0, 0.1)),
 )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def test_steps_equal_adamw_by_hand():
         state, metrics = step(state, trainer.put(batch))
         for k in p:
             np.testing.assert_allclose(state.trained["a"][k], p[k], rtol=2e-5)
-            np.testing.assert_allclose(state.average["a"][k], average[k], rtol=2e-5)
+            np.testing.assert_allclose(state.ema["a"][k], average[k], rtol=2e-5)
         values = {k: float(v.compute()) for k, v in metrics.items()}
         assert values["norm/gradient"] == pytest.approx(norm, rel=1e-4)
         assert values["norm/parameter"] == pytest.approx(math.sqrt(sum((x**2).sum() for x in p.values())), rel=1e-4)
@@ -230,11 +230,11 @@ def test_frozen_parameters_have_no_optimizer_state():
     state, step = trainer.init(jax.random.key(0)), trainer.train_step()
     assert set(state.trained) == {"a"} and set(state.frozen) == {"b"}
     (adam,) = (s for s in state.optimizer if hasattr(s, "mu"))
-    assert set(adam.mu) == set(adam.nu) == {"a"} and set(state.average) == {"a"}
+    assert set(adam.mu) == set(adam.nu) == {"a"} and set(state.ema) == {"a"}
     state, _ = step(state, trainer.put(next(toy_batches(1))))
     np.testing.assert_array_equal(state.frozen["b"]["u"], np.ones(2))
     with pytest.raises(UserError, match="freezes every parameter"):
-        toy(table=((".*", 0.0, 0.0),))
+        toy(param_groups=((".*", 0.0, 0.0),))
 
 
 def test_evaluation_takes_the_averaged_weights():
@@ -249,7 +249,7 @@ def test_evaluation_takes_the_averaged_weights():
         return ((x @ (a["w"] * a["scale"]) - y) ** 2 + (x @ a["v"] - 1) ** 2)[valid].mean()
 
     got = float(trainer.evaluate_step()(state, trainer.put(batch))["fit"].compute())
-    assert got == pytest.approx(loss(state.average), rel=1e-4)
+    assert got == pytest.approx(loss(state.ema), rel=1e-4)
     assert abs(loss(state.trained) / got - 1) > 1e-2
 
 
@@ -258,7 +258,7 @@ def test_accumulation_equals_the_whole_batch():
     batch = next(toy_batches(1))
     results = []
     for parts in (1, 2, 4):
-        _, trainer = toy(accumulate=parts, warmup_steps=0)
+        _, trainer = toy(grad_accum_steps=parts, warmup_steps=0)
         state, metrics = trainer.train_step()(trainer.init(jax.random.key(0)), trainer.put(batch))
         results.append((jax.device_get(state.trained), {k: float(v.compute()) for k, v in metrics.items()}))
     for trained, metrics in results[1:]:
@@ -269,16 +269,16 @@ def test_accumulation_equals_the_whole_batch():
 
 def test_averages_of_bfloat16_parameters_are_float32():
     """In bfloat16 an average would stand still: 1 + 0.001 is 1 there."""
-    config = run_config(name="toy", steps=8, batch_size=4, optimizer=OPTIMIZER, storage=dict(a="bfloat16"))
+    config = run_config(name="toy", steps=8, batch_size=4, optimizer=OPTIMIZER, param_dtype=dict(a="bfloat16"))
     trainer = make_trainer(Toy(), config, make_mesh(devices=jax.devices()[:1]))
     state, step = trainer.init(jax.random.key(0)), trainer.train_step()
     dtypes = jax.tree.map(lambda x: x.dtype, state)
     for batch in toy_batches(2):
         state, _ = step(state, trainer.put(batch))
         assert jax.tree.map(lambda x: x.dtype, state) == dtypes
-    assert state.trained["a"]["w"].dtype == jnp.bfloat16 and state.average["a"]["w"].dtype == jnp.float32
+    assert state.trained["a"]["w"].dtype == jnp.bfloat16 and state.ema["a"]["w"].dtype == jnp.float32
     with pytest.raises(UserError, match="storage.c: the model's parts are a, b"):
-        make_trainer(Toy(), run_config(batch_size=4, storage=dict(c="bfloat16")), trainer.mesh)
+        make_trainer(Toy(), run_config(batch_size=4, param_dtype=dict(c="bfloat16")), trainer.mesh)
 
 
 # --- what programs are made of
@@ -336,8 +336,8 @@ def test_unknown_keys_name_their_nearest_neighbour():
             run_config(**changes)
         assert str(error.value).startswith(message)
     config = run_config()
-    merge(config, dict(model=dict(anything=1), data=dict(train=dict(mine=dict(kind="x"))), parts=dict(a="b")))
-    assert (config.model.anything, config.data.train.mine.kind, config.parts.a) == (1, "x", "b")
+    merge(config, dict(model=dict(anything=1), data=dict(train=dict(mine=dict(kind="x"))), init_from=dict(a="b")))
+    assert (config.model.anything, config.data.train.mine.kind, config.init_from.a) == (1, "x", "b")
 
 
 def test_settings_are_checked_by_what_they_are_for():
@@ -373,7 +373,7 @@ def decoder(**changes):
     return tiny.config(**{
         **dict(
             name="decoder", program="decoder", steps=6, batch_size=8, model=tiny.model_settings(), data=data("pair"),
-            flow=dict(drop=0.3), loss=dict(feature_noise=0.1), optimizer=dict(average=0.9, warmup_steps=1),
+            flow=dict(drop=0.3), loss=dict(feature_noise=0.1), optimizer=dict(ema=0.9, warmup_steps=1),
             log=dict(every=1, evaluate_every=3, evaluate_batches=1, checkpoint_every=2),
         ),
         **changes,
@@ -384,8 +384,8 @@ def unified(**changes):
     return tiny.config(**{
         **dict(
             name="unified", program="unified", steps=6, batch_size=8, model=tiny.model_settings(),
-            data=data("question", "draw_caption"), parts=dict(generation_encoder="decoder"),
-            optimizer=dict(warmup_steps=1, table=(("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.01))),
+            data=data("question", "draw_caption"), init_from=dict(generation_encoder="decoder"),
+            optimizer=dict(warmup_steps=1, param_groups=(("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.01))),
             log=dict(every=1, evaluate_every=3, evaluate_batches=1, checkpoint_every=2),
         ),
         **changes,
@@ -575,16 +575,19 @@ def test_refusals_leave_no_run_behind(finished, begun):
     with_encoder = dict(generation_encoder="decoder")
     for config, message in (
         (unified(name="foreign"), "holds files that are no run of ours: choose another --workdir"),
-        (unified(parts={}), "part generation_encoder is frozen and starts from random numbers: name its start in"),
-        (unified(parts=dict(generation_encoder="stage9")), "stage9 holds no run"),
-        (unified(parts=dict(**with_encoder, texttower="decoder")), "parts.texttower: the model's parts are"),
+        (unified(init_from={}), "part generation_encoder is frozen and starts from random numbers: name its start in"),
+        (unified(init_from=dict(generation_encoder="stage9")), "stage9 holds no run"),
+        (unified(init_from=dict(**with_encoder, texttower="decoder")), "parts.texttower: the model's parts are"),
         (unified(model=other), r"decoder does not fit model.generation_encoder: .*\(16,\) for \(8,\)"),
         (unified(program="unify"), "'unify' is none of pretrain, decoder, unified"),
         (unified(model={}), "model.language_model is missing: program 'unified' needs that part"),
         (unified(mesh=dict(tensor=3)), "there are 8: try data=1,fsdp=8,tensor=1"),
         (unified(batch_size=6), "batch_size 6 must be a multiple of 8"),
         (unified(data=data()), "data.train names no source"),
-        (decoder(name="d2", program="pretrain", optimizer=dict(accumulate=2)), "accumulate must be 1 in program pretr"),
+        (
+            decoder(name="d2", program="pretrain", optimizer=dict(grad_accum_steps=2)),
+            "accumulate must be 1 in program pretr",
+        ),
     ):
         with pytest.raises(UserError, match=message) as error:
             loop.train(config, begun)

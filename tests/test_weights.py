@@ -15,13 +15,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from pisces_jax.errors import UserError
-from pisces_jax.models import published
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.sharding import make_mesh
+from pisces_jax.utils.errors import UserError
+from pisces_jax.weights import sizes as published
 from pisces_jax.weights import tensors
 from pisces_jax.weights.folder import (
     TOKENIZER,
@@ -40,7 +40,7 @@ from pisces_jax.weights.layout import Entry
 
 LLAMA = TransformerConfig(
     vocab_size=37, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_hidden=24,
-    rotary_scaling=published.LLAMA_3_1_8B.rotary_scaling,
+    rope_scaling=published.LLAMA_3_1_8B.rope_scaling,
 )  # fmt: skip
 SIZES = dict(image_size=12, patch_size=4, width=16, layers=2, heads=2, mlp_hidden=24)
 PARTS = {
@@ -359,7 +359,7 @@ def test_what_configs_leave_out_in_other_ways(tmp_path):
     write(tmp_path / "a")
     change(tmp_path / "a", quantization_config=None, rope_parameters=dict(rope_type="default"), rope_theta=1234.0)
     opened = Folder.open(f"{tmp_path}/a").settings
-    assert opened.rotary_base == 1234.0 and opened.rotary_scaling is None
+    assert opened.rope_theta == 1234.0 and opened.rope_scaling is None
 
 
 @pytest.mark.parametrize(
@@ -444,11 +444,11 @@ def test_every_wrong_tensor_is_listed_in_one_error(tmp_path):
 
 def test_settings_that_differ_are_listed(tmp_path):
     write(tmp_path / "a")
-    other = dataclasses.replace(LLAMA, eps=1e-6, rotary_base=10_000.0, remat="nothing", vocab_multiple=64)
+    other = dataclasses.replace(LLAMA, eps=1e-6, rope_theta=10_000.0, remat="full", vocab_multiple=64)
     with pytest.raises(UserError, match="model.language_model does not fit") as error:
         Folder.open(f"{tmp_path}/a").check(other, "model.language_model")
     assert "eps (1e-05 there, 1e-06 in the config)" in str(error.value)
-    assert "rotary_base" in str(error.value) and "remat" not in str(error.value)
+    assert "rope_theta" in str(error.value) and "remat" not in str(error.value)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -1, -4096])

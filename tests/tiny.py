@@ -3,9 +3,9 @@
 import numpy as np
 
 from pisces_jax.data.example import Example, Picture, Text
-from pisces_jax.data.layout import Layout, lay_out
+from pisces_jax.data.packing.layout import Layout, lay_out
 from pisces_jax.models.pisces import PiscesConfig
-from pisces_jax.models.transformer import RotaryScaling, TransformerConfig
+from pisces_jax.models.transformer import RopeScaling, TransformerConfig
 from pisces_jax.models.vit import ViTConfig
 
 LAYOUT = Layout(
@@ -13,8 +13,8 @@ LAYOUT = Layout(
 )
 PISCES = PiscesConfig(
     language_model=TransformerConfig(
-        vocab_size=32, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_hidden=48, rotary_base=1000.0,
-        rotary_scaling=RotaryScaling(8.0, 1.0, 4.0, 64),
+        vocab_size=32, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_hidden=48, rope_theta=1000.0,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64),
     ),
     understanding_encoder=ViTConfig(image_size=8, patch_size=4, width=16, layers=1, heads=2, mlp_hidden=24),
     generation_encoder=ViTConfig(
@@ -63,7 +63,7 @@ def pack(rows, layout=LAYOUT, idle=0):
     assert len(rows) <= layout.rows
     shape = (layout.rows, layout.length)
     group = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions", "source")}
-    group["learn"] = np.zeros(shape, bool)
+    group["loss_mask"] = np.zeros(shape, bool)
     for role, slots, size in (
         ("read", layout.read_slots, layout.read_size),
         ("draw", layout.draw_slots, layout.draw_size),
@@ -81,7 +81,7 @@ def pack(rows, layout=LAYOUT, idle=0):
             laid = lay_out(example, Letters(), layout)
             span = slice(at, at + len(laid.tokens))
             assert span.stop <= layout.length
-            group["tokens"][r, span], group["learn"][r, span] = laid.tokens, laid.learn
+            group["tokens"][r, span], group["loss_mask"][r, span] = laid.tokens, laid.loss_mask
             group["segment_ids"][r, span], group["positions"][r, span] = number, np.arange(len(laid.tokens))
             for placed in laid.pictures:
                 slot = taken[placed.role]
@@ -103,7 +103,7 @@ def model_settings(width=32):
     encoder = dict(width=width // 2, layers=1, heads=2, mlp_hidden=26 if odd else 24)
     return dict(
         language_model=dict(
-            width=width, layers=1, heads=3 if odd else 4, kv_heads=1 if odd else 2, head_dim=8, rotary_base=1000.0,
+            width=width, layers=1, heads=3 if odd else 4, kv_heads=1 if odd else 2, head_dim=8, rope_theta=1000.0,
             mlp_hidden=50 if odd else 48,
         ),
         understanding_encoder=dict(encoder, image_size=8, patch_size=4),

@@ -35,7 +35,7 @@ def data(*tasks: str) -> dict:
 
 def run(name: str, program: str, *tasks: str, model: dict, parts: dict, **more: object) -> ConfigDict:
     return run_config(
-        name=name, program=program, steps=2, batch_size=8, data=data(*tasks), model={**MODEL, **model}, parts=parts,
+        name=name, program=program, steps=2, batch_size=8, data=data(*tasks), model={**MODEL, **model}, init_from=parts,
         flow=dict(steps=2), **more,
     )  # fmt: skip
 
@@ -44,16 +44,16 @@ def get_config(stage: str = "") -> ConfigDict:
     log = dict(every=1, evaluate_every=2, evaluate_batches=1, samples_every=2, samples=2)
     pretrained = dict(generation_encoder="pretrain", understanding_encoder="pretrain")
     stages = dict(
-        pretrain=run("pretrain", "pretrain", "pair", model=dict(decoder=DECODER, text_tower=TOWER), parts={}, log=log),
+        pretrain=run("pretrain", "pretrain", "pair", model=dict(decoder=DECODER, text_tower=TOWER), init_from={}, log=log),
         decoder=run(
             "decoder", "decoder", "pair", model=dict(decoder=DECODER),
-            parts=dict(generation_encoder="pretrain", decoder="pretrain"), optimizer=dict(table=FROZEN, average=0.9),
+            init_from=dict(generation_encoder="pretrain", decoder="pretrain"), optimizer=dict(param_groups=FROZEN, ema=0.9),
         ),
         unified=run(
             "unified", "unified", "question", "draw_described", decoder="decoder",
-            parts=dict(pretrained, decoder="decoder"),  # which learns on
+            init_from=dict(pretrained, decoder="decoder"),  # which learns on
             model=dict(language_model=LANGUAGE, hidden=dict(projector=16, vector_head=16), decoder=DECODER),
-            optimizer=dict(table=FROZEN), sampling=dict(describe=True, tokens=16), log=log,
+            optimizer=dict(param_groups=FROZEN), sampling=dict(describe=True, max_tokens=16), log=log,
         ),
     )  # fmt: skip
     return stages[stage] if stage else ConfigDict(dict(stages=stages))

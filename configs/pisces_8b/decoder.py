@@ -17,6 +17,6 @@ from pisces_jax.training.full import PISCES_8B, decoder_run
 def get_config() -> ConfigDict:
     config = decoder_run(PISCES_8B)
     # In two parts the outputs of all projections fit, on v4-128 too: nothing but attention and norms is done again.
-    config.optimizer.accumulate = 2
-    config.model.decoder.remat = "projections"
+    config.optimizer.grad_accum_steps = 2
+    config.model.decoder.remat = "dots"
     return config

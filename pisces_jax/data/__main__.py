@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pisces_jax import cli
-from pisces_jax.errors import UserError, run_command
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError, run_command
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def index(argv: list[str]) -> None:
     parser.add_argument("--workers", type=cli.whole_number(1), help="processes (default: one a core)")
     flags = parser.parse(argv)
     from pisces_jax.data import storage
-    from pisces_jax.data.webdataset import PROBLEMS, WebDataset
+    from pisces_jax.data.formats.webdataset import PROBLEMS, WebDataset
 
     shards = WebDataset(flags.path, index_dir=flags.index_dir, index_workers=flags.workers)
     cli.say(f"{len(shards)} samples in {len(shards.paths)} shards")
@@ -130,7 +130,9 @@ def index(argv: list[str]) -> None:
 @contextmanager
 def _items(flags: Any, overrides: dict[str, str]) -> Iterator[Any]:
     """The packed rows or pairs of a config, as its training reads them."""
-    stages = cli.load_stages(flags.config, overrides)
+    from pisces_jax.training.config_files import load_stages
+
+    stages = load_stages(flags.config, overrides)
     packed = [config for config in stages.values() if config.program == "unified"]
     config = packed[-1] if packed else list(stages.values())[-1]
     from pisces_jax.training import input as training_input

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8, UInt32
 
 from pisces_jax.data.images import EncodedImage, fit
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 Role = Literal["read", "draw"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 # Larger pictures are refused before they are decoded (a small file can claim any size): 128 megapixels, above
 # any photograph of these data sets.
@@ -53,9 +53,7 @@ class EncodedImage:
         return open_image(self.data() if callable(self.data) else self.data, self.name, at_least)
 
 
-def load_image(
-    source: str | os.PathLike | bytes, name: str = "", at_least: int = 0
-) -> UInt8[np.ndarray, "H W 3"]:
+def load_image(source: str | os.PathLike | bytes, name: str = "", at_least: int = 0) -> UInt8[np.ndarray, "H W 3"]:
     """`open_image` as an array."""
     return np.asarray(open_image(source, name, at_least))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pisces_jax.data.example import BrokenExample, Example, Part, Picture, Role, Text, identity
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 Image = Callable[[], np.ndarray]
 
@@ -139,9 +139,7 @@ def _wordings(text_format: str | Sequence[str] | None) -> Sequence[str]:
 
 def _names(text_format: str) -> list[str]:
     """The fields that a format takes: of `{answers[0]}` and `{answers.first}` it is `answers`."""
-    return [
-        re.split(r"[.\[]", name)[0] for _, name, _, _ in string.Formatter().parse(text_format) if name is not None
-    ]
+    return [re.split(r"[.\[]", name)[0] for _, name, _, _ in string.Formatter().parse(text_format) if name is not None]
 
 
 def _check_format(name: str, given: Any) -> None:

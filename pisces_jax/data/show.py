@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 
-from pisces_jax.data.packing import Made, PackedGroups
-from pisces_jax.data.pairs import Pairs
+from pisces_jax.data.packing.pairs import Pairs
+from pisces_jax.data.packing.rows import Made, PackedGroups
 from pisces_jax.data.tokenizers import Tokenizer
 
 _STYLE = """
@@ -71,7 +71,7 @@ def _group(groups: PackedGroups, i: int, made: Made) -> Iterator[str]:
                     shown = group[f"{role}_images"][slot] if f"{role}_images" in group else None
                     pictures[int(group[f"{role}_start"][slot])] = role, shown
             here = {start - span[0]: picture for start, picture in pictures.items() if span[0] <= start <= span[-1]}
-            words = _sequence(groups.tokenizer, group["tokens"][row, span], group["learn"][row, span], here)
+            words = _sequence(groups.tokenizer, group["tokens"][row, span], group["loss_mask"][row, span], here)
             yield _segment(groups, s, f"{len(span)} tokens from {span[0]}", words)
         yield "</div>"
 
@@ -95,7 +95,7 @@ def _segment(items: PackedGroups | Pairs, source: int, about: str, words: str) -
 def _sequence(
     tokenizer: Tokenizer,
     tokens: Int32[np.ndarray, "L"],
-    learn: Bool[np.ndarray, "L"],
+    loss_mask: Bool[np.ndarray, "L"],
     pictures: dict[int, tuple[str, np.ndarray | None]],
 ) -> str:
     """The tokens as text, special ones by name, a picture (None: its cached features) where its vectors begin."""
@@ -110,9 +110,9 @@ def _sequence(
             shown.append(_marked(_escape(tokenizer.decode(run)), learned))
             run.clear()
 
-    for t, (token, learned) in enumerate(zip(tokens.tolist(), learn.tolist(), strict=True)):
-        if t and (learned != bool(learn[t - 1])):
-            end(bool(learn[t - 1]))
+    for t, (token, learned) in enumerate(zip(tokens.tolist(), loss_mask.tolist(), strict=True)):
+        if t and (learned != bool(loss_mask[t - 1])):
+            end(bool(loss_mask[t - 1]))
         if token == tokenizer.image:
             end(learned)
             if t in pictures:
@@ -124,7 +124,7 @@ def _sequence(
             shown.append(_marked(f"<code>{special[token]}</code>", learned))
         else:
             run.append(token)
-    end(bool(len(learn) and learn[-1]))
+    end(bool(len(loss_mask) and loss_mask[-1]))
     return " ".join(shown)
 
 

@@ -2,29 +2,36 @@
 
 import dataclasses
 import difflib
+import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from pisces_jax.data.jsonfiles import ImageFolder, JsonRecords
-from pisces_jax.data.layout import Entry, Source
-from pisces_jax.data.parquet import Parquet
-from pisces_jax.data.prepared import ArrayRecords, Tfds
+from pisces_jax.data.formats.records import Examples
+from pisces_jax.data.packing.layout import Entry
 from pisces_jax.data.recipes import Recipe
-from pisces_jax.data.records import Examples, Records
-from pisces_jax.data.shapes import ShapesSource
-from pisces_jax.data.webdataset import WebDataset
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
-READERS: dict[str, Callable[..., Records]] = {
-    "tfds": Tfds,
-    "array_record": ArrayRecords,
-    "webdataset": WebDataset,
-    "json": JsonRecords,
-    "parquet": Parquet,
+# Kind -> "module:class". A module is imported when a config names its kind: TensorFlow Datasets and Arrow take a second
+# each. A class in READERS gives records (`formats.records.Records`), which a recipe turns into examples; one in SOURCES
+# gives examples itself (`packing.layout.Source`).
+READERS = {
+    "tfds": "pisces_jax.data.formats.array_records:Tfds",
+    "array_record": "pisces_jax.data.formats.array_records:ArrayRecords",
+    "webdataset": "pisces_jax.data.formats.webdataset:WebDataset",
+    "json": "pisces_jax.data.formats.json_files:JsonRecords",
+    "parquet": "pisces_jax.data.formats.parquet:Parquet",
 }
-SOURCES: dict[str, Callable[..., Source]] = {"shapes": ShapesSource, "image_folder": ImageFolder}
+SOURCES = {
+    "shapes": "pisces_jax.shapes_world.source:ShapesSource",
+    "image_folder": "pisces_jax.data.formats.json_files:ImageFolder",
+}
 KINDS = (*SOURCES, *READERS)
+
+
+def _class_of(kind: str) -> Any:
+    module, _, name = {**READERS, **SOURCES}[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def make_source(spec: Mapping[str, Any]) -> Entry:
@@ -46,7 +53,8 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
         weight = float(weight)
     except (TypeError, ValueError) as error:
         raise UserError(f"source {name}: weight={weight!r} is no number: give one such as 1.0") from error
-    reader = inspect.signature(READERS.get(kind) or SOURCES[kind]).parameters
+    made = _class_of(kind)
+    reader = inspect.signature(made).parameters
     takes_recipe = kind in READERS or "recipe" in reader
     ways: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe) if takes_recipe}
     splits = inspect.signature(Examples).parameters
@@ -67,11 +75,11 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
         given["name"] = name
     try:
         if not takes_recipe:
-            return Entry(name, weight, SOURCES[kind](**given))
+            return Entry(name, weight, made(**given))
         recipe = Recipe(**{key: given.pop(key) for key in list(given) if key in ways})
         if kind in SOURCES:
-            return Entry(name, weight, SOURCES[kind](recipe=recipe, **given))
+            return Entry(name, weight, made(recipe=recipe, **given))
         chosen = {key: given.pop(key) for key in split if key in given}
-        return Entry(name, weight, Examples(READERS[kind](**given), recipe, **chosen))
+        return Entry(name, weight, Examples(made(**given), recipe, **chosen))
     except UserError as error:
         raise UserError(f"source {name}: {error}") from error

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from pisces_jax.data.example import Picture, reason_of
-from pisces_jax.data.layout import Entry
-from pisces_jax.data.lengths import Lengths
-from pisces_jax.data.mixture import shuffled
-from pisces_jax.data.packing import PackedGroups
-from pisces_jax.data.pairs import Pairs
-from pisces_jax.errors import UserError
+from pisces_jax.data.packing.layout import Entry
+from pisces_jax.data.packing.lengths import Lengths
+from pisces_jax.data.packing.mixture import shuffled
+from pisces_jax.data.packing.pairs import Pairs
+from pisces_jax.data.packing.rows import PackedGroups
+from pisces_jax.utils.errors import UserError
 
 
 def of_items(items: PackedGroups | Pairs, pictures: int) -> dict[str, Any]:
@@ -78,9 +78,7 @@ def table(stats: dict[str, Any]) -> str:
         lines.append(f"{name}: {s['examples']} examples, {s['examples_per_epoch']} of them an epoch")
         if s["tokens"]:
             least, median, mean, most95, most = s["tokens"]
-            lines.append(
-                f"  tokens     {least:g} to {most:g}, median {median:g}, mean {mean:g}, 95 % up to {most95:g}"
-            )
+            lines.append(f"  tokens     {least:g} to {most:g}, median {median:g}, mean {mean:g}, 95 % up to {most95:g}")
         p = s["pictures_seen"]
         if p["decoded"]:
             lines.append(

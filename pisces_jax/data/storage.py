@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 TIME_LIMIT = 30.0  # seconds that one remote request may take
 BLOCK = 2**24  # bytes that one request asks for

@@ -16,8 +16,8 @@ from typing import Literal, Protocol, runtime_checkable
 import sentencepiece
 import tokenizers
 
-from pisces_jax.errors import UserError
-from pisces_jax.files import write_atomic
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import write_atomic
 
 PAD, BEGIN_IMAGE, END_IMAGE, IMAGE = "<pad>", "[IMG]", "[/IMG]", "<image>"
 APPENDED = (PAD, BEGIN_IMAGE, END_IMAGE, IMAGE)

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from pisces_jax.data.relations import RELATIONS, relations
-from pisces_jax.errors import UserError
-from pisces_jax.evaluation.detection import Detection, Detector
+from pisces_jax.evaluation.relations import RELATIONS, relations
+from pisces_jax.shapes_world.detector import Detection, Detector
+from pisces_jax.utils.errors import UserError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

@@ -10,8 +10,8 @@ from jaxtyping import Bool, UInt8
 from pisces_jax.data.example import Example, Part, Picture, Text
 from pisces_jax.data.images import fit
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, draw_instruction
-from pisces_jax.evaluation.reading import Reader, plain
-from pisces_jax.evaluation.reconstruction import Reconstructor, mean_picture, pixel_error
+from pisces_jax.shapes_world.reading import Reader, plain
+from pisces_jax.shapes_world.reconstruction import Reconstructor, mean_picture, pixel_error
 
 
 class Whole(Reader, Reconstructor, Protocol):
@@ -75,9 +75,11 @@ def evaluate_pictures(
     return scores, shown
 
 
-def read_as(model: Reader, images: Images, asked: Sequence[str], most: int = 32) -> Bool[np.ndarray, "N"]:
+def read_as(model: Reader, images: Images, asked: Sequence[str], max_tokens: int = 32) -> Bool[np.ndarray, "N"]:
     """Whether the model's own caption of each picture is what was asked for."""
-    answers = model.answer([(Picture(image, "read"), Text(CAPTION_INSTRUCTION)) for image in images], most=most)
+    answers = model.answer(
+        [(Picture(image, "read"), Text(CAPTION_INSTRUCTION)) for image in images], max_tokens=max_tokens
+    )
     wanted = [text.removeprefix(draw_instruction("")) for text in asked]
     return np.array([plain(a) == plain(w) for a, w in zip(answers, wanted, strict=True)])
 
@@ -97,7 +99,9 @@ def nearest(images: Images, known: Images, neighbours: int = 50) -> tuple[np.nda
     return index, best, best / np.maximum(around, 1e-12)
 
 
-def captions(model: Reader, examples: Sequence[Example], most: int = 32) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def captions(
+    model: Reader, examples: Sequence[Example], max_tokens: int = 32
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """How well the learned text of each example is found from what stands before it.
 
     `accuracy` is the share of exact matches. `word_overlap` is the mean F1 of the words. Where texts come often enough
@@ -107,7 +111,7 @@ def captions(model: Reader, examples: Sequence[Example], most: int = 32) -> tupl
     at = [_first(example, _learned) for example in examples]
     questions = [example.parts[:i] for example, i in zip(examples, at, strict=True)]
     truths = [plain(example.parts[i].text) for example, i in zip(examples, at, strict=True)]  # type: ignore[union-attr]
-    answers = [plain(answer) for answer in model.answer(questions, most=most)]
+    answers = [plain(answer) for answer in model.answer(questions, max_tokens=max_tokens)]
     right = np.array([a == t for a, t in zip(answers, truths, strict=True)])
     counts = Counter(truths)
     scores: dict[str, Any] = {

@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from pisces_jax.data.instructions import draw_instruction
-from pisces_jax.data.shapes import TAGS
 from pisces_jax.evaluation.charts import training_charts
-from pisces_jax.evaluation.drawing import Judged, true_picture
 from pisces_jax.evaluation.grids import Cell, Row, labelled_grid, png, side_by_side
-from pisces_jax.evaluation.reading import Answered, plain
 from pisces_jax.evaluation.suite import Results, number
+from pisces_jax.shapes_world.drawing import Judged, true_picture
+from pisces_jax.shapes_world.reading import Answered, plain
+from pisces_jax.shapes_world.source import TAGS
 
 _WAYS = {"described": "described, then drawn", "direct": "drawn at once", "held_out": "held-out combinations"}
 _MOMENTS = 4  # of training, whose samples are shown
@@ -240,9 +240,7 @@ def _confusion(asked: Sequence[Answered], most: int = 12) -> str:
     """Right answers down, the model's across, of the commonest `most` right answers; all else is "other"."""
     names = [answer for answer, _ in Counter(plain(a.truth) for a in asked).most_common(most)]
     names.sort()
-    counts = Counter(
-        tuple(x if x in names else "other" for x in (plain(a.truth), plain(a.answer))) for a in asked
-    )
+    counts = Counter(tuple(x if x in names else "other" for x in (plain(a.truth), plain(a.answer))) for a in asked)
     shown = names + ["other"] * any("other" in pair for pair in counts)
     head = "".join(f"<th>{_text(n)}</th>" for n in shown)
     rows = []

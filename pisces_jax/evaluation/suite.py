@@ -1,5 +1,6 @@
 """All scores of one model, as the `evaluate` command and the demo report them, with what they were taken from."""
 
+import argparse
 import dataclasses
 import importlib.metadata
 import platform
@@ -9,8 +10,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.errors import UserError
-from pisces_jax.evaluation import drawing, pictures, reading, reconstruction, spread
+from pisces_jax.evaluation import pictures
+from pisces_jax.shapes_world import drawing, reading, reconstruction, spread
+from pisces_jax.utils.cli import Parser, whole_number
+from pisces_jax.utils.errors import UserError
 
 SHAPES_TASKS = ("geneval", "spread", "reading", "reconstruction")
 TASKS = (*SHAPES_TASKS, "pictures")
@@ -49,6 +52,27 @@ class Results:
     asked: list[reading.Answered] = dataclasses.field(default_factory=list)
     reconstructed: dict[str, Any] = dataclasses.field(default_factory=dict)
     real: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def add_amount_flags(parser: Parser) -> None:
+    """How much to evaluate: the fields of `evaluation.suite.Amount`."""
+    helps = {
+        "per_task": "prompts of each of GenEval's kinds",
+        "images": "pictures a prompt",
+        "per_kind": "questions of each kind",
+        "held_out": "prompts and questions of each kind about what is held out of training; 0: none",
+        "spread": f"prompts drawn {SPREAD_IMAGES} times each, to see how much their pictures differ; 0: none",
+        "pictures": "pictures to reconstruct; real pictures to read and draw",
+        "seed": "another seed, other prompts, questions and noise",
+    }
+    for field in dataclasses.fields(Amount):
+        least = 0 if field.name in ("held_out", "spread", "seed") else 1
+        text = f"{helps[field.name]} (default {field.default})"
+        parser.add_argument(f"--{field.name}", type=whole_number(least), default=field.default, help=text)
+
+
+def amount(given: argparse.Namespace) -> Amount:
+    return Amount(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Amount)})
 
 
 def tasks_for(task: str, config: ConfigDict) -> tuple[str, ...]:

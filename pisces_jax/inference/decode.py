@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pisces_jax.flow import FlowConfig, guided, integrate
+from pisces_jax.losses.flow import FlowConfig, guided, integrate
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.layers import apply

@@ -13,12 +13,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pisces_jax.data.example import Example, Picture, Text
-from pisces_jax.data.layout import Layout, lay_out
+from pisces_jax.data.packing.layout import Layout, lay_out
 from pisces_jax.data.tokenizers import Tokenizer
-from pisces_jax.errors import UserError
-from pisces_jax.flow import FlowConfig
 from pisces_jax.inference.decode import PictureDecoder
 from pisces_jax.inference.rollout import Prompts, Rollout
+from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.layers import apply
@@ -26,6 +25,7 @@ from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import is_finished, load_part, read_config
 from pisces_jax.training.tokenizer import load_tokenizer
+from pisces_jax.utils.errors import UserError
 
 PARTS = (
     "language_model",
@@ -60,7 +60,7 @@ def find_run(workdir: Path) -> str:
         config = read_config(path.parent)
         if config.get("program") == "unified" and is_finished(path.parent):
             runs[path.parent.name] = config
-    started_from = {source for config in runs.values() for source in config.parts.values()}
+    started_from = {source for config in runs.values() for source in config.init_from.values()}
     last = [name for name in runs if name not in started_from]
     if not last:
         raise UserError(f"--workdir={workdir} holds no finished unified run: train one there first")
@@ -94,20 +94,26 @@ class Model:
         allowed_draw = plain.copy()
         allowed_draw[tokenizer.begin_image] = True
 
-        def answer(params: Any, prompts: Prompts, keys: Any, most: int, temperature: float) -> Any:
-            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + most + 1)
+        def answer(params: Any, prompts: Prompts, keys: Any, max_tokens: int, temperature: float) -> Any:
+            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + max_tokens + 1)
             stop = (tokenizer.eos,)
             return rollout.sample_text(
-                params, rows, keys, most=most, temperature=temperature, stop=stop, allowed=jnp.asarray(plain)
+                params,
+                rows,
+                keys,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                stop=stop,
+                allowed=jnp.asarray(plain),
             )[1]
 
-        def draw(params: Any, prompts: Prompts, keys: Any, most: int, temperature: float) -> Any:
-            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + most + c.draw_vectors + 2)
+        def draw(params: Any, prompts: Prompts, keys: Any, max_tokens: int, temperature: float) -> Any:
+            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + max_tokens + c.draw_vectors + 2)
             tokens = jnp.zeros((prompts.tokens.shape[0], 0), jnp.int32)
-            if most:
+            if max_tokens:
                 rows, tokens = rollout.sample_text(
-                    params, rows, keys, most=most, temperature=temperature, stop=(tokenizer.begin_image, tokenizer.eos),
-                    allowed=jnp.asarray(allowed_draw),
+                    params, rows, keys, max_tokens=max_tokens, temperature=temperature,
+                    stop=(tokenizer.begin_image, tokenizer.eos), allowed=jnp.asarray(allowed_draw),
                 )  # fmt: skip
             return tokens, rollout.draw_vectors(params, rows, tokenizer.begin_image)
 
@@ -128,13 +134,18 @@ class Model:
         return self.pisces.config.generation_encoder.image_size
 
     def answer(
-        self, questions: Sequence[Sequence[Text | Picture]], *, most: int = 32, temperature: float = 0.0, seed: int = 0
+        self,
+        questions: Sequence[Sequence[Text | Picture]],
+        *,
+        max_tokens: int = 32,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[str]:
         """The text that the model goes on with after each question (pictures to read and texts in order)."""
         answers: list[str] = []
         for first in self._batches(len(questions), "reading"):
             some = questions[first : first + self.batch_size]
-            tokens = self._answer(self.params, self._prompts(some), self._keys(seed, first), most, temperature)
+            tokens = self._answer(self.params, self._prompts(some), self._keys(seed, first), max_tokens, temperature)
             answers += [self._text(row) for row in np.asarray(tokens)[: len(some)]]
         return answers
 
@@ -143,19 +154,19 @@ class Model:
         prompts: Sequence[Sequence[Text | Picture]],
         *,
         describe: bool,
-        most: int = 96,
+        max_tokens: int = 96,
         temperature: float = 1.0,
         guidance: float | None = None,
         seed: int = 0,
     ) -> list[Drawing]:
         """A picture for each prompt. With `describe` the model first writes, sampled at `temperature`, a description
-        of its own (`most` tokens at the most), and then draws from prompt and description in the same rollout."""
+        of its own (at most `max_tokens` tokens), and then draws from prompt and description in the same rollout."""
         drawings: list[Drawing] = []
         for first in self._batches(len(prompts), "drawing"):
             some = prompts[first : first + self.batch_size]
             keys = self._keys(seed, first)
             tokens, vectors = self._draw(
-                self.params, self._prompts(some), keys, most if describe else 0, temperature
+                self.params, self._prompts(some), keys, max_tokens if describe else 0, temperature
             )  # fmt: skip
             images = self.decode(vectors, seed=seed, first=first, guidance=guidance)
             drawings += [

@@ -76,12 +76,12 @@ class Rollout:
         rows: Rows,
         keys: Array,
         *,
-        most: int,
+        max_tokens: int,
         temperature: float,
         stop: tuple[int, ...],
         allowed: Array,
-    ) -> tuple[Rows, Int[Array, "B most"]]:
-        """Up to `most` tokens a row, until one of `stop`, which is not put into the row; -1 stands behind the end.
+    ) -> tuple[Rows, Int[Array, "B max_tokens"]]:
+        """Up to `max_tokens` tokens a row, until one of `stop`, which is not put into the row; then -1.
 
         Args:
             keys: one random key a row.
@@ -103,7 +103,7 @@ class Rollout:
             x = self._apply(params, token[:, None], method="embed")[:, 0]
             return (self.advance(params, rows, x, going), going), jnp.where(going, token, -1)
 
-        (rows, _), tokens = jax.lax.scan(step, (rows, jnp.ones(rows.length.shape, bool)), jnp.arange(most))
+        (rows, _), tokens = jax.lax.scan(step, (rows, jnp.ones(rows.length.shape, bool)), jnp.arange(max_tokens))
         return rows, tokens.T
 
     def draw_vectors(self, params: Any, rows: Rows, begin_image: int) -> Float[Array, "B m C"]:

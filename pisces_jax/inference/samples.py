@@ -11,7 +11,6 @@ from PIL import Image
 
 from pisces_jax.data.example import Picture
 from pisces_jax.data.images import fit
-from pisces_jax.errors import UserError
 from pisces_jax.inference.decode import PictureDecoder
 from pisces_jax.inference.model import Model, load_decoder, make_decoder
 from pisces_jax.models.vit import pooled_features
@@ -20,6 +19,7 @@ from pisces_jax.training.loop import Sampler
 from pisces_jax.training.optimizer import join
 from pisces_jax.training.programs import Program, Reconstruction, UnifiedProgram
 from pisces_jax.training.step import State
+from pisces_jax.utils.errors import UserError
 
 
 def picture_grid(rows: Sequence[Sequence[np.ndarray] | np.ndarray], scale: int = 3, gap: int = 4) -> np.ndarray:
@@ -55,7 +55,7 @@ def _save(grid: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _weights(state: State) -> Any:
-    return join(state.average or state.trained, state.frozen)
+    return join(state.ema or state.trained, state.frozen)
 
 
 def _reconstructor(config: ConfigDict, model: Reconstruction, sources: Sequence[Any]) -> Sampler:
@@ -80,7 +80,7 @@ def _drawer(config: ConfigDict, workdir: Path, tokenizer: Any, sources: Sequence
     decoder, flow = make_decoder(workdir, config)
     if decoder is None:
         raise UserError("log.samples_every needs a decoder to draw with: name its run in config key decoder")
-    own = "decoder" in config.parts  # it changes with the run
+    own = "decoder" in config.init_from  # it changes with the run
     drawn = [s for s in sources if any(isinstance(p, Picture) and p.role == "draw" for p in s[0].parts)]
     if not drawn:
         raise UserError("log.samples_every: no source of data.evaluate has pictures to draw")

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pisces_jax.models.attention import attention
 from pisces_jax.models.layers import Linear, lecun, logical
+from pisces_jax.ops.attention import attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,23 +17,23 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from pisces_jax.models.attention import attention
 from pisces_jax.models.layers import (
+    CosSin,
     LayerNorm,
     Linear,
     RMSNorm,
     SwiGLU,
-    Turns,
+    apply_rope,
+    cos_sin,
     grid_angles,
     grid_centres,
     logical,
     patchify,
-    rotate,
     scanned,
     time_embedding,
-    turns,
     unpatchify,
 )
+from pisces_jax.ops.attention import attention
 from pisces_jax.sharding import constrain
 
 
@@ -56,9 +56,9 @@ class DiTConfig:
     condition_width: int
     condition_vectors: int
     local_condition: bool = False
-    rotary_base: float = 10_000.0
+    rope_theta: float = 10_000.0
     eps: float = 1e-5
-    remat: str = "everything"
+    remat: str = "none"
     unroll: bool = False
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class JointAttention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], y: Float[Array, "B M D"], by: Turns, y_by: Any) -> Array:
+    def __call__(self, x: Float[Array, "B N D"], y: Float[Array, "B M D"], rope: CosSin, condition_rope: Any) -> Array:
         c = self.config
         heads = (c.heads, c.width // c.heads)
 
@@ -96,12 +96,12 @@ class JointAttention(nn.Module):
                 z = LayerNorm(dtype=self.dtype, name=f"{name}_norm")(z)
             return z.reshape(*z.shape[:-1], *heads)
 
-        q = rotate(project("query", x, True), by)
-        k = rotate(project("key", x, True), by)
+        q = apply_rope(project("query", x, True), rope)
+        k = apply_rope(project("key", x, True), rope)
         own = attention(q, k, project("value", x, False))
         yk = project("condition_key", y, True)
-        if y_by is not None:
-            yk = rotate(yk, y_by)
+        if condition_rope is not None:
+            yk = apply_rope(yk, condition_rope)
         cross = attention(q, yk, project("condition_value", y, False))
         gate = self.param("gate", logical(nn.initializers.zeros, None), (c.heads,)).astype(self.dtype)
         z = own + jnp.tanh(gate)[:, None] * cross
@@ -115,7 +115,12 @@ class DiTBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], y: Float[Array, "B M D"], t: Float[Array, "B D"], by: Turns, y_by: Any
+        self,
+        x: Float[Array, "B N D"],
+        y: Float[Array, "B M D"],
+        t: Float[Array, "B D"],
+        rope: CosSin,
+        condition_rope: Any,
     ) -> tuple[Float[Array, "B N D"], None]:
         c = self.config
 
@@ -128,7 +133,7 @@ class DiTBlock(nn.Module):
         )
         scale1, gate1, scale2, gate2 = jnp.moveaxis(modulation(jax.nn.silu(t))[:, None], 2, 0)
         z = norm("attention_norm")(x) * (1 + scale1)
-        z = JointAttention(c, self.dtype, name="attention")(z, norm("condition_norm")(y), by, y_by)
+        z = JointAttention(c, self.dtype, name="attention")(z, norm("condition_norm")(y), rope, condition_rope)
         x = x + jnp.tanh(gate1) * norm("attention_post_norm")(z)
         z = norm("mlp_norm")(x) * (1 + scale2)
         z = SwiGLU(c.mlp_hidden, dtype=self.dtype, name="mlp")(z)
@@ -171,8 +176,8 @@ class DiT(nn.Module):
             patchify(x.astype(self.dtype), c.patch_size)
         )
         head_width = c.width // c.heads
-        by = turns(grid_angles(*grid_centres(c.side), head_width, c.rotary_base), c.unroll)
-        y_by = None
+        rope = cos_sin(grid_angles(*grid_centres(c.side), head_width, c.rope_theta), c.unroll)
+        condition_rope = None
         estimate: Array | float = 0.0
         if c.local_condition:
             ratio = c.side // c.condition_side
@@ -185,11 +190,12 @@ class DiT(nn.Module):
 
             z = z + spread("local", condition, c.width, "embed")
             estimate = spread("estimate", raw, c.patch_size**2 * c.channels, "patch")
-            y_by = turns(grid_angles(*grid_centres(c.condition_side, ratio), head_width, c.rotary_base), c.unroll)
+            centres = grid_centres(c.condition_side, ratio)
+            condition_rope = cos_sin(grid_angles(*centres, head_width, c.rope_theta), c.unroll)
 
         inputs = (nn.broadcast,) * 4
         blocks = scanned(DiTBlock, c.layers, inputs, remat=c.remat, unroll=c.unroll)(c, self.dtype, name="layers")
-        z, _ = blocks(z, y, h, by, y_by)
+        z, _ = blocks(z, y, h, rope, condition_rope)
         scale = Linear((c.width,), ("embed",), ("modulation",), scale=0.0, dtype=self.dtype, name="final_modulation")(
             jax.nn.silu(h)
         )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.models.sharded import project
+from pisces_jax.ops.sharded import project
 
 DType = Any
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -23,13 +23,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 _POLICIES = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Any] = {
     # What the backward pass of a block finds saved beside the block's input; the rest is computed again.
-    "everything": None,  # no rematerialisation
-    "nothing": _POLICIES.nothing_saveable,
-    "context": _POLICIES.save_only_these_names("context"),  # attention's results: its kernel runs forward once
-    "projections": _POLICIES.save_from_both_policies(  # the outputs of all matrix products with weights, too
+    "none": None,  # no rematerialisation
+    "full": _POLICIES.nothing_saveable,
+    "attention": _POLICIES.save_only_these_names("context"),  # attention's results: its kernel runs forward once
+    "dots": _POLICIES.save_from_both_policies(  # the outputs of all matrix products with weights, too
         _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("context")
     ),
-    # Like "context", but what is saved, the block's input with it, waits in the host's memory.
+    # Like "attention", but what is saved, the block's input with it, waits in the host's memory.
     "offload": _POLICIES.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input", "context"],
         offload_src="device", offload_dst="pinned_host",
@@ -197,10 +197,10 @@ class Projector(nn.Module):
         return y
 
 
-Turns = tuple[Float[Array, "#B T Half"], Float[Array, "#B T Half"]]
+CosSin = tuple[Float[Array, "#B T Half"], Float[Array, "#B T Half"]]
 
 
-def turns(angles: Float[Array, "#B T Half"], unroll: bool = False) -> Turns:
+def cos_sin(angles: Float[Array, "#B T Half"], unroll: bool = False) -> CosSin:
     """Cosines and sines of rotary angles, for all layers of a model; `unroll` says that these are written out.
 
     XLA's CPU compiler would then compute them again at each use, once an element and head: a third of a small model's
@@ -211,10 +211,10 @@ def turns(angles: Float[Array, "#B T Half"], unroll: bool = False) -> Turns:
     return (found[0][rows], found[1][rows]) if unroll else found
 
 
-def rotate(x: Float[Array, "B T N H"], by: Turns) -> Float[Array, "B T N H"]:
+def apply_rope(x: Float[Array, "B T N H"], rope: CosSin) -> Float[Array, "B T N H"]:
     """Rotary embedding (Su et al. 2021): pairs (x_i, x_{i+H/2}) turned, in at least float32."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    cos, sin = (t[:, :, None].astype(wide) for t in by)
+    cos, sin = (t[:, :, None].astype(wide) for t in rope)
     a, b = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

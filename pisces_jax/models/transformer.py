@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.models.attention import BACKENDS, attention, cache_mask
-from pisces_jax.models.layers import Linear, RMSNorm, SwiGLU, Turns, logical, rotate, scanned, turns
-from pisces_jax.models.sharded import look_up
+from pisces_jax.models.layers import CosSin, Linear, RMSNorm, SwiGLU, apply_rope, cos_sin, logical, scanned
+from pisces_jax.ops.attention import BACKENDS, attention, cache_mask
+from pisces_jax.ops.sharded import look_up
 from pisces_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryScaling:
+class RopeScaling:
     """LLaMA 3.1's stretching of the slow rotary frequencies (`rope_type: llama3`)."""
 
     factor: float
@@ -44,13 +44,13 @@ class TransformerConfig:
     kv_heads: int
     head_dim: int
     mlp_hidden: int
-    rotary_base: float = 500_000.0
-    rotary_scaling: RotaryScaling | None = None
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
     eps: float = 1e-5
     tied_embedding: bool = False
     attention: str = "auto"
     vocab_multiple: int = 1
-    remat: str = "everything"
+    remat: str = "none"
     unroll: bool = False
 
     def __post_init__(self) -> None:
@@ -64,15 +64,15 @@ class TransformerConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-def rotary_frequencies(config: TransformerConfig) -> Float[Array, "Half"]:
+def rope_frequencies(config: TransformerConfig) -> Float[Array, "Half"]:
     """Radians a position, per pair of a head's dimensions; with 3.1's scaling, slow ones are divided by `factor`.
 
     A frequency whose wavelength is shorter than `original / high` stays, one longer than `original / low` is divided,
     and between them the two are blended linearly in original / wavelength.
     """
     exponents = jnp.arange(0, config.head_dim, 2) / config.head_dim
-    frequencies = config.rotary_base**-exponents
-    s = config.rotary_scaling
+    frequencies = config.rope_theta**-exponents
+    s = config.rope_scaling
     if s is None:
         return frequencies
     turns = s.original_max_position * frequencies / (2 * math.pi)
@@ -98,15 +98,15 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, cache: Any, by: Turns, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
+    def __call__(self, x: Array, cache: Any, rope: CosSin, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
             y = Linear((heads, c.head_dim), ("embed",), (axis, "head_dim"), bias=False, dtype=self.dtype, name=name)(x)
             return constrain(y, "batch", "length", axis, None)
 
-        q = rotate(project("query", c.heads, "heads"), by)
-        k = rotate(project("key", c.kv_heads, "kv_heads"), by)
+        q = apply_rope(project("query", c.heads, "heads"), rope)
+        k = apply_rope(project("key", c.kv_heads, "kv_heads"), rope)
         v = project("value", c.kv_heads, "kv_heads")
         if cache is None:
             ids = None if segment_ids is None else (segment_ids, segment_ids)
@@ -125,12 +125,12 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, cache: Any, by: Turns, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
+    def __call__(self, x: Array, cache: Any, rope: CosSin, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
         c = self.config
         x = checkpoint_name(constrain(x, "batch", "stream", "width"), "block_input")
         y = RMSNorm(c.eps, dtype=self.dtype, name="attention_norm")(x)
         y = constrain(y, "batch", "length", "width")
-        y, cache = Attention(c, self.dtype, name="attention")(y, cache, by, positions, segment_ids)
+        y, cache = Attention(c, self.dtype, name="attention")(y, cache, rope, positions, segment_ids)
         x = x + constrain(y, "batch", "stream", "width")
         y = RMSNorm(c.eps, dtype=self.dtype, name="mlp_norm")(x)
         y = constrain(y, "batch", "length", "width")
@@ -175,9 +175,9 @@ class Transformer(nn.Module):
         `segment_ids` (0 is padding) keep packed examples apart. With a cache, `positions` are also the slots, and a
         position sees every slot up to its own.
         """
-        by = turns(positions[..., None].astype(jnp.float32) * rotary_frequencies(self.config), self.config.unroll)
+        rope = cos_sin(positions[..., None].astype(jnp.float32) * rope_frequencies(self.config), self.config.unroll)
         x, slots = self.layers(
-            x.astype(self.dtype), None if cache is None else (cache.k, cache.v), by, positions, segment_ids
+            x.astype(self.dtype), None if cache is None else (cache.k, cache.v), rope, positions, segment_ids
         )
         return self.final_norm(x), None if cache is None else Cache(*slots)
 

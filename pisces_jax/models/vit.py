@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.models.attention import BACKENDS, attention
 from pisces_jax.models.layers import (
     MLP,
     LayerNorm,
@@ -22,6 +21,7 @@ from pisces_jax.models.layers import (
     pool_2d,
     scanned,
 )
+from pisces_jax.ops.attention import BACKENDS, attention
 from pisces_jax.sharding import constrain
 
 
@@ -68,7 +68,7 @@ class ViTConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     attention: str = "auto"
-    remat: str = "everything"
+    remat: str = "none"
     unroll: bool = False
 
     def __post_init__(self) -> None:
@@ -255,7 +255,7 @@ class TextTower(nn.Module):
         embedding = self.param("embedding", logical(init, "vocab", "embed"), (c.vocab_size, c.width))
         positions = self.param("position_embedding", logical(init, "position", "embed"), (c.max_length, c.width))
         x = embedding.astype(self.dtype)[tokens] + positions.astype(self.dtype)[: tokens.shape[1]]
-        blocks = scanned(EncoderBlock, c.layers, (nn.broadcast,), remat="everything", unroll=c.unroll)(
+        blocks = scanned(EncoderBlock, c.layers, (nn.broadcast,), remat="none", unroll=c.unroll)(
             c.heads, c.mlp_hidden, "pre", "qkv", "gelu", 1e-6, self.dtype, name="layers"
         )
         x, _ = blocks(x, jnp.broadcast_to(real[:, None, :], (*real.shape, real.shape[1])))

@@ -35,7 +35,7 @@ def batch_shapes(config: ConfigDict, program: Program) -> dict[str, tuple[tuple[
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         name: (row, jnp.int32) for name in ("tokens", "segment_ids", "positions", "source")
     }
-    shapes["learn"] = (row, jnp.bool_)
+    shapes["loss_mask"] = (row, jnp.bool_)
     pools = {"read": (0, 0), "draw": (0, 0)}
     if isinstance(program, UnifiedProgram):
         c = program.model.config

@@ -41,7 +41,7 @@ class Plan:
     mesh: dict[str, int]
     batch_size: int
     rows_per_device: float
-    accumulate: int
+    grad_accum_steps: int
     remat: str
     fits: bool
     peak_bytes: int
@@ -140,8 +140,8 @@ def plan_trainer(trainer: Trainer, where: Slice, options: Mapping[str, str] | No
         mesh=user_mesh(mesh),
         batch_size=config.batch_size,
         rows_per_device=config.batch_size * config.data.rows / n,
-        accumulate=config.optimizer.accumulate,
-        remat=config.model.get(main_part(config), {}).get("remat", "everything"),
+        grad_accum_steps=config.optimizer.grad_accum_steps,
+        remat=config.model.get(main_part(config), {}).get("remat", "none"),
         fits=fits,
         peak_bytes=peak,
         hbm_bytes=chip.hbm_bytes if chip else None,
@@ -181,7 +181,7 @@ def work(trainer: Trainer) -> tuple[dict[str, float], float]:
     trained, n = set(trainer.shardings.trained), trainer.mesh.devices.size
     by_part = {k: v / n for k, v in flops.step_flops_by_part(trainer.program, shapes, trained).items()}
     settings = {k: c for k, c in trainer.config.model.items() if isinstance(c, ConfigDict) and k in trained}
-    return by_part, roofline.executed_flops(by_part, {k: c.get("remat", "everything") for k, c in settings.items()})
+    return by_part, roofline.executed_flops(by_part, {k: c.get("remat", "none") for k, c in settings.items()})
 
 
 def _traffic(trainer: Trainer, memory: Mapping[str, int]) -> float:
@@ -201,31 +201,31 @@ def advise(trainer: Trainer, memory: Mapping[str, int], peak: int, hbm: int) -> 
     groups = config.batch_size // batch_shards(trainer.mesh)
     found = []
     part = main_part(config)
-    if config.model.get(part, {}).get("remat", "everything") not in ("nothing", "offload"):
+    if config.model.get(part, {}).get("remat", "none") not in ("full", "offload"):
         known = f"most of {_gib(activations)}" if activations else "most"
         found.append(
-            f"config.model.{part}.remat=nothing: saves {known} of activations, costs up to a third more computation"
+            f"config.model.{part}.remat=full: saves {known} of activations, costs up to a third more computation"
         )
     # Contrast is over the whole batch, in one part.
-    if groups > config.optimizer.accumulate and config.program != "pretrain":
-        parts = next(n for n in range(config.optimizer.accumulate + 1, groups + 1) if groups % n == 0)
-        saved = activations * (1 - config.optimizer.accumulate / parts)
+    if groups > config.optimizer.grad_accum_steps and config.program != "pretrain":
+        parts = next(n for n in range(config.optimizer.grad_accum_steps + 1, groups + 1) if groups % n == 0)
+        saved = activations * (1 - config.optimizer.grad_accum_steps / parts)
         known = f"about {_gib(saved)}" if saved else "a share"
-        found.append(f"config.optimizer.accumulate={parts}: saves {known} of activations, the same batch")
+        found.append(f"config.optimizer.grad_accum_steps={parts}: saves {known} of activations, the same batch")
     sharded = trainer.mesh.shape["fsdp"] * trainer.mesh.shape["fsdp_inner"]
     if trainer.mesh.shape["data"] > 1:
-        state = sum(v for k, v in memory.items() if k.partition("/")[0] in ("parameters", "optimizer", "average"))
+        state = sum(v for k, v in memory.items() if k.partition("/")[0] in ("parameters", "optimizer", "ema"))
         data = trainer.mesh.shape["data"]
         found.append(
             f"--mesh=data=1,fsdp={sharded * data},tensor={trainer.mesh.shape['tensor']}: saves "
             f"{_gib(state * (1 - 1 / data))} of parameters and optimizer state"
         )
-    if config.optimizer.moment_dtype == "float32":
-        found.append(f"config.optimizer.moment_dtype=bfloat16: saves {_gib(memory['optimizer'] / 4)} of first moments")
-    wide = [p for p in trainer.abstract.frozen if config.storage.get(p, "float32") == "float32"]
+    if config.optimizer.mu_dtype == "float32":
+        found.append(f"config.optimizer.mu_dtype=bfloat16: saves {_gib(memory['optimizer'] / 4)} of first moments")
+    wide = [p for p in trainer.abstract.frozen if config.param_dtype.get(p, "float32") == "float32"]
     if wide:
         saved = sum(memory[f"parameters/{p}"] for p in wide) / 2
-        found.append(f"config.storage.{wide[0]}=bfloat16 (and {len(wide) - 1} more): saves {_gib(saved)}")
+        found.append(f"config.param_dtype.{wide[0]}=bfloat16 (and {len(wide) - 1} more): saves {_gib(saved)}")
     devices = math.ceil(np.ceil(peak / max(hbm, 1)))
     found.append(f"a slice of {devices} times as many chips or more (it lacks {_gib(too_much)} a device)")
     return found

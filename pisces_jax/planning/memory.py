@@ -37,11 +37,11 @@ def memory_by_part(trainer: Trainer) -> dict[str, int]:
         for part in tree:
             name = f"parameters/{part}"
             parts[name] = parts.get(name, 0) + tree_bytes(tree[part], where[part])
-    if abstract.average:
-        parts["average"] = tree_bytes(abstract.average, shardings.average)
+    if abstract.ema:
+        parts["ema"] = tree_bytes(abstract.ema, shardings.ema)
     parts["optimizer"] = tree_bytes(abstract.optimizer, shardings.optimizer)
     gradients = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, trainer.config.optimizer.gradient_dtype or x.dtype), abstract.trained
+        lambda x: jax.ShapeDtypeStruct(x.shape, trainer.config.optimizer.grad_dtype or x.dtype), abstract.trained
     )
     parts["gradients"] = tree_bytes(gradients, shardings.trained)
     batch = abstract_batch(trainer.config, trainer.program, trainer.mesh)
@@ -52,16 +52,16 @@ def memory_by_part(trainer: Trainer) -> dict[str, int]:
 def saved_activations(trainer: Trainer) -> dict[str, int]:
     """What the blocks save for the backward pass by their rematerialisation policy, in bytes a device.
 
-    A block always has its input; "context" adds attention's result and one float32 a head for the softmax,
-    "projections" the outputs of all projections too. "offload" saves to the host, "everything" is counted like
-    "projections" with the hidden layer's activation twice more: what the compiler keeps there is its own choice.
+    A block always has its input; "attention" adds attention's result and one float32 a head for the softmax,
+    "dots" the outputs of all projections too. "offload" saves to the host, "none" is counted like
+    "dots" with the hidden layer's activation twice more: what the compiler keeps there is its own choice.
     """
     config, program = trainer.config, trainer.program
     if not isinstance(program, TextProgram | UnifiedProgram):
         return {}
     item = jnp.dtype(config.compute_dtype).itemsize
     tensor = trainer.mesh.shape["tensor"]
-    shards = batch_shards(trainer.mesh) * config.optimizer.accumulate
+    shards = batch_shards(trainer.mesh) * config.optimizer.grad_accum_steps
     groups = config.batch_size // shards
     language = program.model.config if isinstance(program, TextProgram) else program.model.config.language_model
     positions = groups * config.data.rows * config.data.row_length
@@ -89,11 +89,11 @@ def _vit(c: ViTConfig, tensor: int, item: int) -> float:
 
 def _saved(remat: str, block_input: float, context: float, projections: float, hidden: float) -> float:
     return {
-        "nothing": block_input,
-        "context": block_input + context,
-        "projections": block_input + context + projections,
+        "full": block_input,
+        "attention": block_input + context,
+        "dots": block_input + context + projections,
         "offload": 0.0,
-        "everything": block_input + context + projections + hidden,
+        "none": block_input + context + projections + hidden,
     }[remat]
 
 

@@ -13,9 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from pisces_jax.errors import UserError
 from pisces_jax.planning.memory import by_kind, memory_by_part
-from pisces_jax.processes import primary
 from pisces_jax.sharding import batch_share, make_mesh, user_mesh
 from pisces_jax.training import input
 from pisces_jax.training.checkpoints import Checkpoints
@@ -23,6 +21,8 @@ from pisces_jax.training.metrics import check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.training.tokenizer import load_tokenizer
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.processes import primary
 
 BATCHES, STEPS = 3, 3
 MESSAGE = 2**24  # bytes of a timed collective on each device
@@ -127,7 +127,7 @@ def _try_checkpoint(trainer: Trainer, state: State, scratch: Path, say: Callable
     checkpoints.close()
     if restored is None or not _same(restored[0], state) or restored[1] != {"next_batch": 1}:
         raise UserError(f"a checkpoint written to {scratch.parent} does not come back as it was: use another disk")
-    size = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.average, state.optimizer)))
+    size = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.ema, state.optimizer)))
     say(f"checkpoint  {_gib(size)} written in {seconds:.1f} s, read back bit for bit")
 
 

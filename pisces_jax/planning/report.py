@@ -11,7 +11,8 @@ def describe(plan: Plan) -> str:
     """The whole plan: memory, collectives, FLOPs, prediction, and what to change where it does not fit."""
     lines = [
         f"{plan.config} on {_where(plan)}, mesh {mesh_text(plan.mesh)}, batch {plan.batch_size}, "
-        f"{plan.rows_per_device:g} rows a device, accumulate {plan.accumulate}, remat {plan.remat}",
+        f"{plan.rows_per_device:g} rows a device, gradient-accumulation steps {plan.grad_accum_steps}, "
+        f"remat {plan.remat}",
         "",
     ]
     if plan.hbm_bytes is None:
@@ -64,7 +65,7 @@ def collective_lines(plan: Plan) -> list[str]:
 def table(plans: Sequence[Plan]) -> str:
     """A line each, for a search and for the documents."""
     names = (
-        "config", "topology", "mesh", "rows a device", "accumulate", "remat", "peak GiB", "fits", "wire GB",
+        "config", "topology", "mesh", "rows a device", "accumulation", "remat", "peak GiB", "fits", "wire GB",
         "predicted s", "predicted MFU", "compile s",
     )  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
@@ -73,7 +74,7 @@ def table(plans: Sequence[Plan]) -> str:
         mfu = f"{p.predicted_mfu:.0%}" if p.predicted_mfu else "–"
         wire = f"{p.wire_bytes_per_step / 1e9:.1f}" if p.collectives else "–"
         lines.append(
-            f"| {p.config} | {_where(p)} | {mesh_text(p.mesh)} | {p.rows_per_device:g} | {p.accumulate} | "
+            f"| {p.config} | {_where(p)} | {mesh_text(p.mesh)} | {p.rows_per_device:g} | {p.grad_accum_steps} | "
             f"{p.remat} | "
             f"{p.peak_bytes / 2**30:.2f} | {'yes' if p.fits else 'no'} | {wire} | {seconds} | {mfu} | "
             f"{p.compile_seconds:.0f} |"
@@ -86,7 +87,7 @@ def settings(plan: Plan) -> str:
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in plan.mesh.items()]
     part = "language_model" if "parameters/language_model" in plan.memory else "decoder"
     remat = [f"--config.model.{part}.remat={plan.remat}"]
-    return " ".join([*sizes, f"--config.optimizer.accumulate={plan.accumulate}", *remat])
+    return " ".join([*sizes, f"--config.optimizer.grad_accum_steps={plan.grad_accum_steps}", *remat])
 
 
 def mesh_text(mesh: dict[str, int]) -> str:

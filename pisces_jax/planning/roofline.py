@@ -17,9 +17,9 @@ import numpy as np
 from pisces_jax.planning.hlo import Collective
 from pisces_jax.planning.slices import Chip
 
-# What is computed again, as a share of a trained part's model FLOPs: a forward pass is a third of them. "projections"
-# and "everything" compute no product with weights again.
-AGAIN = {"nothing": 1 / 3, "context": 1 / 3, "offload": 1 / 3, "projections": 0.0, "everything": 0.0}
+# What is computed again, as a share of a trained part's model FLOPs: a forward pass is a third of them. "dots"
+# and "none" compute no product with weights again.
+AGAIN = {"full": 1 / 3, "attention": 1 / 3, "offload": 1 / 3, "dots": 0.0, "none": 0.0}
 
 
 class Published(NamedTuple):
@@ -38,11 +38,11 @@ class Published(NamedTuple):
 
 
 PUBLISHED = (
-    Published("v5e-256, MaxText 16B", "nothing", 0.611),
-    Published("v5e-256, MaxText 32B", "nothing", 0.669),
-    Published("v4-384 x 2, MaxText 52B", "nothing", 0.589),
-    Published("v5p-128, MaxText 32B", "projections", 0.715),
-    Published("v6e-256, MaxText Llama-3.1-8B", "nothing", 0.455),
+    Published("v5e-256, MaxText 16B", "full", 0.611),
+    Published("v5e-256, MaxText 32B", "full", 0.669),
+    Published("v4-384 x 2, MaxText 52B", "full", 0.589),
+    Published("v5p-128, MaxText 32B", "dots", 0.715),
+    Published("v6e-256, MaxText Llama-3.1-8B", "full", 0.455),
 )
 EFFICIENCY = statistics.median(run.share for run in PUBLISHED)
 
@@ -107,14 +107,14 @@ def axis_bandwidth(chip: Chip, devices: np.ndarray, axes: Sequence[str], axis: s
 
 def executed_flops(by_part: Mapping[str, float], remat: Mapping[str, str]) -> float:
     """Model FLOPs, and what rematerialisation computes again of trained parts (`remat` has their policies)."""
-    return sum(flops * (1 + AGAIN[remat.get(part, "everything")]) for part, flops in by_part.items())
+    return sum(flops * (1 + AGAIN[remat.get(part, "none")]) for part, flops in by_part.items())
 
 
 def hbm_traffic(memory: Mapping[str, int], weights: float) -> float:
     """Bytes that a device reads and writes at least: optimizer and masters once each way, `weights` bytes of gathered
     weights over all passes, gradients and saved activations written and read.
     """
-    state = sum(v for k, v in memory.items() if k.partition("/")[0] in ("parameters", "optimizer", "average"))
+    state = sum(v for k, v in memory.items() if k.partition("/")[0] in ("parameters", "optimizer", "ema"))
     activations = sum(v for k, v in memory.items() if k.startswith("activations/"))
     return 2 * (state + memory.get("gradients", 0) + activations) + weights
 

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from pisces_jax.errors import UserError
 from pisces_jax.planning.compiled import Plan, abstract_trainer, main_part, plan_trainer, work
 from pisces_jax.planning.memory import memory_by_part
 from pisces_jax.planning.roofline import AGAIN, axis_bandwidth, count
 from pisces_jax.planning.slices import CHIPS, Slice, chips, find_slice, read_name
 from pisces_jax.sharding import MESH_AXES, batch_shards
 from pisces_jax.training.step import Trainer
+from pisces_jax.utils.errors import UserError
 
 TENSOR = (1, 2, 4, 8)
-REMAT = ("projections", "context", "nothing")  # from fast to lean
+REMAT = ("dots", "attention", "full")  # from fast to lean
 # Beside what the formulas count, a step holds gathered weights, logits and what the compiler keeps: as a share of the
 # memory, and what may be missing from the formulas before a candidate is given up uncompiled.
 MARGIN = 0.15
@@ -35,7 +35,7 @@ def candidates(config: ConfigDict, devices: int, slices: int = 1) -> Iterator[Co
             for remat in REMAT:
                 changed = config.copy_and_resolve_references()
                 changed.mesh = ConfigDict(dict(data=slices, fsdp=devices // slices // tensor, tensor=tensor))
-                changed.optimizer.accumulate = accumulate
+                changed.optimizer.grad_accum_steps = accumulate
                 changed.model[main_part(changed)].remat = remat
                 yield changed
 
@@ -54,7 +54,7 @@ def cost(trainer: Trainer, where: Slice) -> tuple[float, ...]:
         devices, wire = trainer.mesh.devices, wire_by_formula(trainer)
         traffic = sum(size / axis_bandwidth(where.chip, devices, MESH_AXES, axis) for axis, size in wire.items())
         seconds = max(seconds / where.chip.flops, traffic)
-    return float(f"{seconds:.1e}"), trainer.mesh.shape["tensor"], trainer.config.optimizer.accumulate
+    return float(f"{seconds:.1e}"), trainer.mesh.shape["tensor"], trainer.config.optimizer.grad_accum_steps
 
 
 def wire_by_formula(trainer: Trainer) -> dict[str, float]:
@@ -69,7 +69,7 @@ def wire_by_formula(trainer: Trainer) -> dict[str, float]:
     by_part, _ = work(trainer)
     # An encoder whose features are cached does not run.
     frozen = {part: tree for part, tree in trainer.abstract.frozen.items() if by_part.get(part)}
-    parts, trained = config.optimizer.accumulate, count(trainer.abstract.trained)
+    parts, trained = config.optimizer.grad_accum_steps, count(trainer.abstract.trained)
     weights = 3 * trained + count(frozen)
     wire = {
         "fsdp+fsdp_inner": parts * weights * item * (1 - 1 / sharded) / tensor,
@@ -79,14 +79,12 @@ def wire_by_formula(trainer: Trainer) -> dict[str, float]:
     if (part := main_part(config)) == "language_model":
         language = config.model[part]
         positions = config.batch_size * config.data.rows * config.data.row_length / batch_shards(mesh)
-        passes = 2 + 3 * AGAIN[language.get("remat", "everything")]  # forward, backward, and forward again
+        passes = 2 + 3 * AGAIN[language.get("remat", "none")]  # forward, backward, and forward again
         wire["tensor"] = 4 * passes * language.layers * positions * language.width * item * (1 - 1 / tensor)
     return wire
 
 
-def search(
-    config: ConfigDict, where: Slice, vocab_size: int, say: Callable[[str], None], most: int = 4
-) -> list[Plan]:
+def search(config: ConfigDict, where: Slice, vocab_size: int, say: Callable[[str], None], most: int = 4) -> list[Plan]:
     """Compiles the likeliest candidates, the fastest by formula first, until `most` are done; the best that fits first.
 
     Raises:
@@ -111,7 +109,7 @@ def search(
         plan = plan_trainer(trainer, where)
         plans.append(plan)
         fits = "fits" if plan.fits else "does not fit"
-        say(f"{number} of {min(most, len(ranked))}: {plan.mesh}, accumulate {trainer.config.optimizer.accumulate}, "
+        say(f"{number} of {min(most, len(ranked))}: {plan.mesh}, {trainer.config.optimizer.grad_accum_steps} accumulation steps, "
             f"remat {plan.remat}: {fits}")  # fmt: skip
     return sorted(plans, key=lambda p: (not p.fits, p.predicted_step_seconds or math.inf))
 
@@ -132,8 +130,8 @@ def smallest_slice(config: ConfigDict, topology: str, vocab_size: int, say: Call
         if config.batch_size % devices:
             continue
         # Contrast is over the whole batch.
-        lean.optimizer.accumulate = 1 if config.program == "pretrain" else groups
-        lean.model[main_part(lean)].remat = "nothing"
+        lean.optimizer.grad_accum_steps = 1 if config.program == "pretrain" else groups
+        lean.model[main_part(lean)].remat = "full"
         trainer = abstract_trainer(lean, where, vocab_size)
         if estimate(trainer) * (1 - MARGIN) > CHIPS[kind].hbm_bytes:
             continue

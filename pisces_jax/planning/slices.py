@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 GIB = 2**30
 

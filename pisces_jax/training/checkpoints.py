@@ -5,7 +5,7 @@
     WORKDIR/NAME/metrics.jsonl
     WORKDIR/NAME/checkpoints/STEP/      state (what the run changes) and iterator (its place)
 
-A checkpoint holds what its run trains. Frozen parts are read again from where they came, as `config.parts` says.
+A checkpoint holds what its run trains. Frozen parts are read again from where they came, as `config.init_from` says.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from pisces_jax.errors import UserError
-from pisces_jax.files import write_atomic
-from pisces_jax.processes import primary, primary_first
 from pisces_jax.training import optimizer
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.step import State
 from pisces_jax.training.tokenizer import load_tokenizer
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import write_atomic
+from pisces_jax.utils.processes import primary, primary_first
 from pisces_jax.weights.folder import folder_mark, is_folder, part_shapes, read_source
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
@@ -148,7 +148,7 @@ class Checkpoints:
 
 def _changed(state: State) -> dict[str, Any]:
     return {
-        "step": state.step, "trained": state.trained, "average": state.average, "optimizer": state.optimizer
+        "step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer
     }  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def part_mark(workdir: Path, name: str, part: str) -> str:
     # Orbax names a checkpoint's files at random and lists them here.
     manifest = workdir / name / "checkpoints" / str(step) / "state" / "manifest.ocdbt"
     digest = hashlib.blake2b(f"{step} ".encode() + manifest.read_bytes(), digest_size=8)
-    if source := config.parts.get(part, ""):
+    if source := config.init_from.get(part, ""):
         digest.update(part_mark(workdir, source, part).encode())
     return digest.hexdigest()
 
@@ -201,7 +201,7 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
             path, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         )
         flat = optimizer.flatten(got[which][part])
-    if source := config.parts.get(part, ""):
+    if source := config.init_from.get(part, ""):
         tokens = load_tokenizer(config, workdir).vocab_size if part == "language_model" else 0
         settings = part_settings(config, part, tokens)
         # A part may be trained in part: what the run froze came from elsewhere.

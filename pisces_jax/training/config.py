@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from pisces_jax.errors import UserError
-from pisces_jax.flow import FlowConfig
-from pisces_jax.models.attention import BACKENDS
+from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.layers import REMAT_POLICIES
 from pisces_jax.models.pisces import PiscesConfig
-from pisces_jax.models.transformer import RotaryScaling, TransformerConfig
+from pisces_jax.models.transformer import RopeScaling, TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
+from pisces_jax.ops.attention import BACKENDS
+from pisces_jax.utils.errors import UserError
 
 T = TypeVar("T")
 
@@ -46,10 +46,10 @@ def run_config(**changes: Any) -> ConfigDict:
             model=ConfigDict(),
             # Part -> the run below --workdir whose weights it starts from, or a folder of published weights
             # (weights/folder.py); unnamed parts start from random numbers.
-            parts=ConfigDict(),
+            init_from=ConfigDict(),
             decoder="",  # unified: the run whose decoder turns this run's vectors into pictures
             # Part -> dtype it is stored in; trained parts that are not named are float32, frozen ones too.
-            storage=ConfigDict(),
+            param_dtype=ConfigDict(),
             data=dict(
                 # A file below --workdir, or (with a separator in its name, or hf://) a folder with a published one.
                 tokenizer="tokenizer.model",
@@ -89,8 +89,8 @@ def run_config(**changes: Any) -> ConfigDict:
                 chunk=0,  # entries of the vocabulary whose logits exist at a time; 0: all
                 # Standard deviation of Gaussian noise on the features that the decoder is conditioned on.
                 feature_noise=0.0,
-                # Where a unified run trains the decoder on (parts.decoder): the share of pictures whose true vectors it
-                # is given in place of those predicted, so that it draws both.
+                # With `train_decoder`: the share of pictures of which the decoder is given the true vectors in place of
+                # those predicted, so that it draws both.
                 true_vectors=0.3,
             ),
             flow=dataclasses.asdict(FlowConfig()),
@@ -102,19 +102,19 @@ def run_config(**changes: Any) -> ConfigDict:
                 b2=0.95,
                 eps=1e-8,
                 clip=1.0,  # global norm of the gradient
-                accumulate=1,  # parts in which a batch is taken
-                average=0.0,  # decay of the averaged weights; 0: none
-                moment_dtype="float32",  # of the first moments
-                gradient_dtype="",  # "": that of the parameters; they are summed over parts in that of the parameters
+                grad_accum_steps=1,  # a batch is taken in that many equal parts
+                ema=0.0,  # decay of the averaged weights, which later runs and inference use; 0: none
+                mu_dtype="float32",  # of the first moments
+                grad_dtype="",  # "": that of the parameters; they are summed over parts in that of the parameters
                 # (pattern over parameter names, input axes, output axes): matrices that Muon updates instead of AdamW.
                 muon=(),
                 # (pattern over parameter names, multiple of the learning rate, weight decay): the first that
                 # matches holds; a multiple of 0 freezes.
-                table=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),
+                param_groups=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),
             ),
             # How a finished run draws unless a command says otherwise: with a description of its own written first
-            # (at most `tokens`, sampled at `temperature`), or at once.
-            sampling=dict(describe=False, tokens=96, temperature=1.0),
+            # (at most `max_tokens`, sampled at `temperature`), or at once.
+            sampling=dict(describe=False, max_tokens=96, temperature=1.0),
             mesh=dict(data=1, fsdp=-1, tensor=1),
             log=dict(
                 every=50,
@@ -135,7 +135,7 @@ def run_config(**changes: Any) -> ConfigDict:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Keys whose subkeys are the user's own: any name may stand there.
-OPEN_KEYS = ("model", "parts", "storage", "train", "evaluate", "tokenizer_sources", "stages")
+OPEN_KEYS = ("model", "init_from", "param_dtype", "train", "evaluate", "tokenizer_sources", "stages")
 
 
 def merge(config: ConfigDict, changes: Mapping[str, Any], prefix: str = "") -> None:
@@ -167,8 +167,8 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
     if missing:
         raise UserError(f"config key {where}.{missing[0]} is missing: set it")
-    if values.get("rotary_scaling") is not None and "rotary_scaling" in values:
-        values["rotary_scaling"] = build(RotaryScaling, values["rotary_scaling"], f"{where}.rotary_scaling")
+    if values.get("rope_scaling") is not None and "rope_scaling" in values:
+        values["rope_scaling"] = build(RopeScaling, values["rope_scaling"], f"{where}.rope_scaling")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
         return kind(**values)
@@ -183,9 +183,9 @@ def check_names(config: ConfigDict) -> None:
         UserError: one does not; the others are listed.
     """
     o = config.optimizer
-    named = {"compute_dtype": config.compute_dtype, "optimizer.moment_dtype": o.moment_dtype}
-    named |= {"optimizer.gradient_dtype": o.gradient_dtype} if o.gradient_dtype else {}
-    named |= {f"storage.{part}": dtype for part, dtype in config.storage.items()}
+    named = {"compute_dtype": config.compute_dtype, "optimizer.mu_dtype": o.mu_dtype}
+    named |= {"optimizer.grad_dtype": o.grad_dtype} if o.grad_dtype else {}
+    named |= {f"param_dtype.{part}": dtype for part, dtype in config.param_dtype.items()}
     choices: list[tuple[str, Any, tuple[str, ...]]] = [(key, value, DTYPES) for key, value in named.items()]
     for part, settings in config.model.items():
         for key, known in (("remat", tuple(REMAT_POLICIES)), ("attention", BACKENDS)):
@@ -231,7 +231,7 @@ def dit_config(config: ConfigDict) -> DiTConfig:
 
 def decoder_run(config: ConfigDict) -> str:
     """The run that has the decoder of a unified run: itself, where it trains the decoder on; "": none."""
-    return config.name if "decoder" in config.parts else config.decoder
+    return config.name if "decoder" in config.init_from else config.decoder
 
 
 def transformer_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:
@@ -285,8 +285,8 @@ def in_order(stages: Mapping[str, ConfigDict]) -> dict[str, ConfigDict]:
     waiting, ordered = dict(stages), dict[str, ConfigDict]()
     while waiting:
         names = {config.name for config in waiting.values()}
-        ready = [s for s, c in waiting.items() if not names & {*c.parts.values(), c.decoder} - {c.name}]
+        ready = [s for s, c in waiting.items() if not names & {*c.init_from.values(), c.decoder} - {c.name}]
         if not ready:
-            raise UserError(f"stages {', '.join(waiting)} wait for one another: mend their keys parts and decoder")
+            raise UserError(f"stages {', '.join(waiting)} wait for one another: mend their keys init_from and decoder")
         ordered[ready[0]] = waiting.pop(ready[0])
     return ordered

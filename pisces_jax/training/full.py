@@ -13,12 +13,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.models import published
 from pisces_jax.models.autoencoder import AutoencoderConfig
-from pisces_jax.models.published import latent_decoder, settings
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.training.config import merge, run_config
+from pisces_jax.weights import sizes as published
+from pisces_jax.weights.sizes import latent_decoder, settings
 
 # No weight decay on norms, biases, gates and embeddings.
 PLAIN = r".*/(scale|bias|gate|class_token|[a-z_]*embedding)"
@@ -92,13 +92,13 @@ def splits(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def decoder_run(family: Family, **changes: Any) -> ConfigDict:
     """The flow-matching decoder, from the frozen, pooled features to the autoencoder's latents."""
     config = run_config(name="decoder", program="decoder", batch_size=2048, compute_dtype="bfloat16", steps=100_000)
-    decoder = settings(latent_decoder(family.generation_encoder, family.pool, family.autoencoder), remat="nothing")
+    decoder = settings(latent_decoder(family.generation_encoder, family.pool, family.autoencoder), remat="full")
     autoencoder = settings(family.autoencoder)
     config.model = ConfigDict(dict(family.encoder(), decoder=decoder, autoencoder=autoencoder))
-    config.parts = ConfigDict(
+    config.init_from = ConfigDict(
         dict(generation_encoder=weights(family.generation_folder), autoencoder=weights(family.autoencoder_folder))
     )
-    config.storage = ConfigDict(dict(generation_encoder="bfloat16", autoencoder="bfloat16"))
+    config.param_dtype = ConfigDict(dict(generation_encoder="bfloat16", autoencoder="bfloat16"))
     merge(config, dict(
         data=dict(
             tokenizer=weights(family.language_folder), text_length=128, features="features",
@@ -106,8 +106,8 @@ def decoder_run(family: Family, **changes: Any) -> ConfigDict:
         ),
         flow=dict(times="logit_normal", drop=0.1, steps=30, guidance=3.0),
         optimizer=dict(
-            learning_rate=1e-4, warmup_steps=1000, final_rate=0.1, b2=0.999, average=0.9999,
-            table=(
+            learning_rate=1e-4, warmup_steps=1000, final_rate=0.1, b2=0.999, ema=0.9999,
+            param_groups=(
                 ("generation_encoder/.*", 0.0, 0.0), ("autoencoder/.*", 0.0, 0.0), (PLAIN, 1.0, 0.0), (".*", 1.0, 0.01)
             ),
         ),
@@ -125,17 +125,17 @@ def unified_run(name: str, family: Family, start: str = "", **changes: Any) -> C
     config = run_config(name=name, program="unified", decoder="decoder", compute_dtype="bfloat16")
     width = family.language_model.width
     # The image tokens are appended, and the vocabulary's rows are a multiple of 256 so that they shard.
-    language = settings(family.language_model, vocab_multiple=256, remat="nothing")
+    language = settings(family.language_model, vocab_multiple=256, remat="full")
     config.model = ConfigDict(dict(
         family.encoder(), language_model=language, understanding_encoder=settings(family.understanding_encoder),
         hidden=dict(projector=width, vector_head=width),
     ))  # fmt: skip
-    config.parts = ConfigDict(dict(
+    config.init_from = ConfigDict(dict(
         understanding_encoder=weights(family.understanding_folder), generation_encoder=weights(family.generation_folder)
     ))  # fmt: skip
     begins = dict.fromkeys(TRAINED, start) if start else dict(language_model=weights(family.language_folder))
-    config.parts.update(begins)
-    config.storage = ConfigDict(dict(understanding_encoder="bfloat16", generation_encoder="bfloat16"))
+    config.init_from.update(begins)
+    config.param_dtype = ConfigDict(dict(understanding_encoder="bfloat16", generation_encoder="bfloat16"))
     frozen = (("(understanding|generation)_encoder/.*", 0.0, 0.0),)
     merge(config, dict(
         data=dict(
@@ -144,7 +144,7 @@ def unified_run(name: str, family: Family, start: str = "", **changes: Any) -> C
         ),
         loss=dict(chunk=16_384),
         optimizer=dict(
-            warmup_steps=500, final_rate=0.1, b2=0.95, table=(*frozen, (PLAIN, 1.0, 0.0), (".*", 1.0, 0.05))
+            warmup_steps=500, final_rate=0.1, b2=0.95, param_groups=(*frozen, (PLAIN, 1.0, 0.0), (".*", 1.0, 0.05))
         ),
         log=dict(every=20, evaluate_every=1000, checkpoint_every=500, keep=2),
     ))  # fmt: skip

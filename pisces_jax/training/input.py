@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from pisces_jax.data import pipeline
-from pisces_jax.data.layout import Layout
-from pisces_jax.data.packing import PackedGroups
-from pisces_jax.data.pairs import Pairs
+from pisces_jax.data.packing import pipeline
+from pisces_jax.data.packing.layout import Layout
+from pisces_jax.data.packing.pairs import Pairs
+from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.data.tokenizers import Tokenizer
-from pisces_jax.errors import UserError
-from pisces_jax.processes import all_agree, primary_first
 from pisces_jax.training.config import picture_size
-from pisces_jax.training.features import open_caches
+from pisces_jax.training.feature_cache import open_caches
 from pisces_jax.training.programs import TextProgram, UnifiedProgram
 from pisces_jax.training.tokenizer import entries_of
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.processes import all_agree, primary_first
 
 
 def items(

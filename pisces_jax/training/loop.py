@@ -15,8 +15,6 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pisces_jax.errors import UserError
-from pisces_jax.processes import primary
 from pisces_jax.sharding import batch_share, make_mesh
 from pisces_jax.training import flops, input, optimizer
 from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_step, is_finished, load_part, open_run
@@ -25,6 +23,8 @@ from pisces_jax.training.metrics import Clock, Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.training.tokenizer import load_tokenizer
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.processes import primary
 from pisces_jax.weights.folder import Folder, is_folder, read_part
 
 log = logging.getLogger(__name__)
@@ -154,9 +154,9 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_si
     shapes = optimizer.join(trainer.abstract.trained, trainer.abstract.frozen)
     shardings = optimizer.join(trainer.shardings.trained, trainer.shardings.frozen)
     parts = {}
-    for part, source in config.parts.items():
+    for part, source in config.init_from.items():
         if part not in shapes:
-            raise UserError(f"config key parts.{part}: the model's parts are {', '.join(shapes)}")
+            raise UserError(f"config key init_from.{part}: the model's parts are {', '.join(shapes)}")
         if is_folder(source):
             folder = Folder.open(source)
             folder.check(part_settings(config, part, vocab_size), f"model.{part}")
@@ -176,8 +176,8 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_si
             raise UserError(f"{workdir / source} does not fit model.{part}: {'; '.join(wrong)}")
         parts[part] = jax.tree.map(lambda x, a: np.asarray(x).astype(a.dtype, copy=False), tree, shapes[part])
     for part in trainer.abstract.frozen:
-        if part not in config.parts and part not in trainer.abstract.trained:
-            raise UserError(f"part {part} is frozen and starts from random numbers: name its start in parts.{part}")
+        if part not in config.init_from and part not in trainer.abstract.trained:
+            raise UserError(f"part {part} is frozen and starts from random numbers: name its start in init_from.{part}")
     return parts
 
 

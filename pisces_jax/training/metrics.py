@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from clu.metrics import Average
 
-from pisces_jax.errors import UserError
-from pisces_jax.files import write_atomic
-from pisces_jax.processes import primary
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import write_atomic
+from pisces_jax.utils.processes import primary
 
 
 def merge(parts: Sequence[Mapping[str, Average]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 Flat = dict[str, Any]
 
@@ -33,7 +33,7 @@ def read_table(rows: Sequence[Sequence[Any]]) -> tuple[Rule, ...]:
         for rule in table:
             re.compile(rule.pattern)
     except (TypeError, ValueError, re.error) as error:
-        raise UserError(f"optimizer.table: rows are (pattern, multiple, weight decay): {error}") from error
+        raise UserError(f"optimizer.param_groups: rows are (pattern, multiple, weight decay): {error}") from error
     return table
 
 
@@ -47,11 +47,13 @@ def match(table: Sequence[Rule], names: Sequence[str]) -> dict[str, Rule]:
     for name in names:
         found = next((rule for rule in table if re.fullmatch(rule.pattern, name)), None)
         if found is None:
-            raise UserError(f"optimizer.table has no row for parameter {name}: end it with ('.*', 1.0, 0.0)")
+            raise UserError(f"optimizer.param_groups has no row for parameter {name}: end it with ('.*', 1.0, 0.0)")
         rules[name] = found
     for rule in table[:-1]:
         if not any(re.fullmatch(rule.pattern, name) for name in names):
-            raise UserError(f"optimizer.table: pattern {rule.pattern!r} matches no parameter: correct or delete it")
+            raise UserError(
+                f"optimizer.param_groups: pattern {rule.pattern!r} matches no parameter: correct or delete it"
+            )
     return rules
 
 
@@ -121,7 +123,7 @@ def _muon(axes: Mapping[str, MuonDimensionNumbers], config: ConfigDict) -> optax
             flat[k] = 0.2 * max(rows, columns) ** 0.5 * flat[k]
         return unflatten(flat)
 
-    momentum = jnp.dtype(config.moment_dtype)
+    momentum = jnp.dtype(config.mu_dtype)
     direction = scale_by_muon(beta=0.95, mu_dtype=momentum, weight_dimension_numbers=numbers)
     return optax.chain(direction, optax.stateless(rescale))
 
@@ -135,7 +137,7 @@ def make_optimizer(
     usual size (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning rate and decay serve both.
     """
     flat = flatten(trained)
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.moment_dtype))
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype))
     matrices = _muon_axes(config.muon, flat)
     if matrices:
         kinds = unflatten({k: "muon" if k in matrices else "adam" for k in flat})

@@ -16,17 +16,17 @@ from clu.metrics import Average
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from pisces_jax import objectives
-from pisces_jax.cross_entropy import text_cross_entropy
-from pisces_jax.errors import UserError
-from pisces_jax.flow import FlowConfig
+from pisces_jax.losses import objectives
+from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT, DiTConfig
 from pisces_jax.models.layers import Linear, apply
 from pisces_jax.models.pisces import Pisces, PiscesConfig
 from pisces_jax.models.transformer import Transformer
 from pisces_jax.models.vit import ContrastiveHead, TextTower, TextTowerConfig, ViT, pooled_features
+from pisces_jax.ops.cross_entropy import text_cross_entropy
 from pisces_jax.training import config as settings
+from pisces_jax.utils.errors import UserError
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
@@ -260,7 +260,7 @@ class PretrainProgram:
 def text_targets(batch: Batch) -> tuple[Array, Array]:
     """The rows of all groups, one after the other: what each position is to predict, and whether it counts [B·G, T]."""
     flat = (-1, batch["tokens"].shape[-1])
-    return objectives.next_token_targets(*(batch[k].reshape(flat) for k in ("tokens", "learn", "segment_ids")))
+    return objectives.next_token_targets(*(batch[k].reshape(flat) for k in ("tokens", "loss_mask", "segment_ids")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,9 +379,9 @@ def make_program(config: ConfigDict, vocab_size: int) -> Program:
         pisces: PiscesConfig = settings.pisces_config(config, vocab_size)
         weights = {"text": config.loss.text, "vectors": config.loss.vectors}
         reconstruction = None
-        if "decoder" in config.parts:
+        if "decoder" in config.init_from:
             if config.data.features:
-                raise UserError("parts.decoder: a decoder learns from pictures: leave data.features empty")
+                raise UserError("init_from.decoder: a decoder learns from pictures: leave data.features empty")
             weights["reconstruction"] = config.loss.reconstruction
             reconstruction = _reconstruction(config, dtype)
         return UnifiedProgram(
@@ -406,9 +406,9 @@ def _pretrain(config: ConfigDict, dtype: Any, vocab_size: int) -> PretrainProgra
     """
     if config.data.features:
         raise UserError("data.features: program pretrain trains the encoder that features are of: leave it empty")
-    if config.optimizer.accumulate != 1:
+    if config.optimizer.grad_accum_steps != 1:
         raise UserError(
-            "optimizer.accumulate must be 1 in program pretrain: its contrastive loss compares the whole batch"
+            "optimizer.grad_accum_steps must be 1 in program pretrain: its contrastive loss compares the whole batch"
         )
     loss = config.loss
     if loss.contrast not in ("sigmoid", "softmax"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.data.shapes import QUESTION_KINDS, TASKS
+from pisces_jax.shapes_world.source import QUESTION_KINDS, TASKS
 from pisces_jax.training.config import merge, run_config
 
 # No weight decay on norms, biases, gates and embeddings.
@@ -91,7 +91,7 @@ def shapes_data(
 
 
 def rates(rate: float, warmup: int, final: float = 0.05, average: float = 0.0) -> dict[str, Any]:
-    return dict(learning_rate=rate, warmup_steps=warmup, final_rate=final, average=average)
+    return dict(learning_rate=rate, warmup_steps=warmup, final_rate=final, ema=average)
 
 
 def picture_run(
@@ -112,10 +112,10 @@ def picture_run(
         config.model = ConfigDict({part: config.model[part] for part in kept[only]})
     if program == "pretrain":
         config.model.text_tower = ConfigDict(dict(BLOCK, layers=text_layers, mlp_hidden=384))
-        config.optimizer.table = (SLOW, *TABLE) if reader else TABLE
+        config.optimizer.param_groups = (SLOW, *TABLE) if reader else TABLE
     else:
-        config.parts = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
-        config.optimizer.table = FROZEN_GENERATION
+        config.init_from = ConfigDict(dict(generation_encoder="pretrain", decoder="pretrain"))
+        config.optimizer.param_groups = FROZEN_GENERATION
     merge(config, dict(flow=FLOW, loss=dict(feature_noise=0.01, contrastive=0.1, reconstruction=100.0)))
     merge(config, changes)
     return config
@@ -140,23 +140,25 @@ def unified_run(
     config.model = ConfigDict(dict(
         language_model={
             **dict(width=192, layers=4, heads=3, kv_heads=1, head_dim=64, mlp_hidden=256),
-            **dict(rotary_base=10_000.0, unroll=True), **language_model,
+            **dict(rope_theta=10_000.0, unroll=True), **language_model,
         },
         hidden=dict(projector=256, vector_head=256),
         place_embedding=True, fed_vectors=False,
         **encoders(size, reader),
     ))  # fmt: skip
-    config.parts = ConfigDict(dict(generation_encoder="pretrain", understanding_encoder=frozen_reader or "pretrain"))
+    config.init_from = ConfigDict(
+        dict(generation_encoder="pretrain", understanding_encoder=frozen_reader or "pretrain")
+    )
     if start:
         trained = ("language_model", "understanding_projector", "generation_projector", "vector_head")
         learned = trained if frozen_reader else (*trained, "understanding_encoder")
-        config.parts.update(dict.fromkeys(learned, start))
+        config.init_from.update(dict.fromkeys(learned, start))
     slow = (SLOW,) if reader else ()
-    config.optimizer.table = FROZEN_ENCODERS if frozen_reader else (*slow, *FROZEN_GENERATION)
+    config.optimizer.param_groups = FROZEN_ENCODERS if frozen_reader else (*slow, *FROZEN_GENERATION)
     config.optimizer.muon = MUON
     if decode:
         config.model.decoder = ConfigDict(pixel_decoder(size))
-        config.parts.decoder = "decoder"
+        config.init_from.decoder = "decoder"
         merge(config, dict(flow=FLOW))
     merge(config, changes)
     return config
@@ -176,7 +178,7 @@ def named_picture_stages(
         ),
         picture_run(
             "decoder", "decoder", size, data("pair"), steps=300, log=log,
-            optimizer=dict(learning_rate=2e-3, warmup_steps=20, average=0.99),
+            optimizer=dict(learning_rate=2e-3, warmup_steps=20, ema=0.99),
         ),
         unified_run(
             "stage1", "", size, data("caption", "draw_caption"), steps=500, log=log,

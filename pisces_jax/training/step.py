@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from pisces_jax.errors import UserError
 from pisces_jax.sharding import Fallback, batch_sharding, batch_shards, param_shardings
 from pisces_jax.training import optimizer
 from pisces_jax.training.programs import Batch, Program
+from pisces_jax.utils.errors import UserError
 
 Metrics = dict[str, Average]
 
@@ -27,12 +27,12 @@ Metrics = dict[str, Average]
 class State:
     """Everything that a run changes, and the frozen parts beside it.
 
-    `average` is the moving average of `trained` (empty where the config asks for none). Trees are by part.
+    `ema` is the moving average of `trained` (empty where the config asks for none). Trees are by part.
     """
 
     step: Any  # int32 []
     trained: Any
-    average: Any
+    ema: Any
     optimizer: Any
     frozen: Any
 
@@ -69,9 +69,7 @@ class Trainer:
         """This process's share of a batch, on the mesh."""
         sharding = batch_sharding(self.mesh)
         size = self.config.batch_size
-        return {
-            k: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:])) for k, v in batch.items()
-        }
+        return {k: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:])) for k, v in batch.items()}
 
     def train_step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
         return self._jit(self._train, donate_argnums=0, out=(self.shardings, None))
@@ -113,11 +111,11 @@ class Trainer:
     def _gradient(self, state: State, batch: Batch) -> tuple[Any, Metrics]:
         counts = self.program.counts(batch)
         gradient = jax.grad(self._objective, has_aux=True)
-        parts = self.config.optimizer.accumulate
+        parts = self.config.optimizer.grad_accum_steps
         trained = state.trained
-        if self.config.optimizer.gradient_dtype:
+        if self.config.optimizer.grad_dtype:
             # Gradients have the dtype of what they are taken of; sums over parts and the optimizer are in the masters'.
-            trained = jax.tree.map(lambda p: p.astype(self.config.optimizer.gradient_dtype), trained)
+            trained = jax.tree.map(lambda p: p.astype(self.config.optimizer.grad_dtype), trained)
         if parts == 1:
             gradients, metrics = gradient(trained, state.frozen, batch, counts)
             return jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.trained), metrics
@@ -139,19 +137,17 @@ class Trainer:
         with jax.named_scope("optimizer"):
             updates, opt = self.optimizer.update(gradients, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
-            decay = self.config.optimizer.average
+            decay = self.config.optimizer.ema
             # In its first steps the average is shorter than 1/(1 - decay): so that it forgets the random start.
             decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-            average = jax.tree.map(
-                lambda a, p: decay * a + (1 - decay) * p, state.average, trained if state.average else {}
-            )
+            ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, trained if state.ema else {})
         for name, tree in (("gradient", gradients), ("parameter", trained), ("update", updates)):
             metrics[f"norm/{name}"] = _value(optax.global_norm(tree))
         metrics["learning_rate"] = _value(self.schedule(state.step))
-        return dataclasses.replace(state, step=state.step + 1, trained=trained, average=average, optimizer=opt), metrics
+        return dataclasses.replace(state, step=state.step + 1, trained=trained, ema=ema, optimizer=opt), metrics
 
     def _evaluate(self, state: State, batch: Batch) -> Metrics:
-        trained = state.average if state.average else state.trained
+        trained = state.ema if state.ema else state.trained
         return self._objective(trained, state.frozen, batch, self.program.counts(batch))[1]
 
 
@@ -184,11 +180,11 @@ def _value(x: Any) -> Average:
 
 def _fresh(params: Any, rules: Any, tx: optax.GradientTransformation, config: ConfigDict) -> State:
     flat = optimizer.flatten(params)
-    stored = {k: v.astype(config.storage.get(k.split("/")[0], "float32")) for k, v in flat.items()}
+    stored = {k: v.astype(config.param_dtype.get(k.split("/")[0], "float32")) for k, v in flat.items()}
     trained, frozen = optimizer.split(optimizer.unflatten(stored), rules)
     # In float32 whatever the parameters are stored in: what a step adds to it is small.
-    average = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained) if config.optimizer.average else {}
-    return State(jnp.zeros((), jnp.int32), trained, average, tx.init(trained), frozen)
+    ema = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained) if config.optimizer.ema else {}
+    return State(jnp.zeros((), jnp.int32), trained, ema, tx.init(trained), frozen)
 
 
 def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
@@ -201,18 +197,18 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
     fallbacks: list[Fallback] = []
     shardings = param_shardings(boxed, mesh, fallbacks)
     params = nn.unbox(boxed)
-    for part in config.storage:
+    for part in config.param_dtype:
         if part not in params:
-            raise UserError(f"config key storage.{part}: the model's parts are {', '.join(params)}")
-    rules = optimizer.match(optimizer.read_table(config.optimizer.table), list(optimizer.flatten(params)))
+            raise UserError(f"config key param_dtype.{part}: the model's parts are {', '.join(params)}")
+    rules = optimizer.match(optimizer.read_table(config.optimizer.param_groups), list(optimizer.flatten(params)))
     trained, _ = optimizer.split(params, rules)
     if not trained:
-        raise UserError("optimizer.table freezes every parameter: nothing would be trained")
-    shards = batch_shards(mesh) * config.optimizer.accumulate
+        raise UserError("optimizer.param_groups freezes every parameter: nothing would be trained")
+    shards = batch_shards(mesh) * config.optimizer.grad_accum_steps
     if config.batch_size % shards:
         raise UserError(
             f"batch_size {config.batch_size} must be a multiple of {shards} "
-            f"(mesh shards {batch_shards(mesh)} × optimizer.accumulate {config.optimizer.accumulate})"
+            f"(mesh shards {batch_shards(mesh)} × optimizer.grad_accum_steps {config.optimizer.grad_accum_steps})"
         )
     tx = optimizer.make_optimizer(config.optimizer, config.steps, trained, rules)
     abstract = jax.eval_shape(lambda p: _fresh(p, rules, tx, config), params)
@@ -221,10 +217,14 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
     state_shardings = State(
         step=replicated,
         trained=trained_shardings,
-        average=trained_shardings if abstract.average else {},
+        ema=trained_shardings if abstract.ema else {},
         optimizer=optax.tree_map_params(
-            tx, lambda x, s: x if _masked(x) else s, abstract.optimizer, trained_shardings,
-            transform_non_params=lambda _: replicated, is_leaf=_masked,
+            tx,
+            lambda x, s: x if _masked(x) else s,
+            abstract.optimizer,
+            trained_shardings,
+            transform_non_params=lambda _: replicated,
+            is_leaf=_masked,
         ),  # fmt: skip
         frozen=frozen_shardings,
     )

@@ -7,11 +7,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pisces_jax.data.example import Text
-from pisces_jax.data.layout import Entry
+from pisces_jax.data.packing.layout import Entry
 from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import Tokenizer, open_tokenizer, train_sentencepiece
-from pisces_jax.errors import UserError
-from pisces_jax.processes import primary_first
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.processes import primary_first
 from pisces_jax.weights.folder import TOKENIZER, is_folder, resolve
 
 

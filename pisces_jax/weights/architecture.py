@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pisces_jax.errors import UserError
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.layers import ACTIVATIONS
-from pisces_jax.models.published import CLIP_MEAN, CLIP_STD, EVA_CLIP_E_PLUS_224
-from pisces_jax.models.transformer import RotaryScaling, TransformerConfig
+from pisces_jax.models.transformer import RopeScaling, TransformerConfig
 from pisces_jax.models.vit import ViTConfig
+from pisces_jax.utils.errors import UserError
+from pisces_jax.weights.sizes import CLIP_MEAN, CLIP_STD, EVA_CLIP_E_PLUS_224
 
 NATIVE = "pisces_jax"
 Json = Mapping[str, Any]
@@ -206,7 +206,7 @@ def _llama(values: Json, refuse: Refuse) -> TransformerConfig:
         raise refuse(f"a LLaMA with {what} {v[what]!r}", "take one without biases and with silu")
     scaling = None
     if kind == "llama3":
-        scaling = RotaryScaling(
+        scaling = RopeScaling(
             float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
             int(rope["original_max_position_embeddings"]),
         )  # fmt: skip
@@ -214,7 +214,7 @@ def _llama(values: Json, refuse: Refuse) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=v["vocab_size"], width=v["hidden_size"], layers=v["num_hidden_layers"], heads=heads,
         kv_heads=v.get("num_key_value_heads") or heads, head_dim=v.get("head_dim") or v["hidden_size"] // heads,
-        mlp_hidden=v["intermediate_size"], rotary_base=float(rope["rope_theta"]), rotary_scaling=scaling,
+        mlp_hidden=v["intermediate_size"], rope_theta=float(rope["rope_theta"]), rope_scaling=scaling,
         eps=v["rms_norm_eps"], tied_embedding=v["tie_word_embeddings"],
     )  # fmt: skip
 
@@ -277,8 +277,8 @@ def _native(values: Json, refuse: Refuse) -> Any:
     if values["kind"] is None:
         return None
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["settings"].items()}
-    if settings.get("rotary_scaling"):
-        settings["rotary_scaling"] = RotaryScaling(**settings["rotary_scaling"])
+    if settings.get("rope_scaling"):
+        settings["rope_scaling"] = RopeScaling(**settings["rope_scaling"])
     return _KINDS[values["kind"]](**settings)
 
 
@@ -343,9 +343,7 @@ _FREE_VIT = (
     "post_scale", "positions", "remat", "unroll", "attention",
 )  # fmt: skip
 _PLAIN_VIT = ViTConfig(1, 1, 1, 1, 1, 1)
-_CLIP_FORM = dataclasses.replace(
-    _PLAIN_VIT, **{k: v for k, v in _CLIP.items() if k not in _FREE_VIT}
-)
+_CLIP_FORM = dataclasses.replace(_PLAIN_VIT, **{k: v for k, v in _CLIP.items() if k not in _FREE_VIT})
 _EVA_FORM = dataclasses.replace(_PLAIN_VIT, norm="post", class_token=True, final_norm=False, biases="qv")
 
 
@@ -354,22 +352,22 @@ def config_json(config: Any, part: str, dtype: str) -> dict[str, Any]:
     family = family_of(config)
     if family == "llama":
         c: TransformerConfig = config
-        rope: dict[str, Any] = {"rope_theta": c.rotary_base, "rope_type": "default"}
-        if c.rotary_scaling is not None:
-            s = c.rotary_scaling
+        rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
+        if c.rope_scaling is not None:
+            s = c.rope_scaling
             rope |= dict(
                 rope_type="llama3", factor=s.factor, low_freq_factor=s.low_freq_factor,
                 high_freq_factor=s.high_freq_factor, original_max_position_embeddings=s.original_max_position,
             )  # fmt: skip
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"} if c.rotary_scaling else None
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"} if c.rope_scaling else None
         return dict(
             architectures=["LlamaForCausalLM"], model_type="llama", dtype=dtype, torch_dtype=dtype,
             vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_hidden, num_hidden_layers=c.layers,
             num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, hidden_act="silu",
             rms_norm_eps=c.eps, tie_word_embeddings=c.tied_embedding, attention_bias=False, mlp_bias=False,
             # What every published model with this scaling says; without it, transformers' own default stands.
-            **({"max_position_embeddings": 131_072} if c.rotary_scaling else {}),
-            rope_parameters=rope, rope_theta=c.rotary_base, rope_scaling=scaling,  # of transformers 5, and of 4
+            **({"max_position_embeddings": 131_072} if c.rope_scaling else {}),
+            rope_parameters=rope, rope_theta=c.rope_theta, rope_scaling=scaling,  # of transformers 5, and of 4
         )  # fmt: skip
     if family in ("siglip", "clip"):
         v: ViTConfig = config

@@ -138,9 +138,7 @@ def autoencoder(c: AutoencoderConfig) -> list[Entry]:
                 name = f"{side}.{folder}.{level}.resnets.{i}"
                 rows += block(f"{side}/level_{level}_block_{i}", name, i == 0 and width != before)
             if level < last:
-                rows += conv(
-                    f"{side}/level_{level}_{resample}", f"{side}.{folder}.{level}.{resample}samplers.0.conv"
-                )
+                rows += conv(f"{side}/level_{level}_{resample}", f"{side}.{folder}.{level}.{resample}samplers.0.conv")
             before = width
         rows += _norm(f"{side}/norm_out", f"{side}.conv_norm_out") + conv(f"{side}/conv_out", f"{side}.conv_out")
     if c.quant_conv:

@@ -29,12 +29,12 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from pisces_jax.data.tokenizers import APPENDED, Tokenizer
-from pisces_jax.errors import UserError
-from pisces_jax.files import synchronize, umask
 from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.transformer import Transformer, TransformerConfig
 from pisces_jax.models.vit import ViT, ViTConfig
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import synchronize, umask
 from pisces_jax.weights import architecture
 from pisces_jax.weights.families import FAMILIES, Family
 from pisces_jax.weights.layout import Entry
@@ -68,7 +68,9 @@ def resolve(source: str, wanted: Sequence[str] = WEIGHTS) -> Path:
     organisation, _, rest = name.partition("/")
     repository, _, sub = rest.partition("/")
     if not organisation or not repository:
-        raise UserError(f"{source} names no repository: write hf://ORGANISATION/NAME or hf://ORGANISATION/NAME@REVISION")
+        raise UserError(
+            f"{source} names no repository: write hf://ORGANISATION/NAME or hf://ORGANISATION/NAME@REVISION"
+        )
     import huggingface_hub
 
     repository, inside = f"{organisation}/{repository}", f"{sub}/" if sub else ""
@@ -462,7 +464,11 @@ def _preprocessor(family: str, c: ViTConfig) -> dict[str, Any]:
 
 
 def _pending(
-    table: Sequence[Entry], prefix: str, flat: Flat, hints: Mapping[str, int], tokens: int | None,
+    table: Sequence[Entry],
+    prefix: str,
+    flat: Flat,
+    hints: Mapping[str, int],
+    tokens: int | None,
     dtype: np.dtype | None,
 ) -> list[Pending]:
     """What is to be written, in the order of the table, layer by layer."""

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pisces_jax.errors import UserError
+from pisces_jax.utils.errors import UserError
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),

@@ -1,0 +1,169 @@
+"""Cached features of pictures, in ArrayRecord shards: what a frozen encoder makes of them, read in their place. It is
+the generation encoder, or the autoencoder whose latents a decoder learns to make.
+
+One record an example, by its number in the source: the features of the picture that the example draws, or where it
+draws none of its first. An example without a readable picture has an empty record; how many of them a shard has stands
+in a file beside it, where it has any.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from pisces_jax.data.example import BrokenExample, Example, Picture
+from pisces_jax.data.formats.record_files import RecordFiles, Span
+from pisces_jax.data.images import UnreadablePicture
+from pisces_jax.data.packing.layout import Entry, Source
+from pisces_jax.data.packing.lengths import fingerprint_words
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import replacing, write_atomic
+
+SHARD = 4096  # records
+# NumPy has no bfloat16: its bits are kept.
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
+
+
+def cached_picture(example: Example) -> Picture:
+    """The picture whose features are kept.
+
+    Raises:
+        BrokenExample: the example has no picture.
+        UserError: it draws several.
+    """
+    pictures = [part for part in example.parts if isinstance(part, Picture)]
+    drawn = [picture for picture in pictures if picture.role == "draw"]
+    if len(drawn) > 1:
+        raise UserError(f"example {example.key} draws {len(drawn)} pictures: features are kept of one alone")
+    if not pictures:
+        raise BrokenExample(example.key, "a picture is missing")
+    return (drawn or pictures)[0]
+
+
+def draws(source: Source) -> bool:
+    """Whether a source's examples draw pictures; one that does not say so may."""
+    return getattr(source, "draws", True)
+
+
+class FeatureCache:
+    """A source's features, whole or being written. `encoder` says what they are from: any JSON, compared as a whole.
+
+    Sources of the same pictures have the same folder, whatever their names and texts.
+
+    Raises:
+        UserError: the folder holds features of another encoder.
+    """
+
+    def __init__(self, folder: str | os.PathLike, entry: Entry, encoder: Mapping[str, Any]):
+        digest = hashlib.blake2b("\0".join(map(str, picture_words(entry.source))).encode(), digest_size=8).hexdigest()
+        self.folder = Path(folder) / digest
+        self.name, self.count = entry.name, len(entry.source)
+        self.encoder = json.loads(json.dumps(dict(encoder)))
+        self._about: dict[str, Any] | None = None
+        sizes = [min(SHARD, self.count - SHARD * s) for s in range(len(self.shards))]
+        self._records = RecordFiles([Span(str(p), 0, n) for p, n in zip(self.shards, sizes, strict=True)])
+        try:
+            about = json.loads((self.folder / "about.json").read_text())
+        except (OSError, ValueError):
+            return
+        if about["encoder"] != self.encoder:
+            raise UserError(
+                f"{self.folder} holds features of another encoder or pooling, or of one that was trained or replaced "
+                "since: remove it and cache again"
+            )
+        self._about = about
+
+    @property
+    def shards(self) -> list[Path]:
+        n = math.ceil(self.count / SHARD)
+        return [self.folder / f"{shard:05d}-of-{n:05d}.array_record" for shard in range(n)]
+
+    def todo(self, process_index: int, process_count: int) -> list[int]:
+        """Shards that are still to be written by this process."""
+        return [s for s, path in enumerate(self.shards) if s % process_count == process_index and not path.exists()]
+
+    def describe(self, shape: Sequence[int], dtype: str) -> None:
+        """Says of what form the records are, before the first shard."""
+        about = {"encoder": self.encoder, "shape": list(shape), "dtype": dtype}
+        if self._about is not None and self._about != about:
+            raise UserError(
+                f"{self.folder} was begun as {self._about['dtype']} {self._about['shape']} and not as {dtype} "
+                f"{list(shape)}: remove it or go on as it was begun"
+            )
+        self._about = about
+        write_atomic(self.folder / "about.json", json.dumps(about))
+
+    def write(self, shard: int, records: Sequence[bytes]) -> None:
+        """A whole shard or none of it."""
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        path = self.shards[shard]
+        if empty := sum(not record for record in records):
+            write_atomic(_count_of(path), str(empty))
+        else:
+            _count_of(path).unlink(missing_ok=True)  # of a shard that was removed since
+        with replacing(path) as temporary:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record is read at a time
+            for record in records:
+                writer.write(record)
+            writer.close()
+
+    def empty(self) -> int:
+        """How many pictures could not be read, in the shards that are written."""
+        counts = (_count_of(path) for path in self.shards if path.exists())
+        return sum(int(path.read_text()) for path in counts if path.exists())
+
+    def open(self) -> "FeatureCache":
+        """To be called before reading.
+
+        Raises:
+            UserError: it is missing or not finished.
+        """
+        missing = [path for path in self.shards if not path.exists()]
+        if self._about is None or missing:
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} of {len(self.shards)} shards of cached features: run "
+                "python -m pisces_jax.cache with this config and workdir first"
+            )
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[m, C] of a generation encoder, [Z, Z, c] of an autoencoder."""
+        assert self._about is not None
+        return tuple(self._about["shape"])
+
+    def __getitem__(self, i: int) -> Float32[np.ndarray, "..."]:
+        """The features of example `i`.
+
+        Raises:
+            BrokenExample: its picture could not be read when they were made, or the record cannot be read now.
+        """
+        assert self._about is not None
+        key = f"{self.name}[{i}]"
+        try:
+            data = self._records[i]
+        except UserError as error:
+            raise BrokenExample(key, "cached features cannot be read", str(error)) from error
+        if not data:
+            raise BrokenExample(key, UnreadablePicture.reason, "when its features were cached")
+        stored = np.frombuffer(data, DTYPES[self._about["dtype"]])
+        if stored.dtype == np.uint16:
+            stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return stored.reshape(self.shape)
+
+
+def _count_of(shard: Path) -> Path:
+    return shard.with_suffix(".empty")
+
+
+def picture_words(source: Source) -> list[Any]:
+    """What the features of a source depend on: not its texts, where the source knows its pictures apart from them."""
+    known = getattr(source, "pictures_fingerprint", None)
+    return fingerprint_words(source) if known is None else [len(source), known]

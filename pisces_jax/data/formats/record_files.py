@@ -1,0 +1,70 @@
+"""Random access to the records of ArrayRecord files; a process keeps few of them open, however many there are."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pisces_jax.data import storage
+from pisces_jax.utils.errors import UserError
+
+OPEN_READERS = 64  # each has a descriptor
+
+
+class Span(NamedTuple):
+    """`length` records of a file, from record `first`."""
+
+    path: str
+    first: int
+    length: int
+
+
+class RecordFiles:
+    """The records of some spans, one span after the other. It is picklable, and nothing is opened before it is read."""
+
+    def __init__(self, spans: Sequence[Span]):
+        self._spans = list(spans)
+        self._ends = np.cumsum([span.length for span in spans], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._spans else 0
+
+    def __getitem__(self, i: int) -> bytes:
+        """
+        Raises:
+            storage.Unreachable: the file is gone or cannot be read.
+            UserError: the record is damaged.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        path, first, length = self._spans[place := int(np.searchsorted(self._ends, i, side="right"))]
+        position = first + i - int(self._ends[place]) + length
+        try:
+            return _reader(path, storage.signature(path)).read([position])[0]
+        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # What the library says of bytes that are there and wrong; all else may be the storage.
+            kind = UserError if "Corrupted" in reason else storage.Unreachable
+            raise kind(f"record {position} of {path} cannot be read ({reason}): mend or replace the file") from error
+
+
+def count_records(path: str) -> int:
+    """How many records a file holds.
+
+    Raises:
+        UserError: it is not there, or no whole ArrayRecord file.
+    """
+    reader = _reader(path, storage.signature(path))
+    if not reader.ok():  # it would count none
+        raise UserError(f"{path} cannot be read as ArrayRecord: mend or remove it, or change path")
+    return reader.num_records()
+
+
+# The signature is there so that a file that was replaced is opened again. Whoever still reads keeps the reader that
+# the cache lets go.
+@functools.lru_cache(OPEN_READERS)
+def _reader(path: str, signature: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)

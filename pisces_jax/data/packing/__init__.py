@@ -1,0 +1,1 @@
+"""From examples to packed rows: layout, lengths, the index, rows and the Grain pipeline."""

@@ -1,0 +1,138 @@
+"""From an example to its token sequence.
+
+The sequence is `bos`, the parts in order, `eos`. A text is its ids. A picture to read is `read_vectors` times
+the `<image>` id, nothing around it. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
+
+With a chat tokenizer (LLaMA 3's) what is given is the user's turn and what is learned or drawn the assistant's: each
+turn opens with its header, and every turn but the last, which `eos` ends, with the end of turn.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from pisces_jax.data.example import Example, Picture, Role, Text
+from pisces_jax.data.tokenizers import Speaker, Tokenizer
+
+
+class Source(Protocol):
+    """Random access to examples; it must be picklable, and reading it must not decode pictures."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Static sizes of the rows, the same for a whole run.
+
+    A group of `rows` rows of `length` tokens shares one pool of `read_slots` pictures to read and one of
+    `draw_slots` pictures to draw. A picture takes `read_vectors` or `draw_vectors` places in its row and is
+    `read_size` or `draw_size` pixels wide and high.
+    """
+
+    read_vectors: int
+    draw_vectors: int
+    length: int
+    rows: int
+    read_slots: int
+    draw_slots: int
+    read_size: int
+    draw_size: int
+    read_stretch: bool = False  # pictures to read are stretched to the square, not cropped (`images.fit`)
+
+
+class Entry(NamedTuple):
+    """One source of a mixture."""
+
+    name: str
+    weight: float
+    source: Source
+
+
+class Placed(NamedTuple):
+    """A picture: `start` is the position of its first `<image>`, `ordinal` its number among the parts."""
+
+    role: Role
+    start: int
+    picture: Picture
+    ordinal: int
+
+
+class LaidOut(NamedTuple):
+    """One example as `L` tokens; where `loss_mask[t]`, token t is a target, predicted from the state at t-1."""
+
+    tokens: Int32[np.ndarray, "L"]
+    loss_mask: Bool[np.ndarray, "L"]
+    pictures: list[Placed]
+
+
+def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout, *, prompt: bool = False) -> LaidOut:
+    """The token sequence of `example`; no picture is decoded. With `prompt` it is left open, for the model to go on.
+
+    Learned are the tokens of learned texts, and what the model decides right after one: the `[IMG]` of a picture that
+    it draws, or the `eos` with which it stops. A learned text that another's text follows is a turn of a conversation
+    and has its own `eos`, or the tokenizer's end of turn. Elsewhere `[IMG]` and `eos` are given. The state at `[IMG]`
+    (`start - 1`) predicts vector 0.
+
+    An example with `cut` that is longer than a row loses the end of its last text, and does not learn to stop there.
+    """
+    laid_out, texts = _lay_out(example, tokenizer, layout, 0, prompt)
+    surplus = len(laid_out.tokens) - layout.length
+    if example.cut and surplus > 0 and texts and texts[-1] > surplus:
+        laid_out, _ = _lay_out(example, tokenizer, layout, surplus, prompt)
+    return laid_out
+
+
+def _lay_out(
+    example: Example, tokenizer: Tokenizer, layout: Layout, cut: int, prompt: bool
+) -> tuple[LaidOut, list[int]]:
+    """With `cut` tokens taken from the end of the last text; and the number of tokens of each text."""
+    tokens, loss_mask = [tokenizer.bos], [False]
+    pictures = []
+    texts: list[int] = []
+    decides = False  # whether the part before was a learned text
+    last = max((i for i, part in enumerate(example.parts) if isinstance(part, Text)), default=-1)
+    speaker: Speaker | None = None
+
+    def put(ids: Sequence[int], learned: bool) -> None:
+        tokens.extend(ids)
+        loss_mask.extend([learned] * len(ids))
+
+    def turn(new: Speaker) -> None:
+        nonlocal speaker
+        if new == speaker:
+            return
+        if speaker is not None and tokenizer.end_of_turn is not None:
+            put([tokenizer.end_of_turn], decides)
+        put(tokenizer.header(new), False)
+        speaker = new
+
+    for ordinal, part in enumerate(example.parts):
+        made = part.learn if isinstance(part, Text) else part.role == "draw"
+        turn("assistant" if made else "user")
+        if isinstance(part, Text):
+            ids = tokenizer.encode(part.text)
+            if decides and not part.learn and tokenizer.end_of_turn is None:
+                put([tokenizer.eos], True)
+            shortened = ordinal == last and cut > 0
+            put(ids[: len(ids) - cut] if shortened else ids, part.learn)
+            texts.append(len(ids))
+            decides = part.learn and not shortened
+            continue
+        if part.role == "draw":
+            put([tokenizer.begin_image], decides)
+        pictures.append(Placed(part.role, len(tokens), part, ordinal))
+        put([tokenizer.image] * (layout.read_vectors if part.role == "read" else layout.draw_vectors), False)
+        if part.role == "draw":
+            put([tokenizer.end_image], False)
+        decides = False
+    if prompt:
+        turn("assistant")
+    else:
+        put([tokenizer.eos], decides)
+    return LaidOut(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool), pictures), texts

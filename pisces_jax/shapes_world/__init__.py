@@ -1,0 +1,1 @@
+"""The built-in world of coloured shapes: scenes, texts, questions, source, detector and scores."""

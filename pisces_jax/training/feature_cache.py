@@ -1,0 +1,204 @@
+"""Writes what the frozen encoders make of a config's pictures, to be trained on in place of the pictures."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from pisces_jax.data.example import TRANSIENT, BrokenExample, reason_of
+from pisces_jax.data.feature_cache import DTYPES, SHARD, FeatureCache, cached_picture, draws
+from pisces_jax.data.images import UnreadablePicture
+from pisces_jax.data.packing.layout import Entry
+from pisces_jax.data.packing.rows import LEAST_SEEN
+from pisces_jax.models.autoencoder import Autoencoder
+from pisces_jax.models.layers import apply
+from pisces_jax.models.vit import ViT, pooled_features
+from pisces_jax.training import config as settings
+from pisces_jax.training.checkpoints import load_part, part_mark
+from pisces_jax.training.programs import to_signal
+from pisces_jax.utils import processes
+from pisces_jax.utils.errors import UserError
+from pisces_jax.weights.folder import is_folder, read_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is kept of every picture: by which `part` it is made, in which folder below that of `data.features`, and
+    what it depends on beside the part's weights and settings."""
+
+    part: str
+    folder: str
+    beside: Mapping[str, Any]
+
+
+def kinds_of(config: ConfigDict) -> dict[str, Kind]:
+    """What a config reads in place of pictures: the generation encoder's pooled features, and in the training of a
+    decoder that makes latents those of the autoencoder too."""
+    kinds = {"features": Kind("generation_encoder", "", {"pool": config.model.pool})}
+    if config.program == "decoder" and "autoencoder" in config.model:
+        size = settings.vit_config(config, "generation_encoder").image_size
+        kinds["latents"] = Kind("autoencoder", "latents", {"image_size": size})
+    return kinds
+
+
+def encoder_of(config: ConfigDict, workdir: Path, kind: Kind) -> dict[str, Any]:
+    """What cached features are from: the encoder's run or published folder, its weights, settings and the pooling."""
+    start = config.init_from.get(kind.part, "")
+    if not start:
+        raise UserError(
+            f"config key init_from.{kind.part} is not set: features are cached of an encoder that was trained"
+        )
+    return {
+        "start": start,
+        "weights": part_mark(workdir, start, kind.part),
+        "settings": dataclasses.asdict(settings.part_settings(config, kind.part, vocab_size=0)),
+        **kind.beside,
+    }
+
+
+def _caches(config: ConfigDict, workdir: Path, kind: Kind, entries: Sequence[Entry]) -> list[FeatureCache | None]:
+    """A cache an entry, None for one whose pictures are only read: the unified model draws from features alone."""
+    folder = workdir / (config.data.features or "features") / kind.folder
+    encoder = encoder_of(config, workdir, kind)
+    every = config.program != "unified"
+    return [FeatureCache(folder, entry, encoder) if every or draws(entry.source) else None for entry in entries]
+
+
+def open_caches(config: ConfigDict, workdir: Path, entries: Sequence[Entry]) -> dict[str, list[FeatureCache | None]]:
+    """The caches that a config reads by kind, one an entry (None where it needs none), no kind where it reads pictures.
+
+    Raises:
+        UserError: one is missing or unfinished, or no source draws.
+    """
+    if not config.data.features:
+        return {}
+    opened = {name: _caches(config, workdir, kind, entries) for name, kind in kinds_of(config).items()}
+    if not any(cache is not None for cache in opened["features"]):
+        raise UserError("data.features is set, and no source of the config draws a picture: leave it empty")
+    return {name: [None if cache is None else cache.open() for cache in caches] for name, caches in opened.items()}
+
+
+def cache_features(
+    config: ConfigDict,
+    workdir: Path,
+    entries: list[Entry],
+    dtype: str,
+    batch_size: int,
+    threads: int = 2,
+    share: tuple[int, int] = (0, 1),
+) -> Mapping[str, int]:
+    """Writes what is not there yet of every source, by all kinds; how many pictures could not be read, by source,
+    those of shards that were there counted too. A source that needs no features is not named.
+
+    Every process writes its `share` of the shards (part i of n), on its own devices; what an interruption leaves is
+    whole shards, and the same call goes on with the others. It returns when all processes are done.
+
+    Raises:
+        UserError: the storage fails, or more than `data.max_broken` of a source's pictures cannot be read. The shard
+            in hand is not kept.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
+    kinds = kinds_of(config)
+    needed = {}
+    for name, kind in kinds.items():
+        caches = zip(entries, _caches(config, workdir, kind, entries), strict=True)
+        needed[name] = [(entry, cache) for entry, cache in caches if cache is not None]
+    work = {}
+    for name, pairs in needed.items():
+        once = {cache.folder: (entry, cache) for entry, cache in pairs}.values()
+        work[name] = [(entry, cache, cache.todo(*share)) for entry, cache in once if cache.todo(0, 1)]
+    processes.barrier("features to write")  # the weights are read by all processes or by none
+    for name, todo in work.items():  # one encoder at a time in the memory
+        if todo:
+            _write(config, workdir, kinds[name], todo, dtype, batch_size, threads)
+    processes.barrier("features written")
+    return {entry.name: cache.empty() for entry, cache in needed["features"]}
+
+
+def _write(
+    config: ConfigDict,
+    workdir: Path,
+    kind: Kind,
+    caches: Sequence[tuple[Entry, FeatureCache, Sequence[int]]],
+    dtype: str,
+    batch_size: int,
+    threads: int,
+) -> None:
+    encode, size = _encoder(config, workdir, kind, dtype)
+    devices = jax.local_device_count()
+    batch_size = -(-batch_size // devices) * devices
+    bar = tqdm(
+        total=sum(len(work) for _, _, work in caches), desc=kind.folder or "features", unit="shard", mininterval=1.0,
+        disable=not processes.primary(),
+    )  # fmt: skip
+    with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for entry, cache, work in caches:
+
+            def load(i: int, entry: Entry = entry) -> np.ndarray | None:
+                try:
+                    example = entry.source[i]
+                    return cached_picture(example).square(size)
+                except (BrokenExample, UnreadablePicture) as error:
+                    if reason_of(error) in TRANSIENT:
+                        raise UserError(f"source {entry.name}: {error}: run the same command again") from error
+                    return None
+
+            broken = cache.empty()
+            for shard in work:
+                records: list[bytes] = []
+                numbers = range(shard * SHARD, min((shard + 1) * SHARD, cache.count))
+                for start in range(0, len(numbers), batch_size):
+                    images = list(pool.map(load, numbers[start : start + batch_size]))
+                    blank = np.zeros((size, size, 3), np.uint8)
+                    filled = [blank if image is None else image for image in images]
+                    features = encode(np.stack(filled + [blank] * (batch_size - len(filled))))
+                    if not records:
+                        cache.describe(features.shape[1:], dtype)
+                    broken += sum(image is None for image in images)
+                    _check_broken(cache, broken, config.data.max_broken)
+                    pairs = zip(images, features[: len(images)], strict=True)
+                    records += [b"" if image is None else each.tobytes() for image, each in pairs]
+                cache.write(shard, records)
+                bar.update()
+
+
+def _check_broken(cache: FeatureCache, broken: int, most: float) -> None:
+    if broken > most * max(cache.count, LEAST_SEEN):
+        raise UserError(
+            f"source {cache.name}: {broken} of {cache.count} pictures cannot be read so far, more than {most:.2%}: "
+            "mend them or raise data.max_broken"
+        )
+
+
+def _encoder(config: ConfigDict, workdir: Path, kind: Kind, dtype: str) -> tuple[Any, int]:
+    """A function from uint8 pictures [B, S, S, 3] to the stored form of their features [B, ...], and S."""
+    of, compute = settings.part_settings(config, kind.part, vocab_size=0), jnp.dtype(config.compute_dtype)
+    size = settings.vit_config(config, "generation_encoder").image_size
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    storage = jnp.dtype(config.param_dtype.get(kind.part, "float32"))
+    start = config.init_from[kind.part]
+    params = read_source(start, of, kind.part) if is_folder(start) else load_part(workdir, start, kind.part)
+    params = jax.device_put(jax.tree.map(lambda x: x.astype(storage), params), whole)
+
+    @jax.jit
+    def features(params: Any, images: jax.Array) -> jax.Array:
+        if kind.part == "autoencoder":
+            made = apply(Autoencoder(of, compute), params, to_signal(images), method="encode")
+        else:
+            made = pooled_features(apply(ViT(of, compute), params, images), config.model.pool)
+        return made.astype(jnp.dtype(dtype))
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        return np.asarray(features(params, jax.device_put(images, split))).view(DTYPES[dtype])
+
+    return encode, size

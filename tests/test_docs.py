@@ -1,4 +1,4 @@
-"""The docs show what works: commands parse, those that take seconds run, links lead somewhere, examples are executed."""
+"""The docs show what works: commands parse, those that take seconds run, links lead somewhere, examples are run."""
 
 import contextlib
 import os
@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pisces_jax import sharding
+from pisces_jax.data import sources
 from pisces_jax.training.config_files import load_stages
+from pisces_jax.training.programs import PROGRAMS
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import run_command
+from pisces_jax.weights.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 # The records of past runs keep the commands and keys of their time.
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-TINY = f"--config={ROOT}/tests/tiny_config.py"
-FEW = ["--per_task=1", "--images=2", "--per_kind=2", "--held_out=1", "--spread=1", "--pictures=3"]
+TINY = ROOT / "tests/tiny_config.py"
 
 
 # What the pages hold
@@ -74,9 +77,11 @@ def show(command):
 
 
 def training_of(command):
-    """A launch script's command as the one that it starts on every host."""
+    """A launch script's command as the one that it starts on every host (none with `--delete`)."""
     if not command[0].startswith("launch/"):
         return command
+    if "--" not in command:
+        return ("pisces_jax.train", "--help")
     module = next((flag.removeprefix("--module=") for flag in command if flag.startswith("--module=")), "train")
     return (f"pisces_jax.{module}", *command[command.index("--") + 1 :])
 
@@ -157,24 +162,28 @@ def test_help_shows_commands_that_parse(module, monkeypatch, capsys):
 
 # Commands that run
 
-# Of each command how it is run here, at its smallest (arguments that begin as one of these replace it; `-` takes a flag
-# away), or why it is not. The first pattern that matches holds.
-SHAPES_RUN = {"--workdir": "{trained}/run", "--run": "-"}
-RUN = [
-    (r"pisces_jax\.xla_flags .*", {}),
-    (r"pisces_jax\.\w+( \w+)? --help", {}),
-    (r"pisces_jax\.plan .*--topology=cpu:2.*", {"--json": "{tmp}/plan.json"}),
-    (r"pisces_jax\.data (stats|inspect) .*", {"--config": "{tiny}:unified", "--workdir": "{trained}/run",
-     "--out": "{tmp}/out", "--first": "0", "--count": "1", "--config.": "-"}),
-    (r"pisces_jax\.data index .*", {"--path": "{tmp}/shard.tar", "--index_dir": "{tmp}", "--workers": "1"}),
-    (r"pisces_jax\.answer .*", {**SHAPES_RUN, "--image": "{trained}/picture.png"}),
-    (r"pisces_jax\.generate .*", {**SHAPES_RUN, "--out": "{tmp}/drawn", "--prompts_file": "{tmp}/prompts.txt",
-     "--num_images": "1"}),
-    (r"pisces_jax\.evaluate --workdir=\S+ --task=(?!pictures).*", {**SHAPES_RUN, "--out": "{tmp}/scores.json",
-     "--grid": "{tmp}/grid.png", "few": "on"}),
-    (r"pisces_jax\.convert export .*", {**SHAPES_RUN, "--part": "-", "--dtype": "bfloat16", "--out": "{tmp}/exported"}),
-    (r"launch/.*", {"dry": "on"}),
-]  # fmt: skip
+# How each command is run here, at its smallest: the value that a flag gets, or None to leave it out. The first pattern
+# that matches holds.
+TRAINED = {"--workdir": "{trained}/run", "--run": None}
+RUNS = {
+    r"pisces_jax\.xla_flags .*": {},
+    r"pisces_jax\.\w+( \w+)? --help": {},
+    r"pisces_jax\.plan .*--topology=cpu:2.*": {"--json": "{tmp}/plan.json"},
+    r"pisces_jax\.data (stats|inspect) .*": {
+        **TRAINED, "--config": f"{TINY}:unified", "--config.": None, "--out": "{tmp}/out", "--first": "0", "--count": "1"
+    },
+    r"pisces_jax\.data index .*": {"--path": "{tmp}/shard.tar", "--index_dir": "{tmp}", "--workers": "1"},
+    r"pisces_jax\.answer .*": {**TRAINED, "--image": "{trained}/picture.png"},
+    r"pisces_jax\.generate .*": {
+        **TRAINED, "--out": "{tmp}/drawn", "--prompts_file": "{tmp}/prompts.txt", "--num_images": "1"
+    },
+    r"pisces_jax\.evaluate --workdir=\S+ --task=(?!pictures).*": {
+        **TRAINED, "--out": "{tmp}/scores.json", "--grid": "{tmp}/grid.png", "few": ""
+    },
+    r"pisces_jax\.convert export .*": {**TRAINED, "--part": None, "--dtype": "bfloat16", "--out": "{tmp}/exported"},
+    r"launch/.*": {"dry": ""},
+}  # fmt: skip
+FEW = ("--per_task=1", "--images=2", "--per_kind=2", "--held_out=1", "--spread=1", "--pictures=3")
 NOT_RUN = {
     r"pisces_jax\.train .*": "minutes to days; tests/test_commands.py and test_training.py train tiny runs",
     r"pisces_jax\.demo .*": "20 minutes and more; the fixture `trained` is a tiny one",
@@ -187,31 +196,27 @@ NOT_RUN = {
 }
 
 
-def how(command):
-    """The replacements with which a command is run, or None; every command must be in one of the tables."""
-    for pattern, replaced in RUN:
-        if re.fullmatch(pattern, show(command)):
-            return replaced
-    assert any(re.fullmatch(pattern, show(command)) for pattern in NOT_RUN), (
-        f"{show(command)}: say in RUN how to run it, or in NOT_RUN why not"
-    )
-    return None
+def first_match(command, table):
+    return next((value for pattern, value in table.items() if re.fullmatch(pattern, show(command))), None)
 
 
-def smallest(command, replaced, places):
-    """The command with its replacements, once for each that differs."""
-    if replaced.get("dry"):
-        return (command[0], *dict.fromkeys(["--dry-run", *command[1:]]))
-    made = []
-    for word in command:
-        name = next((n for n in replaced if word.startswith((f"{n}=", f"{n}.")) or word == n or n == "--config." in word), "")
-        value = replaced.get(name, "")
-        if value != "-":
-            made.append(f"{name}={value.format(**places)}" if name else word)
-    return (*made, *(FEW if replaced.get("few") else ()))
+def smallest(command, values, **places):
+    """The command with those values in place of its own."""
+    words = [command[0]]
+    for word in command[1:]:
+        flag = "--config." if word.startswith("--config.") else word.partition("=")[0]
+        if flag not in values:
+            words.append(word)
+        elif values[flag] is not None:
+            words.append(f"{flag}={values[flag].format(**places)}")
+    if "dry" in values:
+        words = [words[0], "--dry-run", *(word for word in words[1:] if word != "--dry-run")]
+    return (*words, *(FEW if "few" in values else ()))
 
 
-RUNNABLE = sorted({command for command in COMMANDS if how(command) is not None})
+@pytest.mark.parametrize("command", COMMANDS, ids=show)
+def test_a_command_is_run_or_there_is_a_reason_why_not(command):
+    assert first_match(command, {**RUNS, **NOT_RUN}) is not None, "add it to RUNS, or to NOT_RUN with the reason"
 
 
 @pytest.fixture(scope="module")
@@ -224,25 +229,24 @@ def places(tmp_path_factory):
     with tarfile.open(folder / "shard.tar", "w") as shard:
         for name in ("1.png", "1.txt"):
             shard.add(folder / name, name)
-    return {"tmp": folder, "tiny": TINY.removeprefix("--config=")}
+    return folder
 
 
 def test_what_runs_on_a_laptop_runs(places, trained, monkeypatch, capsys):
-    """All in one test: what differs in paths and amounts alone is the same command at its smallest."""
-    places = {**places, "trained": trained}
+    """All in one test: commands that differ in paths and amounts alone are run once."""
     done = set()
-    for command in RUNNABLE:
-        small = smallest(command, how(command), places)
+    for command in COMMANDS:
+        if (values := first_match(command, RUNS)) is None:
+            continue
+        small = smallest(command, values, tmp=places, trained=trained)
         if small in done:
             continue
         done.add(small)
         if small[0].startswith("launch/"):
             ended = subprocess.run(["bash", *small], cwd=ROOT, capture_output=True, text=True, timeout=60)
-            assert ended.returncode == 0 and "pisces_jax." in ended.stdout, f"{show(command)}: {ended.stderr}"
+            assert ended.returncode == 0 and ended.stdout, f"{show(command)}: {ended.stderr}"
             continue
-        for left in places["tmp"].glob("exported"):
-            subprocess.run(["rm", "-r", left], check=True)
-        with called_with(small, monkeypatch), monkeypatch.context() as patch:
+        with called_with(small, monkeypatch) as patch:
             patch.chdir(ROOT)
             try:
                 run_command(main_of(small[0]))
@@ -255,7 +259,8 @@ def test_what_runs_on_a_laptop_runs(places, trained, monkeypatch, capsys):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_make_targets_exist(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    shown = {found[1] for line in lines(page) if (found := re.match(r"make ([a-z-]+)", line))}
+    shown = set(re.findall(r"^make ([a-z-]+)", "\n".join(lines(page)), re.M))
+    shown |= set(re.findall(r"`make ([a-z-]+)", page.read_text()))
     assert shown <= targets
 
 
@@ -287,18 +292,40 @@ def first_line(text):
     return text.partition("\n")[0].removeprefix("# ")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "extend.md"], ids=lambda page: page.name)
+EXECUTED = ("extend.md", "one_gpu.md", "look_at_shardings.md", "README.md")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in EXECUTED], ids=lambda page: page.name)
 def test_python_is_python(page):
     for language, text in blocks(page):
         if language == "python":
             compile(text, str(page), "exec")
 
 
+@pytest.mark.parametrize("name", ["one_gpu.md", "look_at_shardings.md"])
+def test_examples_of_planning_run(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sharding, "RULES", sharding.RULES)  # which an example replaces
+    for language, text in blocks(ROOT / "docs" / name):
+        if language == "python":
+            exec(compile(text, name, "exec"), {"__name__": "__main__"})
+    assert "GiB" in capsys.readouterr().out
+
+
+def test_the_example_of_the_readme_runs(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "runs/shapes").symlink_to(trained / "run")
+    (tmp_path / "drawn/0000_00.png").symlink_to(trained / "picture.png")
+    (text,) = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
+    exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+    assert "[" in capsys.readouterr().out
+
+
 def test_examples_of_extensions_run(tmp_path, monkeypatch):
     """The Python blocks of docs/extend.md in order: one that begins with a file's name is that module, the others are
     one script."""
-    from pisces_jax.data import sources
-
     monkeypatch.chdir(tmp_path)
     script = {"__name__": "__main__"}
     before = {name: dict(table) for name, table in tables().items()}
@@ -325,8 +352,4 @@ def test_examples_of_extensions_run(tmp_path, monkeypatch):
 
 def tables():
     """What the examples add to."""
-    from pisces_jax.data.sources import READERS
-    from pisces_jax.training.programs import PROGRAMS
-    from pisces_jax.weights.families import FAMILIES
-
-    return {"programs": PROGRAMS, "readers": READERS, "families": FAMILIES}
+    return {"programs": PROGRAMS, "readers": sources.READERS, "families": FAMILIES}

@@ -170,7 +170,8 @@ RUNS = {
     r"pisces_jax\.\w+( \w+)? --help": {},
     r"pisces_jax\.plan .*--topology=cpu:2.*": {"--json": "{tmp}/plan.json"},
     r"pisces_jax\.data (stats|inspect) .*": {
-        **TRAINED, "--config": f"{TINY}:unified", "--config.": None, "--out": "{tmp}/out", "--first": "0", "--count": "1"
+        **TRAINED, "--config": f"{TINY}:unified", "--config.": None, "--out": "{tmp}/out", "--first": "0",
+        "--count": "1",
     },
     r"pisces_jax\.data index .*": {"--path": "{tmp}/shard.tar", "--index_dir": "{tmp}", "--workers": "1"},
     r"pisces_jax\.answer .*": {**TRAINED, "--image": "{trained}/picture.png"},

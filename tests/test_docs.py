@@ -1,9 +1,11 @@
 """The docs show what works: commands parse, those that take seconds run, links lead somewhere, examples are run."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -176,11 +178,13 @@ RUNS = {
     r"pisces_jax\.data index .*": {"--path": "{tmp}/shard.tar", "--index_dir": "{tmp}", "--workers": "1"},
     r"pisces_jax\.answer .*": {**TRAINED, "--image": "{trained}/picture.png"},
     r"pisces_jax\.generate .*": {
-        **TRAINED, "--out": "{tmp}/drawn", "--prompts_file": "{tmp}/prompts.txt", "--num_images": "1"
+        **TRAINED, "--out": "{tmp}/drawn", "--prompts_file": "{tmp}/prompts.txt", "--num_images": "1",
+        "--geneval": "{tmp}/geneval/00000/metadata.jsonl",
     },
     r"pisces_jax\.evaluate --workdir=\S+ --task=(?!pictures).*": {
         **TRAINED, "--out": "{tmp}/scores.json", "--grid": "{tmp}/grid.png", "few": ""
     },
+    r"pisces_jax\.evaluate --folder=.*": {"--folder": "{tmp}/geneval", "--out": "{tmp}/results.jsonl"},
     r"pisces_jax\.convert export .*": {**TRAINED, "--part": None, "--dtype": "bfloat16", "--out": "{tmp}/exported"},
     r"launch/.*": {"dry": ""},
 }  # fmt: skip
@@ -192,7 +196,6 @@ NOT_RUN = {
     r"pisces_jax\.plan .*--search.*": "half an hour; tests/test_planning.py searches for a tiny step",
     r"pisces_jax\.plan .*": "two minutes and more for a slice; tests/test_planning.py plans tiny steps for slices",
     r"pisces_jax\.evaluate --workdir=\S+ --task=pictures.*": "needs a run on real pictures; tests/test_evaluation.py",
-    r"pisces_jax\.evaluate --folder.*": "needs drawn pictures in GenEval's layout; tests/test_geneval.py",
     r"pisces_jax\.convert import .*": "needs published weights; tests/test_weights.py imports generated ones",
 }
 
@@ -227,6 +230,11 @@ def places(tmp_path_factory):
     for name in ("1.png", "1.txt"):
         (folder / name).write_text("a caption")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "1.png")
+    prompt = folder / "geneval/00000"
+    (prompt / "samples").mkdir(parents=True)
+    shutil.copy(folder / "1.png", prompt / "samples/0000.png")
+    line = dict(tag="single_object", include=[{"class": "circle", "count": 1}], prompt="a photo of a circle")
+    (prompt / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     with tarfile.open(folder / "shard.tar", "w") as shard:
         for name in ("1.png", "1.txt"):
             shard.add(folder / name, name)

@@ -13,10 +13,10 @@ from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.packing import epochs, lengths
 from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.packing.binning import pack
-from pisces_jax.data.packing.layout import Layout, lay_out
+from pisces_jax.data.packing.layout import Entry, Layout, lay_out
 from pisces_jax.data.packing.lengths import Lengths, scan_lengths
-from pisces_jax.data.packing.mixture import Mixture, shuffled
-from pisces_jax.data.packing.rows import Entry, PackedGroups
+from pisces_jax.data.packing.mixture import Mixture, mixture_counts, shuffled
+from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.shapes_world.source import ShapesSource
 from pisces_jax.utils.errors import UserError
 
@@ -228,8 +228,10 @@ def test_shuffled_is_a_permutation():
 
 def test_mixture_shares_and_passes():
     usable = [np.arange(0, 100), np.arange(500, 530), np.array([7])]
-    mixture = Mixture(["a", "b", "c"], [5.0, 4.0, 1.0], usable, seed=0, examples_per_epoch=40)
-    assert mixture.counts == [20, 16, 4]
+    names, sizes = ["a", "b", "c"], [len(each) for each in usable]
+    counts = mixture_counts(names, [5.0, 4.0, 1.0], sizes, examples_per_epoch=40)
+    assert counts == [20, 16, 4]
+    mixture = Mixture(names, counts, usable, seed=0)
     taken = [[], [], []]
     for epoch in range(15):
         source, index = mixture.at(epoch, np.arange(40))
@@ -247,15 +249,17 @@ def test_mixture_shares_and_passes():
         assert len(set(taken[0][start : start + 100])) == 100
     assert taken[0][:100] != taken[0][100:200]
     with pytest.raises(UserError, match="same name"):
-        Mixture(["a", "a"], [1, 1], usable[:2], 0)
+        mixture_counts(["a", "a"], [1, 1], sizes[:2])
     with pytest.raises(UserError, match="weights"):
-        Mixture(["a", "b"], [0, 0], usable[:2], 0)
+        mixture_counts(["a", "b"], [0, 0], sizes[:2])
+    with pytest.raises(UserError, match="no example of source b can be used"):
+        mixture_counts(["a", "b"], [1, 1], [3, 0])
     with pytest.raises(UserError, match="examples_per_epoch"):
-        Mixture(["a", "b", "c"], [1, 1, 1], usable, 0, examples_per_epoch=1)
+        mixture_counts(names, [1, 1, 1], sizes, examples_per_epoch=1)
 
 
 def test_unshuffled_mixture_is_in_order_and_even():
-    mixture = Mixture(["a", "b"], [3.0, 1.0], [np.arange(60), np.arange(20)], 0, shuffle=False)
+    mixture = Mixture(["a", "b"], [60, 20], [np.arange(60), np.arange(20)], 0, shuffle=False)
     source, index = mixture.at(0, np.arange(80))
     assert index[source == 0].tolist() == list(range(60)) and index[source == 1].tolist() == list(range(20))
     assert np.bincount(source[:8]).tolist() == [6, 2]
@@ -288,18 +292,21 @@ def test_left_out_examples_are_counted_by_reason(caplog):
             return super().__getitem__(i)
 
     groups = PackedGroups([Entry("odd", 1, Odd("odd", 20))], Letters(), LAYOUT, seed=0)
-    assert groups.left_out == {"odd": (1, 1, 1)}
-    assert "of 20 examples 1 are longer" in caplog.text
+    assert groups.left_out == {"odd": {"too_long": 1, "too_many_pictures": 1, "unreadable": 1}}
+    assert (
+        "source odd: left out of 20 examples: 1 longer than 40 tokens, 1 with more pictures than a group has slots, "
+        "1 unreadable (unreadable: 1)"
+    ) in caplog.text
     members = np.concatenate([groups.members(i).example for i in range(groups.per_epoch)])
     assert sorted(members.tolist()) == sorted(set(range(20)) - {3, 4, 5})
 
 
 def test_a_layout_that_fits_nothing_is_a_users_mistake():
     short = Layout(5, 3, 6, 1, 4, 4, 8, 6)
-    with pytest.raises(UserError, match="row length to at least"):
+    with pytest.raises(UserError, match="10 longer than 6 tokens.*: set data.row_length to at least 1[0-9]$"):
         PackedGroups([Entry("a", 1, Words("a", 10))], Letters(), short, seed=0)
     no_slots = Layout(5, 3, 40, 1, 4, 0, 8, 6)
-    with pytest.raises(UserError, match="draw_slots to 1"):
+    with pytest.raises(UserError, match="draw_slots to 1 or more$"):
         PackedGroups([Entry("a", 1, Words("a", 10, ("draw",)))], Letters(), no_slots, seed=0)
 
 

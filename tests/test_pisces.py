@@ -11,7 +11,8 @@ import plain
 import pytest
 import tiny
 
-from pisces_jax.data.packing.rows import Entry, PackedGroups
+from pisces_jax.data.packing.layout import Entry
+from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.losses import objectives
 from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.dit import DiT, DiTConfig

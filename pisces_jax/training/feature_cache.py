@@ -16,8 +16,8 @@ from tqdm import tqdm
 from pisces_jax.data.example import TRANSIENT, BrokenExample, reason_of
 from pisces_jax.data.feature_cache import DTYPES, SHARD, FeatureCache, cached_picture, draws
 from pisces_jax.data.images import UnreadablePicture
+from pisces_jax.data.packing.items import LEAST_SEEN
 from pisces_jax.data.packing.layout import Entry
-from pisces_jax.data.packing.rows import LEAST_SEEN
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features

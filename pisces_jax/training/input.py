@@ -58,8 +58,7 @@ def _items(
 
 
 def _iterator(made: Any, config: ConfigDict, share: tuple[int, int], **kwargs: Any) -> pipeline.BatchIterator:
-    make = pipeline.pairs_iterator if isinstance(made, Pairs) else pipeline.packed_iterator
-    iterator = make(
+    iterator = pipeline.batches(
         made, config.batch_size, process_index=share[0], process_count=share[1], max_broken=config.data.max_broken,
         **kwargs,
     )  # fmt: skip

@@ -45,6 +45,10 @@ class Layout:
     draw_size: int
     read_stretch: bool = False  # pictures to read are stretched to the square, not cropped (`images.fit`)
 
+    def size(self, role: Role) -> int:
+        """Pixels of a picture's side."""
+        return self.read_size if role == "read" else self.draw_size
+
 
 class Entry(NamedTuple):
     """One source of a mixture."""

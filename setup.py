@@ -29,6 +29,7 @@ REQUIRED = [
     "pillow>=12.0.0",
     "matplotlib>=3.10.0",
     "jaxtyping>=0.3.3",
+    "jinja2>=3.1.6",
     "tqdm>=4.67.0",
 ]
 

@@ -4,7 +4,7 @@ import abc
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -114,6 +114,10 @@ class Items(abc.ABC):
     def locate(self, i: int) -> tuple[int, int]:
         """The epoch of item `i` and its number in that epoch."""
         return divmod(i, self.per_epoch)
+
+    def summary(self) -> dict[str, Any]:
+        """Further numbers of an epoch, for `python -m pisces_jax.data stats`."""
+        return {}
 
     @property
     def digest(self) -> str:

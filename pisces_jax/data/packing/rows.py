@@ -95,6 +95,10 @@ class PackedGroups(Items):
         used = zip(self._epochs.used, sizes, strict=True)
         return Fill(*(n / (self.per_epoch * size) if size else 1.0 for n, size in used))
 
+    def summary(self) -> dict[str, Any]:
+        fill = {name: round(share, 4) for name, share in self.fill()._asdict().items()}
+        return {"groups_per_epoch": self.per_epoch, "fill": fill}
+
     def make(self, i: int) -> Made:
         epoch, _ = self.locate(i)
         members = self.members(i)

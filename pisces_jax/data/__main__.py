@@ -1,7 +1,4 @@
-"""Looks at the data of a config, or indexes shards.
-
-python -m pisces_jax.data inspect|stats|index ...
-"""
+"""Looks at the data of a config, or indexes shards: python -m pisces_jax.data inspect|stats|index ..."""
 
 import json
 import tempfile

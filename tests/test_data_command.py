@@ -210,10 +210,8 @@ def test_workers_of_the_command_import_no_jax(tmp_path):
 
 def test_the_mixture_of_real_sets_fills_its_rows(data_folder, tmp_path, monkeypatch):
     """CIFAR-10, OpenMoji and shapes, 4 : 3 : 3, as `configs/mixed_small.py` packs them; a tenth of each to be quick."""
-    from pisces_jax.training import input as training_input
     from pisces_jax.training.config_files import load_stages
-    from pisces_jax.training.programs import make_program
-    from pisces_jax.training.tokenizer import load_tokenizer
+    from pisces_jax.training.input import open_items
 
     monkeypatch.setenv("PISCES_DATA", str(data_folder))
     config = load_stages(str(ROOT / "configs/mixed_small.py:stage1"), {})["stage1"]
@@ -221,9 +219,7 @@ def test_the_mixture_of_real_sets_fills_its_rows(data_folder, tmp_path, monkeypa
     for name, spec in config.data.train.items():
         spec.update(dict(split="train[:10%]") if "cifar" in name else {})
         spec.update(dict(num_examples=2000) if "shapes" in name else {})
-    tokenizer = load_tokenizer(config, tmp_path)
-    program = make_program(config, tokenizer.vocab_size)
-    groups = training_input.items(config, tokenizer, program, tmp_path, config.data.train, examples_per_epoch=12_000)
+    groups = open_items(config, tmp_path)
     assert groups.counts == [2400, 2400, 1800, 1800, 1800, 1800]
     made = [groups[i] for i in range(0, groups.per_epoch, 20)]
     shares = np.bincount(

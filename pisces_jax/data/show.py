@@ -66,7 +66,7 @@ def page(items: Items, numbers: Sequence[int], title: str) -> str:
     shown = []
     for i in numbers:
         made = items.make(i)
-        heading, rows = (_pair if isinstance(items, Pairs) else _group)(items, sources, i, made)
+        heading, rows = _pair(items, sources, i, made) if isinstance(items, Pairs) else _group(items, sources, i, made)
         shown.append(dict(heading=heading, rows=rows, broken=[broken.message for broken in made.broken]))
     return environment.from_string(_PAGE).render(title=title, sources=sources, items=shown)
 

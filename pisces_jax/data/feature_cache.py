@@ -168,6 +168,6 @@ def _count_of(shard: Path) -> Path:
 
 
 def picture_words(source: Source) -> list[Any]:
-    """What the features of a source depend on: not on its texts, if the source has a fingerprint of its pictures."""
+    """What the features of a source depend on: not its texts, where the source knows its pictures apart from them."""
     known = getattr(source, "pictures_fingerprint", None)
     return fingerprint_words(source) if known is None else [len(source), known]

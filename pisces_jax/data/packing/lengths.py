@@ -120,6 +120,7 @@ def _scan(source: Source, tokenizer: Tokenizer, layout: Layout, start: int, stop
         return len(laid_out.tokens), read, len(laid_out.pictures) - read
 
     with contextlib.ExitStack() as stack:
+        # Remote examples are waited for, many at once.
         remote = getattr(source, "remote", False)
         at_once = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS)).map if remote else map
         for i, found in enumerate(at_once(measure, range(start, stop))):

@@ -66,9 +66,10 @@ def test_the_page_shows_the_rows(tmp_path):
     ]
     groups = PackedGroups(entries, tokenizer, Layout(4, 2, 64, 2, 8, 8, 6, 4), seed=0)
     numbers = range(groups.per_epoch)
-    page = show.page(groups, numbers, "a title & more")
+    page = show.page(groups, numbers, "a title & more\x1b")
     assert "<b>end" not in page and page.count("&lt;b&gt;end") == 24
-    assert "a title &amp; more" in page and page.count("masked: picture set/5.png") == 2
+    assert page.count("a title &amp; more\N{REPLACEMENT CHARACTER}") == 2 and "\x1b" not in page
+    assert page.count("masked: picture set/5.png") == 2
     # Every picture in a slot is on the page, pixel by pixel.
     shown = {"read": [], "draw": []}
     for role, data in re.findall(r"<img class=(\w+) .*?base64,([^']*)'", page):

@@ -7,9 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import tiny
+from safetensors import SafetensorError
 
 from pisces_jax.data.example import TRANSIENT, BrokenExample, Example, Picture, Text, identity
 from pisces_jax.data.images import UnreadablePicture
+from pisces_jax.data.packing import arrays as arrays_module
 from pisces_jax.data.packing import epochs, lengths
 from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.packing.binning import pack
@@ -396,8 +398,22 @@ def test_stored_arrays_are_shared_by_name(tmp_path):
     assert len(pickle.dumps(stored["a"])) < 300  # the file's name
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(stored["a"])), arrays["a"])
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(stored["a"][5:])), arrays["a"][5:])
+    with pytest.raises(ValueError, match="read-only"):
+        stored["a"][0] = 1
     (tmp_path / "y").write_text("something else")
-    assert read_arrays(tmp_path / "y") is None and read_arrays(tmp_path / "z") is None
+    (tmp_path / "w").write_bytes((tmp_path / "x").read_bytes()[:-1])
+    assert [read_arrays(tmp_path / name) for name in "yzw"] == [None] * 3
+
+
+def test_a_failure_to_write_arrays_leaves_what_was_there(tmp_path, monkeypatch):
+    def full(arrays, path, metadata):
+        raise SafetensorError("No space left on device")
+
+    write_arrays(tmp_path / "x", {}, {"a": np.arange(3)})
+    monkeypatch.setattr(arrays_module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_arrays(tmp_path / "x", {}, {"a": np.arange(4)})
+    assert len(read_arrays(tmp_path / "x")[1]["a"]) == 3 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_scanning_with_processes_is_the_same(tmp_path, monkeypatch):
@@ -511,6 +527,25 @@ def test_the_caption_is_dropped_at_its_rate_and_nothing_moves():
                     dropped[Letters().decode(full)] += 1
     # 480 draws at 0.25: 120 +- 4 standard deviations of 9.5; not the same ones in every epoch.
     assert 82 < sum(dropped.values()) < 158 and len(dropped) > 45 and max(dropped.values()) < 8
+
+
+def test_an_example_that_is_longer_without_its_caption_is_masked_in_its_place():
+    class Growing(Words):
+        def __getitem__(self, i):
+            example = super().__getitem__(i)
+            longer = (Text("d" * 25), example.parts[1])
+            return dataclasses.replace(example, drop=1.0, dropped=longer) if i == 3 else example
+
+    whole = PackedGroups([Entry("a", 1, Words("a", 20, ("draw",)))], Letters(), LAYOUT, seed=0)
+    groups = PackedGroups([Entry("a", 1, Growing("a", 20, ("draw",)))], Letters(), LAYOUT, seed=0)
+    messages = []
+    for i in range(groups.per_epoch):
+        made, expected = groups.make(i), whole[i]
+        messages += [one.message for one in made.broken]
+        for name in ("segment_ids", "positions", "source"):  # nothing moves
+            np.testing.assert_array_equal(made.item[name], expected[name])
+        assert expected["draw_valid"].sum() - made.item["draw_valid"].sum() == len(made.broken)
+    assert messages == ["a/3 is longer without its caption than with it"]
 
 
 def test_a_long_text_is_cut_only_where_the_example_allows():

@@ -82,13 +82,7 @@ class BatchIterator(Iterator[Batch]):
     """
 
     def __init__(
-        self,
-        source: _Batches,
-        threads: int,
-        workers: int,
-        prefetch: int,
-        num_batches: int | None,
-        max_broken: float,
+        self, source: _Batches, threads: int, workers: int, prefetch: int, num_batches: int | None, max_broken: float
     ):
         self._source, self._threads, self._workers, self._prefetch = source, threads, workers, prefetch
         self._end = len(source) if num_batches is None else min(num_batches, len(source))

@@ -131,9 +131,9 @@ class Items(abc.ABC):
         self.left_out[entry.name] = left_out = dict(zip(names, others, strict=True))
         explained = {reason: self.explain(reason, lengths) for reason, n in left_out.items() if n}
         listed = ", ".join(f"{left_out[reason]} {what}" for reason, (what, _) in explained.items())
-        for _, change in explained.values():
-            if entry.weight > 0 and not usable:
-                raise UserError(f"no example of source {entry.name} can be used ({listed}): {change}")
+        if explained and entry.weight > 0 and not usable:
+            _, change = next(iter(explained.values()))
+            raise UserError(f"no example of source {entry.name} can be used ({listed}): {change}")
         if explained:
             logger.warning("source %s: left out of %d examples: %s", entry.name, sum(others) + usable, listed)
         return usable

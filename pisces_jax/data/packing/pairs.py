@@ -67,7 +67,7 @@ class Pairs(Items):
 
     def explain(self, reason: str, lengths: Lengths) -> tuple[str, str]:
         if reason == "too_long":
-            shortest = lengths.tokens[lengths.tokens >= 0].min()
+            shortest = lengths.tokens[self.verdicts(lengths) == 1].min()
             return f"longer than {self.layout.length} tokens", f"set data.text_length to at least {shortest}"
         if reason == "no_picture":
             return "without a picture", "choose another recipe"

@@ -75,7 +75,7 @@ class PackedGroups(Items):
 
     def explain(self, reason: str, lengths: Lengths) -> tuple[str, str]:
         if reason == "too_long":
-            shortest = lengths.tokens[lengths.tokens >= 0].min()
+            shortest = lengths.tokens[self.verdicts(lengths) == 1].min()
             return f"longer than {self.layout.length} tokens", f"set data.row_length to at least {shortest}"
         if reason == "too_many_pictures":
             return (

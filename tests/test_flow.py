@@ -242,5 +242,5 @@ def test_guidance_of_one_costs_no_second_pass():
 
 
 def test_unknown_settings_are_refused():
-    with pytest.raises(ValueError, match="flow.prediction 'noise' is none of velocity, data"):
+    with pytest.raises(ValueError, match="flow.prediction 'noise' is not one of velocity, data"):
         FlowConfig(prediction="noise")

@@ -111,11 +111,11 @@ def xla_attention(
     masks = [causal_mask(T, S)] if causal else []
     masks += [segment_mask(*segment_ids)] if segment_ids is not None else []
     masks += [mask] if mask is not None else []
+    seen = functools.reduce(operator.and_, masks) if masks else None
     q = q.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("BTKGH,BSKH->BKTGS", q, k, preferred_element_type=wide)
-    if masks:
-        seen = functools.reduce(operator.and_, masks)
+    if seen is not None:
         logits = jnp.where(seen[:, None, :, None], logits, jnp.finfo(wide).min)
     # Normalised after the product with v: H divisions per query and head, not S.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))

@@ -203,7 +203,10 @@ def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_
             config = run(stage, features=folder)
             program = programs.make_program(config, tokenizer.vocab_size)
             made = input.items(config, tokenizer, program, tmp_path, config.data.train)
-            batch = {name: np.stack([made.make(i).item[name] for i in range(8)]) for name in made.empty()}
+            batch = {
+                name: np.stack([made.make(i).item[name] for i in range(program.batch_items(config))])
+                for name in made.empty()
+            }
             check_batch(program.batch_spec(config), batch, 1)
             if folder:
                 (gone,) = {"decoder": {"features"}, "latent": {"image"}, "unified": {"draw_images"}}[stage]
@@ -243,7 +246,7 @@ def test_features_are_made_once_and_of_what_is_drawn_alone(run, params, tmp_path
     assert sum(group["read_valid"].sum() for group in groups) == 20 and len(found) == 40
     of_each = sorted(map(tuple, np.stack([drawn[0][i] for i in range(20)]).reshape(20, -1)))
     assert sorted(map(tuple, found.reshape(40, -1))) == sorted(of_each * 2)
-    with pytest.raises(UserError, match="no source of the config draws a picture"):
+    with pytest.raises(UserError, match="no source of the config draws pictures"):
         features.open_caches(config, tmp_path, entries[:1])
 
 
@@ -325,10 +328,10 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "stage, words",
-    [("unified", "train_decoder: a decoder learns from pictures"), ("pretrain", "encoder that features are of")],
+    [("unified", "train_decoder: a decoder learns from pictures"), ("pretrain", "trains the encoder that makes them")],
 )
 def test_what_learns_from_pictures_takes_no_features(stage, words):
     config = tiny_config.get_config(stage)
-    config.data.features = "features"
+    config.data.features, config.train_decoder = "features", stage == "unified"
     with pytest.raises(UserError, match=words):
         programs.make_program(config, 300)

@@ -45,14 +45,14 @@ def main() -> None:
 
     prompts = shared.given_prompts(flags)
     metadata = geneval_folder.read_prompts(flags.geneval) if flags.geneval else []
-    if prompts and flags.geneval:
-        raise UserError("--geneval names all prompts: leave --prompt and --prompts_file out")
+    if prompts and metadata:
+        raise UserError("--geneval gives all prompts: leave --prompt and --prompts_file out")
     prompts += [line["prompt"] for line in metadata]
     if not prompts:
-        raise UserError("there is nothing to draw: give --prompt, --prompts_file or --geneval")
+        raise UserError("there is nothing to draw: give a prompt by --prompt, --prompts_file or --geneval")
     cli.check_output(flags.out, "--out", folder=True)
     if metadata and geneval_folder.prompt_folders(flags.out):
-        raise UserError(f"--out={flags.out} holds GenEval samples already: give another folder")
+        raise UserError(f"--out={flags.out} holds pictures in GenEval's layout already: give another folder")
 
     cli.start()
     n = flags.num_images

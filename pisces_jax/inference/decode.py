@@ -12,7 +12,7 @@ from pisces_jax.losses.flow import FlowConfig, guided, integrate
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.layers import apply
-from pisces_jax.training.programs import to_pixels
+from pisces_jax.training.programs.reconstruction import to_pixels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.training.config import run_config
 from pisces_jax.utils.cli import Parser, number
 from pisces_jax.utils.errors import UserError
 
@@ -29,7 +28,7 @@ def add_drawing_flags(parser: Parser) -> None:
 
 def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict[str, Any]:
     """Arguments of `Model.draw`, from the flags and, where they are not given, from the run's config."""
-    chosen = config.get("sampling", run_config().sampling)  # older runs do not have this key
+    chosen = config.sampling
     flag = {name: getattr(given, name, None) for name in ("describe", "temperature", "guidance")}
     return {
         "describe": chosen.describe if flag["describe"] is None else flag["describe"],

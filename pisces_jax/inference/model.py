@@ -24,6 +24,7 @@ from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import is_finished, load_part, read_config
+from pisces_jax.training.programs import program_class
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 
@@ -58,7 +59,7 @@ def find_run(workdir: Path) -> str:
     runs = {}
     for path in sorted(workdir.glob("*/config.json")):
         config = read_config(path.parent)
-        if config.get("program") == "unified" and is_finished(path.parent):
+        if program_class(config).reads_and_draws(config) and is_finished(path.parent):
             runs[path.parent.name] = config
     started_from = {source for config in runs.values() for source in config.init_from.values()}
     last = [name for name in runs if name not in started_from]
@@ -87,8 +88,8 @@ class Model:
         c = self.pisces.config
         self._layout = Layout(
             c.read_vectors, c.draw_vectors, config.data.row_length, rows=1, read_slots=1, draw_slots=1,
-            read_size=c.understanding_encoder.image_size, draw_size=c.generation_encoder.image_size,
-            read_stretch=config.data.get("read_stretch", False),  # runs of before there was that key
+            read_size=c.read_size, draw_size=c.draw_size,
+            read_stretch=config.data.read_stretch,
         )  # fmt: skip
         plain = np.array([i == tokenizer.eos or i not in tokenizer.special for i in range(tokenizer.vocab_size)])
         allowed_draw = plain.copy()
@@ -126,12 +127,12 @@ class Model:
     @property
     def read_size(self) -> int:
         """Side of the pictures that it reads."""
-        return self.pisces.config.understanding_encoder.image_size
+        return self.pisces.config.read_size
 
     @property
     def drawn_size(self) -> int:
         """Side of the pictures that it encodes for drawing."""
-        return self.pisces.config.generation_encoder.image_size
+        return self.pisces.config.draw_size
 
     def answer(
         self,
@@ -221,7 +222,7 @@ class Model:
         for b, row in enumerate(ids):
             tokens[b, : len(row)], length[b] = row, len(row)
             pictures += [(b, placed.start, placed.picture) for placed in laid[b].pictures]
-        size = self.pisces.config.understanding_encoder.image_size
+        size = self.read_size
         slots = -(-len(pictures) // self.batch_size) * self.batch_size
         images = np.zeros((slots, size, size, 3), np.uint8)
         row, start, valid = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.arange(slots) < len(pictures)
@@ -242,7 +243,7 @@ def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
     """
     run = run or find_run(workdir)
     config = read_config(workdir / run)
-    if config.program != "unified":
+    if not program_class(config).reads_and_draws(config):
         raise UserError(f"{workdir / run} is a {config.program} run: reading and drawing need a unified one")
     tokenizer = load_tokenizer(config, workdir)
     params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in PARTS}

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.training import optimizer
 from pisces_jax.training.config import part_settings
+from pisces_jax.training.old_configs import upgrade
 from pisces_jax.training.step import State
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
@@ -49,7 +50,7 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
         if held:
             raise UserError(f"{run} holds files that are no run of ours: choose another --workdir")
         return
-    changed = sorted(_differences(read_config(run).to_dict(), json.loads(config.to_json())))
+    changed = sorted(_differences(json.loads(read_config(run).to_json()), json.loads(config.to_json())))
     changed = [key for key in changed if not any(key == f or key.startswith(f + ".") for f in _FREE_KEYS)]
     if changed:
         raise UserError(
@@ -88,7 +89,7 @@ def read_config(run: Path) -> ConfigDict:
         UserError: no run there.
     """
     try:
-        return ConfigDict(json.loads((run / "config.json").read_text()))
+        return upgrade(json.loads((run / "config.json").read_text()))
     except FileNotFoundError as error:
         raise UserError(f"{run} holds no run: give the --workdir of a finished training") from error
     except (OSError, ValueError) as error:
@@ -139,7 +140,8 @@ class Checkpoints:
         target = _changed(state)
         args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
         restored = self._manager.restore(step, args=ocp.args.Composite(state=args, iterator=ocp.args.JsonRestore()))
-        return dataclasses.replace(state, **restored["state"]), restored["iterator"]
+        values = restored["state"]
+        return dataclasses.replace(state, ema=values.pop("average"), **values), restored["iterator"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()
@@ -147,9 +149,8 @@ class Checkpoints:
 
 
 def _changed(state: State) -> dict[str, Any]:
-    return {
-        "step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer
-    }  # fmt: skip
+    # "average": the name on disk since the first checkpoints.
+    return {"step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer}
 
 
 def part_mark(workdir: Path, name: str, part: str) -> str:

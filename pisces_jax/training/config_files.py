@@ -1,9 +1,11 @@
 """The runs of a config file, with values from the command line."""
 
+import contextlib
 import difflib
 import runpy
+import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +57,32 @@ def _run(path: str) -> ConfigDict:
     if not Path(path).is_file():
         raise UserError(f"--config={path} does not exist: give the path of a config file")
     try:
-        functions = runpy.run_path(path)
+        with _importable(Path(path).resolve().parent):
+            functions = runpy.run_path(path)
+            if not callable(functions.get("get_config")):
+                raise UserError("it defines no function get_config: give a config file")
+            config = functions["get_config"]()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # whatever a user's file raises is its mistake
         raise _failed(path, error) from error
-    if not callable(functions.get("get_config")):
-        raise UserError(f"{path} defines no function get_config: give a config file")
-    try:
-        config = functions["get_config"]()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except Exception as error:
-        raise _failed(path, error) from error
     if not isinstance(config, ConfigDict) or ("stages" not in config and "program" not in config):
         raise UserError(f"get_config of {path} returns no run: return run_config(...), or a ConfigDict of stages")
     return config
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """A config file may import modules that lie beside it, as a script may; each folder has its own."""
+    known = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - known:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+                del sys.modules[name]
 
 
 def _failed(path: str, error: Exception) -> UserError:

@@ -23,33 +23,15 @@ from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import load_part, part_mark
-from pisces_jax.training.programs import to_signal
+from pisces_jax.training.programs import program_class
+from pisces_jax.training.programs.base import CachedInput
+from pisces_jax.training.programs.reconstruction import to_signal
 from pisces_jax.utils import processes
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.folder import is_folder, read_source
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What is kept of every picture: by which `part` it is made, in which folder below that of `data.features`, and
-    what it depends on beside the part's weights and settings."""
-
-    part: str
-    folder: str
-    beside: Mapping[str, Any]
-
-
-def kinds_of(config: ConfigDict) -> dict[str, Kind]:
-    """What a config reads in place of pictures: the generation encoder's pooled features, and in the training of a
-    decoder that makes latents those of the autoencoder too."""
-    kinds = {"features": Kind("generation_encoder", "", {"pool": config.model.pool})}
-    if config.program == "decoder" and "autoencoder" in config.model:
-        size = settings.vit_config(config, "generation_encoder").image_size
-        kinds["latents"] = Kind("autoencoder", "latents", {"image_size": size})
-    return kinds
-
-
-def encoder_of(config: ConfigDict, workdir: Path, kind: Kind) -> dict[str, Any]:
+def encoder_of(config: ConfigDict, workdir: Path, kind: CachedInput) -> dict[str, Any]:
     """What cached features are from: the encoder's run or published folder, its weights, settings and the pooling."""
     start = config.init_from.get(kind.part, "")
     if not start:
@@ -60,15 +42,17 @@ def encoder_of(config: ConfigDict, workdir: Path, kind: Kind) -> dict[str, Any]:
         "start": start,
         "weights": part_mark(workdir, start, kind.part),
         "settings": dataclasses.asdict(settings.part_settings(config, kind.part, vocab_size=0)),
-        **kind.beside,
+        **kind.depends_on,
     }
 
 
-def _caches(config: ConfigDict, workdir: Path, kind: Kind, entries: Sequence[Entry]) -> list[FeatureCache | None]:
+def _caches(
+    config: ConfigDict, workdir: Path, kind: CachedInput, entries: Sequence[Entry]
+) -> list[FeatureCache | None]:
     """A cache an entry, None for one whose pictures are only read: the unified model draws from features alone."""
     folder = workdir / (config.data.features or "features") / kind.folder
     encoder = encoder_of(config, workdir, kind)
-    every = config.program != "unified"
+    every = not program_class(config).draws_only
     return [FeatureCache(folder, entry, encoder) if every or draws(entry.source) else None for entry in entries]
 
 
@@ -80,7 +64,10 @@ def open_caches(config: ConfigDict, workdir: Path, entries: Sequence[Entry]) -> 
     """
     if not config.data.features:
         return {}
-    opened = {name: _caches(config, workdir, kind, entries) for name, kind in kinds_of(config).items()}
+    opened = {
+        name: _caches(config, workdir, kind, entries)
+        for name, kind in program_class(config).cached_inputs(config).items()
+    }
     if not any(cache is not None for cache in opened["features"]):
         raise UserError("data.features is set, and no source of the config draws a picture: leave it empty")
     return {name: [None if cache is None else cache.open() for cache in caches] for name, caches in opened.items()}
@@ -107,7 +94,7 @@ def cache_features(
     """
     if dtype not in DTYPES:
         raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
-    kinds = kinds_of(config)
+    kinds = program_class(config).cached_inputs(config)
     needed = {}
     for name, kind in kinds.items():
         caches = zip(entries, _caches(config, workdir, kind, entries), strict=True)
@@ -127,7 +114,7 @@ def cache_features(
 def _write(
     config: ConfigDict,
     workdir: Path,
-    kind: Kind,
+    kind: CachedInput,
     caches: Sequence[tuple[Entry, FeatureCache, Sequence[int]]],
     dtype: str,
     batch_size: int,
@@ -179,7 +166,7 @@ def _check_broken(cache: FeatureCache, broken: int, most: float) -> None:
         )
 
 
-def _encoder(config: ConfigDict, workdir: Path, kind: Kind, dtype: str) -> tuple[Any, int]:
+def _encoder(config: ConfigDict, workdir: Path, kind: CachedInput, dtype: str) -> tuple[Any, int]:
     """A function from uint8 pictures [B, S, S, 3] to the stored form of their features [B, ...], and S."""
     of, compute = settings.part_settings(config, kind.part, vocab_size=0), jnp.dtype(config.compute_dtype)
     size = settings.vit_config(config, "generation_encoder").image_size

@@ -21,6 +21,7 @@ from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_ste
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.metrics import Clock, Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
+from pisces_jax.training.programs.base import check_batch
 from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
@@ -55,7 +56,8 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     for fallback in trainer.fallbacks:
         log.warning("%s", fallback)
 
-    share = batch_share(mesh, config.batch_size)
+    spec = program.batch_spec(config)
+    share = batch_share(mesh, trainer.items)
     train_iterator = input.train_iterator(config, tokenizer, program, workdir, share)
     evaluate = _evaluation(config, tokenizer, program, trainer, workdir, share)
     sampler = None
@@ -84,7 +86,8 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
 
     pending: list[Any] = []
     clock = Clock()
-    last_step, last_time, work = start, time.perf_counter(), 0.0
+    last_step, last_time = start, time.perf_counter()
+    work = flops.step_flops(program, spec, trained)
     # Progress is for a person who watches; a log file gets a line now and then.
     bar = tqdm(
         total=config.steps, initial=start, desc=config.name, unit="step", mininterval=1.0, dynamic_ncols=True,
@@ -95,9 +98,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         for number in range(start + 1, config.steps + 1):
             with clock("input"):
                 batch = next(train_iterator)
-            if not work:
-                shapes = {k: (config.batch_size, *v.shape[1:]) for k, v in batch.items()}
-                work = flops.step_flops(program, shapes, trained)
+            check_batch(spec, batch, share[1])
             if config.profile and number == start + 1 + min(PROFILE_AFTER, config.steps - start - 1):
                 jax.profiler.start_trace(run / "profile")
             # The first call of this process waits for the compiler.
@@ -116,7 +117,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
                 seconds = (time.perf_counter() - last_time) / (number - last_step)
                 values |= {
                     "seconds_per_step": seconds,
-                    "examples_per_second": input.examples(batch) * share[1] / seconds,
+                    "examples_per_second": program.examples(batch) * share[1] / seconds,
                     "mfu": work / seconds / peak,
                     **clock.shares(),
                 }

@@ -9,7 +9,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.planning.batch import batch_shapes
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import flops, optimizer
 from pisces_jax.training.checkpoints import is_finished
@@ -82,14 +81,13 @@ def check_stages(stages: Stages, workdir: Path) -> list[float]:
 
 
 def _flops(config: ConfigDict, program: Any) -> float:
-    shapes = {name: shape for name, (shape, _) in batch_shapes(config, program).items()}
     table = optimizer.read_table(config.optimizer.param_groups)
     multiples = {
         part: next((rule.multiple for rule in table if re.fullmatch(rule.pattern, f"{part}/kernel")), 1.0)
         for part in config.model
     }
     trained = {part for part, multiple in multiples.items() if multiple}
-    return config.steps * flops.step_flops(program, shapes, trained)
+    return config.steps * flops.step_flops(program, program.batch_spec(config), trained)
 
 
 class _Stopwatch:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.sharding import Fallback, batch_sharding, batch_shards, param_shardings
 from pisces_jax.training import optimizer
-from pisces_jax.training.programs import Batch, Program
+from pisces_jax.training.programs.base import Batch, Program
 from pisces_jax.utils.errors import UserError
 
 Metrics = dict[str, Average]
@@ -38,6 +38,22 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """A jitted function of a state and a batch, run or lowered with its mesh in force."""
+
+    function: Any
+    mesh: Mesh
+
+    def __call__(self, state: State, batch: Batch) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function(state, batch)
+
+    def lower(self, state: State, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(state, batch)
+
+
+@dataclasses.dataclass(frozen=True)
 class Trainer:
     """A program on a mesh: how its state lies there, and the functions that advance it."""
 
@@ -50,6 +66,7 @@ class Trainer:
     abstract: State
     shardings: State
     fallbacks: tuple[Fallback, ...]
+    items: int  # along the leading axis of the global batch
 
     def init(self, key: jax.Array, parts: Mapping[str, Any] | None = None) -> State:
         """A fresh state, made in place on the mesh; `parts` replaces the random start of whole parts."""
@@ -67,18 +84,24 @@ class Trainer:
 
     def put(self, batch: Mapping[str, Any]) -> Batch:
         """This process's share of a batch, on the mesh."""
-        sharding = batch_sharding(self.mesh)
-        size = self.config.batch_size
+        sharding, size = batch_sharding(self.mesh), self.items
         return {k: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:])) for k, v in batch.items()}
 
-    def train_step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The global batch without its numbers, as it lies on the mesh."""
+        sharding = batch_sharding(self.mesh)
+        spec = self.program.batch_spec(self.config)
+        return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for name, s in spec.items()}
+
+    def train_step(self) -> Step:
+        """(state, batch) -> (state, metrics); the state is donated."""
         return self._jit(self._train, donate_argnums=0, out=(self.shardings, None))
 
-    def evaluate_step(self) -> Callable[[State, Batch], Metrics]:
-        """Losses of a batch, with the averaged weights where there are any."""
+    def evaluate_step(self) -> Step:
+        """(state, batch) -> losses, with the averaged weights where there are any."""
         return self._jit(self._evaluate, out=None)
 
-    def _jit(self, function: Any, out: Any, **kwargs: Any) -> Any:
+    def _jit(self, function: Any, out: Any, **kwargs: Any) -> Step:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         out = jax.tree.map(lambda s: replicated if s is None else s, out, is_leaf=lambda s: s is None)
         plain = self.config.plain_products
@@ -88,12 +111,7 @@ class Trainer:
             **kwargs,
         )  # fmt: skip
 
-        def call(state: State, batch: Batch) -> Any:
-            with jax.set_mesh(self.mesh):
-                return compiled(state, batch)
-
-        call.lower = lambda *a: _lower(compiled, self.mesh, *a)  # type: ignore[attr-defined]
-        return call
+        return Step(compiled, self.mesh)
 
     @property
     def _key(self) -> jax.Array:
@@ -111,17 +129,17 @@ class Trainer:
     def _gradient(self, state: State, batch: Batch) -> tuple[Any, Metrics]:
         counts = self.program.counts(batch)
         gradient = jax.grad(self._objective, has_aux=True)
-        parts = self.config.optimizer.grad_accum_steps
+        steps = self.config.optimizer.grad_accum_steps
         trained = state.trained
         if self.config.optimizer.grad_dtype:
-            # Gradients have the dtype of what they are taken of; sums over parts and the optimizer are in the masters'.
+            # Gradients have the dtype of what they are taken of; sums over steps and the optimizer are in the masters'.
             trained = jax.tree.map(lambda p: p.astype(self.config.optimizer.grad_dtype), trained)
-        if parts == 1:
+        if steps == 1:
             gradients, metrics = gradient(trained, state.frozen, batch, counts)
             return jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.trained), metrics
 
-        # Each part takes every parts-th element, so that a part lies on the devices as the whole batch does.
-        micro = {k: v.reshape(-1, parts, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
+        # Each step takes every steps-th element, so that its part lies on the devices as the whole batch does.
+        micro = {k: v.reshape(v.shape[0] // steps, steps, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
             more = gradient(trained, state.frozen, part, counts)
@@ -164,11 +182,6 @@ def _plain_products(platform: str) -> dict[str, str] | None:
     return options
 
 
-def _lower(compiled: Any, mesh: Mesh, *args: Any) -> Any:
-    with jax.set_mesh(mesh):
-        return compiled.lower(*args)
-
-
 def _masked(x: Any) -> bool:
     """Stands in an optimizer's state for a parameter that another optimizer updates."""
     return isinstance(x, optax.MaskedNode)
@@ -204,11 +217,13 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
     trained, _ = optimizer.split(params, rules)
     if not trained:
         raise UserError("optimizer.param_groups freezes every parameter: nothing would be trained")
+    items = program.batch_items(config)
     shards = batch_shards(mesh) * config.optimizer.grad_accum_steps
-    if config.batch_size % shards:
+    if items % shards:
         raise UserError(
-            f"batch_size {config.batch_size} must be a multiple of {shards} "
-            f"(mesh shards {batch_shards(mesh)} × optimizer.grad_accum_steps {config.optimizer.grad_accum_steps})"
+            f"batch_size {config.batch_size} must be a multiple of {config.batch_size // items * shards} "
+            f"(mesh shards {batch_shards(mesh)} × optimizer.grad_accum_steps {config.optimizer.grad_accum_steps}"
+            f"{f' × data.rows_per_pool {config.batch_size // items}' if config.batch_size > items else ''})"
         )
     tx = optimizer.make_optimizer(config.optimizer, config.steps, trained, rules)
     abstract = jax.eval_shape(lambda p: _fresh(p, rules, tx, config), params)
@@ -229,4 +244,4 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
         frozen=frozen_shardings,
     )
     schedule = optimizer.learning_rate(config.optimizer, config.steps)
-    return Trainer(program, config, mesh, rules, tx, schedule, abstract, state_shardings, tuple(fallbacks))
+    return Trainer(program, config, mesh, rules, tx, schedule, abstract, state_shardings, tuple(fallbacks), items)

@@ -45,7 +45,7 @@ def main() -> None:
 
     prompts = shared.given_prompts(flags)
     metadata = geneval_folder.read_prompts(flags.geneval) if flags.geneval else []
-    if prompts and metadata:
+    if prompts and flags.geneval:
         raise UserError("--geneval gives all prompts: leave --prompt and --prompts_file out")
     prompts += [line["prompt"] for line in metadata]
     if not prompts:

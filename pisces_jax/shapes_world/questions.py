@@ -35,14 +35,6 @@ Answered = tuple[str, str]
 """question, answer"""
 
 
-def question_for(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """(kind, question, answer) for this scene; the kinds that it permits are equally likely."""
-    for kind in rng.sample(QUESTION_KINDS, len(QUESTION_KINDS)):
-        if answered := ask(kind, scene, rng):
-            return kind, *answered
-    raise AssertionError("every scene can be asked what exists in it")
-
-
 def possible_kinds(split: str, most_objects: int, among: Sequence[str] = QUESTION_KINDS) -> tuple[str, ...]:
     """The kinds that can be asked in a split of scenes of up to `most_objects` objects."""
     possible: tuple[str, ...] = QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT

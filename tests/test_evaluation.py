@@ -131,11 +131,11 @@ def test_how_to_draw_reaches_the_model():
     assert [call["describe"] for call in model.calls] == [True, False] and model.calls[0]["max_tokens"] == 8
 
 
-def test_a_task_is_added_by_its_name_alone():
+def test_a_task_of_ones_own_runs_beside_the_others():
     def run(model, amount, how):
         return Outcome({"seed": amount.seed}) if amount.pictures else None
 
-    known = {**TASKS, "own": Task("own", lambda kinds: "parquet" in kinds, run)}
+    known = {**TASKS, "own": Task(lambda kinds: "parquet" in kinds, run)}
 
     def config(*kinds):
         return SimpleNamespace(data=SimpleNamespace(evaluate={k: SimpleNamespace(kind=k) for k in kinds}, train={}))
@@ -246,7 +246,7 @@ def test_real_pictures_are_read_and_drawn_from_the_sources_that_have_them():
     assert rebuilt["true_vectors_pixel_error"] == 0
     # Uniform bytes have variance (256² − 1)/12; the mean of ten pictures leaves 9/10 of it.
     assert rebuilt["mean_picture_pixel_error"] == pytest.approx(0.9 * (256**2 - 1) / 12 / 255**2, rel=0.02)
-    assert shown["drawing"]["true"].shape == shown["drawing"]["drawn"].shape == (10, SIZE, SIZE, 3)
+    assert shown["true"].shape == shown["drawn"].shape == (10, SIZE, SIZE, 3) and shown["prompts"] == ["a cat"] * 10
 
 
 def test_what_is_drawn_is_read_and_compared_with_the_training_pictures():
@@ -263,7 +263,7 @@ def test_what_is_drawn_is_read_and_compared_with_the_training_pictures():
     near = scores["drawing"]["nearest"]
     assert near["distance_true"] < 1e-6 and near["ratio_true"] < 1e-6 and near["training_pictures"] == 12
     assert near["ratio_drawn"] > 0.95  # all are as far from grey
-    sheet = np.asarray(pictures.sheet(**outcome.shown)).reshape(-1, 3)
+    sheet = np.asarray(pictures.sheet(outcome)).reshape(-1, 3)
     assert (sheet == grids.GREEN).all(1).any() and (sheet == grids.RED).all(1).any()
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from pisces_jax.data.example import Example, Part, Picture, Text
 from pisces_jax.data.images import fit
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, draw_instruction
-from pisces_jax.evaluation.answers import plain
+from pisces_jax.evaluation.answers import Answered, plain
 from pisces_jax.evaluation.grids import Cell, Row, labelled_grid, side_by_side
 from pisces_jax.evaluation.task import Amount, Model, Outcome, Pictures, Task
 
@@ -38,7 +38,7 @@ def task(evaluation_sources: SourcesOf, training_sources: SourcesOf, synthetic: 
             **how,
         )
 
-    return Task("pictures", lambda kinds: bool(kinds - synthetic), run, lambda outcome: sheet(**outcome.shown))
+    return Task(lambda kinds: bool(kinds - synthetic), run, sheet)
 
 
 def evaluate_pictures(
@@ -52,7 +52,7 @@ def evaluate_pictures(
     seed: int = 0,
     **how: Any,
 ) -> Outcome:
-    """Scores on `pictures` examples of each kind in `sources`, and the arguments of `sheet`.
+    """Scores on `pictures` examples of each kind in `sources`.
 
     `reading` needs a source that has pictures to read with learned texts; `reconstruction` and `drawing` need one that
     has pictures to draw. Beside them come the same scores of baselines that ignore the picture: the commonest text, the
@@ -60,23 +60,25 @@ def evaluate_pictures(
     the pictures of `training` (`nearest`). `how` goes to `model.draw`.
     """
     scores: dict[str, Any] = {}
+    asked: list[Answered] = []
     shown: dict[str, Any] = {}
     if reads := _take(sources, _is_reading, pictures):
-        scores["reading"], shown["reading"] = captions(model, reads)
+        scores["reading"], asked = captions(model, reads)
     if draws := _take(sources, _is_drawing, pictures):
         prompts = [example.parts[: _first(example, _drawn)] for example in draws]
-        asked = [" ".join(p.text for p in prompt if isinstance(p, Text)) for prompt in prompts]
+        texts = [" ".join(p.text for p in prompt if isinstance(p, Text)) for prompt in prompts]
+        wanted = [text.removeprefix(draw_instruction("")) for text in texts]
         truth = np.stack([fit(_picture(example, "draw"), size) for example in draws])
         decoded = model.decode(model.features(truth), seed=seed)
         drawn = model.draw(prompts, describe=describe, seed=seed, **how)
         scores["reconstruction"] = {**pixel_errors(truth, decoded), "pictures": len(draws)}
         of = {"true": truth, "true_vectors": decoded, "drawn": np.stack([d.image for d in drawn])}
-        shown["drawing"] = {"prompts": asked, **of, "descriptions": [d.description for d in drawn]}
+        shown = {"prompts": wanted, **of}
         scores["drawing"] = {"pictures": len(draws)}
         if reads:
-            right = {name: read_as(model, images, asked) for name, images in of.items()}
+            right = {name: read_as(model, images, wanted) for name, images in of.items()}
             scores["drawing"]["read_as_asked"] = {name: float(r.mean()) for name, r in right.items()}
-            shown["drawing"]["read_as_asked"] = right["drawn"]
+            shown["read_as_asked"] = right["drawn"]
         if known := [fit(_picture(e, "draw"), size) for e in _take(training, _is_drawing, MOST_TRAINING_PICTURES)]:
             near = {name: nearest(of[name], np.stack(known)) for name in ("true", "drawn")}
             scores["drawing"]["nearest"] = {
@@ -84,8 +86,8 @@ def evaluate_pictures(
                 for name, (_, *values) in near.items()
                 for what, value in zip(("distance", "ratio"), values, strict=True)
             } | {"training_pictures": len(known)}
-            shown["drawing"]["nearest"] = np.stack([known[i] for i in near["drawn"][0]])
-    return Outcome(scores, shown=shown)
+            shown["nearest"] = np.stack([known[i] for i in near["drawn"][0]])
+    return Outcome(scores, asked=asked, shown=shown)
 
 
 def pixel_errors(truth: Pictures, decoded: Pictures) -> dict[str, float]:
@@ -106,12 +108,11 @@ def mean_picture(images: Pictures) -> Float32[np.ndarray, "S S 3"]:
     return np.mean(np.asarray(images, np.float32), axis=0)
 
 
-def read_as(model: Model, images: Pictures, asked: Sequence[str], max_tokens: int = 32) -> Bool[np.ndarray, "N"]:
-    """Whether the model's own caption of each picture is what was asked for."""
+def read_as(model: Model, images: Pictures, wanted: Sequence[str], max_tokens: int = 32) -> Bool[np.ndarray, "N"]:
+    """Whether the model's own caption of each picture is what was wanted."""
     answers = model.answer(
         [(Picture(image, "read"), Text(CAPTION_INSTRUCTION)) for image in images], max_tokens=max_tokens
     )
-    wanted = [text.removeprefix(draw_instruction("")) for text in asked]
     return np.array([plain(a) == plain(w) for a, w in zip(answers, wanted, strict=True)])
 
 
@@ -131,26 +132,27 @@ def nearest(images: Pictures, known: Pictures, neighbours: int = 50) -> tuple[np
     return index, best, best / np.maximum(around, 1e-12)
 
 
-def captions(
-    model: Model, examples: Sequence[Example], max_tokens: int = 32
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def captions(model: Model, examples: Sequence[Example], max_tokens: int = 32) -> tuple[dict[str, Any], list[Answered]]:
     """How well the model finds the learned text of each example from what stands before it.
 
     Returns:
-        Scores: `accuracy` is the share of exact matches, `word_overlap` the mean F1 of the words. Where texts come
-        often enough to be classes, `class_accuracy` is the mean of their accuracies. `commonest_text` is the accuracy
-        of always giving the commonest text.
-        For each example: image, truth, answer and correct.
+        The scores and the answers. `accuracy` is the share of exact matches, `word_overlap` the mean F1 of the words.
+        Where texts come often enough to be classes, `class_accuracy` is the mean of their accuracies. `commonest_text`
+        is the accuracy of always giving the commonest text.
     """
     at = [_first(example, _learned) for example in examples]
     questions = [example.parts[:i] for example, i in zip(examples, at, strict=True)]
-    truths = [plain(example.parts[i].text) for example, i in zip(examples, at, strict=True)]  # type: ignore[union-attr]
-    answers = [plain(answer) for answer in model.answer(questions, max_tokens=max_tokens)]
-    right = np.array([a == t for a, t in zip(answers, truths, strict=True)])
+    answers = model.answer(questions, max_tokens=max_tokens)
+    asked = [
+        Answered(_picture(example, "read"), "caption", "", example.parts[i].text, answer)  # type: ignore[union-attr]
+        for example, i, answer in zip(examples, at, answers, strict=True)
+    ]
+    truths = [plain(a.truth) for a in asked]
+    right = np.array([a.correct for a in asked])
     counts = Counter(truths)
     scores: dict[str, Any] = {
         "accuracy": float(right.mean()),
-        "word_overlap": float(np.mean([_overlap(a, t) for a, t in zip(answers, truths, strict=True)])),
+        "word_overlap": float(np.mean([_overlap(plain(a.answer), plain(a.truth)) for a in asked])),
         "commonest_text": counts.most_common(1)[0][1] / len(truths),
         "pictures": len(truths),
     }
@@ -158,34 +160,30 @@ def captions(
         by_class = {text: float(right[[t == text for t in truths]].mean()) for text in sorted(counts)}
         scores["class_accuracy"] = float(np.mean(list(by_class.values())))
         scores["by_class"] = by_class
-    shown = [
-        {"image": _picture(e, "read"), "truth": t, "answer": a, "correct": a == t}
-        for e, t, a in zip(examples, truths, answers, strict=True)
-    ]
-    return scores, shown
+    return scores, asked
 
 
-def sheet(drawing: Any = None, reading: Any = None, most: int = 24) -> Image.Image:
+def sheet(outcome: Outcome, most: int = 24) -> Image.Image:
     """What was asked, a true picture, the same decoded from its true vectors, what was drawn, and the training picture
     nearest to that; then pictures that were read, with what was read in them.
 
     A drawn picture's frame is green where the model itself reads in it what was asked, else red.
     """
     sheets = []
-    if drawing:
+    if drawing := outcome.shown:
         rows: list[Row] = []
         right, near = drawing.get("read_as_asked"), drawing.get("nearest")
         for i, prompt in enumerate(drawing["prompts"][:most]):
             cells = [Cell(drawing["true"][i]), Cell(drawing["true_vectors"][i])]
             cells.append(Cell(drawing["drawn"][i], None if right is None else bool(right[i])))
-            rows.append((prompt.removeprefix(draw_instruction("")), cells + ([] if near is None else [Cell(near[i])])))
+            rows.append((prompt, cells + ([] if near is None else [Cell(near[i])])))
         headings = ["true", "from its true vectors", "drawn", "nearest in training"]
         sheets.append(labelled_grid(rows, headings, picture=80, text=170))
-    if reading:
+    if outcome.asked:
         rows = []
-        for read in reading[:most]:
-            said = read["answer"] if read["correct"] else f"{read['answer']} (right: {read['truth']})"
-            rows.append((said, [Cell(read["image"], read["correct"])]))
+        for a in outcome.asked[:most]:
+            said = plain(a.answer) if a.correct else f"{plain(a.answer)} (right: {plain(a.truth)})"
+            rows.append((said, [Cell(a.image, a.correct)]))
         sheets.append(labelled_grid(rows, ["read"], picture=80, text=230))
     title = "Unseen pictures, not chosen. Green frame: read rightly, by the model itself; red: not."
     return side_by_side(sheets, title)

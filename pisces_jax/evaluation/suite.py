@@ -5,7 +5,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,34 +15,20 @@ from pisces_jax.utils.cli import Parser, whole_number
 from pisces_jax.utils.errors import UserError
 
 Tasks = Mapping[str, Task]
-_AMOUNT_HELP = {
-    "per_task": "prompts of each of GenEval's kinds",
-    "images": "pictures per prompt",
-    "per_kind": "questions of each kind",
-    "held_out": "prompts and questions of each kind about what is held out of training; 0: none",
-    "spread": "prompts drawn several times each, to see how much their pictures differ; 0: none",
-    "pictures": "pictures to reconstruct; real pictures to read and draw",
-    "seed": "another seed, other prompts, questions and noise",
-}
-
-
-def by_name(tasks: Iterable[Task]) -> dict[str, Task]:
-    return {task.name: task for task in tasks}
+_NUMBERS = [field for field in dataclasses.fields(Amount) if field.metadata]
 
 
 def add_amount_flags(parser: Parser) -> None:
     """Adds a flag for each number in `Amount`."""
-    for name, text in _AMOUNT_HELP.items():
-        default = getattr(Amount, name)
-        least = 0 if name in ("held_out", "spread", "seed") else 1
-        parser.add_argument(
-            f"--{name}", type=whole_number(least), default=default, help=f"{text} (default {default})"
-        )  # fmt: skip
+    for field in _NUMBERS:
+        meaning = f"{field.metadata['meaning']} (default {field.default})"
+        kind = whole_number(field.metadata["least"])
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=meaning)
 
 
 def amount(given: argparse.Namespace, *, both: bool) -> Amount:
     """The amount that the flags of `add_amount_flags` ask for."""
-    return Amount(**{name: getattr(given, name) for name in _AMOUNT_HELP}, both=both)
+    return Amount(**{field.name: getattr(given, field.name) for field in _NUMBERS}, both=both)
 
 
 def check_name(task: str, known: Tasks) -> None:

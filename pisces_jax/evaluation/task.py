@@ -1,6 +1,6 @@
 """What an evaluation task is: what it asks of a model, how much, and what it returns.
 
-A new task is a module that ends with a `Task`, and a line in the `evaluate` command.
+A new task is a module with a `Task`, and a line in the `evaluate` command.
 """
 
 import dataclasses
@@ -53,29 +53,22 @@ class Model(Protocol):
     def decode(self, vectors: Vectors, *, seed: int = ...) -> Pictures: ...
 
 
+def _number(default: int, meaning: str, least: int = 1) -> Any:
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least})
+
+
 @dataclasses.dataclass(frozen=True)
 class Amount:
-    """How much is evaluated.
+    """How much is evaluated; the numbers are flags of the commands (`suite.add_amount_flags`)."""
 
-    Attributes:
-        per_task: prompts of each of GenEval's kinds.
-        images: pictures per prompt.
-        per_kind: questions of each kind.
-        held_out: prompts and questions of each kind about what is held out of training; 0 for none.
-        spread: prompts of task "spread"; 0 for none.
-        pictures: pictures to reconstruct, and real pictures to read and to draw.
-        seed: another seed gives other prompts, questions and noise.
-        both: draw GenEval's prompts both ways, after a description and directly.
-    """
-
-    per_task: int = 25
-    images: int = 2
-    per_kind: int = 200
-    held_out: int = 12
-    spread: int = 8
-    pictures: int = 128
-    seed: int = 0
-    both: bool = False
+    per_task: int = _number(25, "prompts of each of GenEval's kinds")
+    images: int = _number(2, "pictures per prompt")
+    per_kind: int = _number(200, "questions of each kind")
+    held_out: int = _number(12, "prompts and questions of each kind about what is held out of training; 0: none", 0)
+    spread: int = _number(8, "prompts drawn several times each, to see how much their pictures differ; 0: none", 0)
+    pictures: int = _number(128, "pictures to reconstruct; real pictures to read and draw")
+    seed: int = _number(0, "another seed, other prompts, questions and noise", 0)
+    both: bool = False  # GenEval's prompts are drawn both ways, after a description and directly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +80,7 @@ class Outcome:
         drawn: judged pictures by how they were drawn, for the report.
         asked: answered questions, for the report.
         rows: rows of pictures under a heading each, for the report.
-        shown: what else the task's own `sheet` shows.
+        shown: what the task's `sheet` shows besides.
     """
 
     scores: dict[str, Any]
@@ -99,7 +92,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One way to score a model.
+    """One way to score a model; its name is the key of the mapping that holds it.
 
     Attributes:
         fits: whether it fits a run whose sources are of these kinds (config keys `data.*.*.kind`).
@@ -107,7 +100,6 @@ class Task:
         sheet: a picture of what was drawn, for tasks that draw.
     """
 
-    name: str
     fits: Callable[[set[str]], bool]
     run: Callable[[Model, Amount, Mapping[str, Any]], Outcome | None]
     sheet: Callable[[Outcome], Image.Image] | None = None

@@ -167,12 +167,7 @@ class _Fitter:
         # A box of side sqrt(1 + 12 sigma^2) has the variance of a pixel's box and a Gaussian of that sigma.
         self.softs = [math.sqrt(1 + 12 * (sigma * scale) ** 2) for sigma in _BLURS]
 
-    def first_fit(
-        self,
-        seen: Float[np.ndarray, "h w 3"],
-        window: tuple[slice, slice],
-        blob: Blob,
-    ) -> _Fit:
+    def first_fit(self, seen: Float[np.ndarray, "h w 3"], window: tuple[slice, slice], blob: Blob) -> _Fit:
         """The best fit from the blob's box and, unless that one is good, from its centre of mass."""
         fits = []
         for start in _starts(blob, self.scale):
@@ -182,11 +177,7 @@ class _Fitter:
         return max(fits, key=lambda fit: fit.share)
 
     def fit(
-        self,
-        seen: Float[np.ndarray, "h w 3"],
-        window: tuple[slice, slice],
-        start: _Fit,
-        rounds: int = _ROUNDS,
+        self, seen: Float[np.ndarray, "h w 3"], window: tuple[slice, slice], start: _Fit, rounds: int = _ROUNDS
     ) -> _Fit:
         """The shape that explains most of `seen` in this window.
 

@@ -259,10 +259,7 @@ def _pixel_centres(size: int) -> Float[np.ndarray, " S"]:
 
 
 def coverage(
-    shape: str,
-    x: Float[np.ndarray, "*B W"],
-    y: Float[np.ndarray, "*B H"],
-    size: float | Float[np.ndarray, "*B 1 1"],
+    shape: str, x: Float[np.ndarray, "*B W"], y: Float[np.ndarray, "*B H"], size: float | Float[np.ndarray, "*B 1 1"]
 ) -> Float[np.ndarray, "*B H W"]:
     """How much of each pixel (a unit square) a shape of side `size` at the origin covers, in 0..1.
 

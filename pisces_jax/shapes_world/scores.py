@@ -1,6 +1,6 @@
 """The evaluation tasks of the shapes world."""
 
-from pisces_jax.evaluation import report, suite
+from pisces_jax.evaluation import report
 from pisces_jax.evaluation.task import Task
 from pisces_jax.shapes_world import drawing, reading, reconstruction, spread
 from pisces_jax.shapes_world.detector import ShapesDetector
@@ -13,11 +13,9 @@ def _fits(kinds: set[str]) -> bool:
     return KIND in kinds
 
 
-TASKS = suite.by_name(
-    [
-        Task("geneval", _fits, drawing.run, sheet=lambda outcome: report.samples_sheet(outcome.drawn)),
-        Task("spread", _fits, spread.run),
-        Task("reading", _fits, reading.run),
-        Task("reconstruction", _fits, reconstruction.run),
-    ]
-)
+TASKS = {
+    "geneval": Task(_fits, drawing.run, sheet=lambda outcome: report.samples_sheet(outcome.drawn)),
+    "spread": Task(_fits, spread.run),
+    "reading": Task(_fits, reading.run),
+    "reconstruction": Task(_fits, reconstruction.run),
+}

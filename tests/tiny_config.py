@@ -33,9 +33,9 @@ def data(*tasks: str) -> dict:
     )
 
 
-def run(name: str, program: str, *tasks: str, model: dict, init_from: dict, **more: object) -> ConfigDict:
+def run(name: str, program: str, *tasks: str, model: dict, parts: dict, **more: object) -> ConfigDict:
     return run_config(
-        name=name, program=program, steps=2, batch_size=8, data=data(*tasks), model={**MODEL, **model}, init_from=init_from,
+        name=name, program=program, steps=2, batch_size=8, data=data(*tasks), model={**MODEL, **model}, init_from=parts,
         flow=dict(steps=2), **more,
     )  # fmt: skip
 

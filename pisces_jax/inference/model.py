@@ -1,4 +1,4 @@
-"""A trained model ready to read and draw: what the commands, the evaluation and a notebook work with."""
+"""A trained model that reads and draws: what the commands, the evaluation and the notebooks use."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -40,8 +40,8 @@ PARTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """What came of one prompt: the description that the model wrote first (empty if it drew directly), the visual
-    vectors float32 [m, C], and the picture uint8 [S, S, 3]."""
+    """The result of one prompt: the description that the model wrote first ("" if it drew directly), the visual vectors
+    float32 [m, C], and the picture uint8 [S, S, 3]."""
 
     description: str
     vectors: np.ndarray
@@ -49,10 +49,10 @@ class Drawing:
 
 
 def find_run(workdir: Path) -> str:
-    """The unified run that others do not start from; of several, the one that was finished last.
+    """The finished unified run that no other run starts from; of several, the one that finished last.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no finished unified run.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir} does not exist: give the folder of a finished training")
@@ -69,7 +69,8 @@ def find_run(workdir: Path) -> str:
 
 
 class Model:
-    """Reads and draws in batches of a fixed size, compiled once for each; results do not depend on the batching."""
+    """Reads and draws in batches of a fixed size, so that few programs are compiled; results do not depend on the
+    batch."""
 
     def __init__(
         self,
@@ -126,12 +127,12 @@ class Model:
 
     @property
     def read_size(self) -> int:
-        """Side of the pictures that it reads."""
+        """Side of the pictures that it reads, in pixels."""
         return self.pisces.config.read_size
 
     @property
     def drawn_size(self) -> int:
-        """Side of the pictures that it encodes for drawing."""
+        """Side of the pictures that it encodes for drawing, in pixels."""
         return self.pisces.config.draw_size
 
     def answer(
@@ -142,7 +143,7 @@ class Model:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[str]:
-        """The text that the model goes on with after each question (pictures to read and texts in order)."""
+        """The model's text after each question, a sequence of pictures to read and texts."""
         answers: list[str] = []
         for first in self._batches(len(questions), "reading"):
             some = questions[first : first + self.batch_size]
@@ -189,7 +190,7 @@ class Model:
     ) -> UInt8[np.ndarray, "N S S 3"]:
         """Pictures from visual vectors [N, m, C]; picture i's noise comes from (seed, first + i)."""
         if self._decoder is None or self.flow is None:
-            raise UserError("this run names no decoder (config key decoder): it can answer, and cannot draw")
+            raise UserError("this run names no decoder (config key decoder): it can answer but not draw")
         flow = self.flow if guidance is None else dataclasses.replace(self.flow, guidance=float(guidance))
         images = []
         for start in range(0, len(vectors), self.batch_size):
@@ -200,7 +201,7 @@ class Model:
         return np.concatenate(images)
 
     def _batches(self, number: int, doing: str) -> Iterable[int]:
-        """Where each batch starts; progress is shown where there are several."""
+        """Where each batch starts; shows progress where there are several."""
         starts = range(0, number, self.batch_size)
         return tqdm(starts, desc=doing, unit="batch", leave=False, disable=len(starts) < 3, dynamic_ncols=True)
 
@@ -214,7 +215,7 @@ class Model:
     def _prompts(self, some: Sequence[Sequence[Text | Picture]]) -> Prompts:
         laid = [lay_out(Example(tuple(parts), "prompt"), self.tokenizer, self._layout, prompt=True) for parts in some]
         ids = [row.tokens for row in laid]
-        # Powers of two are few distinct lengths, so that few programs are compiled.
+        # Lengths are rounded up to powers of two, so that few programs are compiled.
         longest = max(32, *map(len, ids))
         tokens = np.full((self.batch_size, 1 << (longest - 1).bit_length()), self.tokenizer.pad, np.int32)
         length = np.ones(self.batch_size, np.int32)
@@ -239,7 +240,7 @@ def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
     """The model of a finished unified run (by default the last one), with the decoder that its config names.
 
     Raises:
-        UserError: nothing that could be loaded is there.
+        UserError: there is no such run, or it cannot be loaded.
     """
     run = run or find_run(workdir)
     config = read_config(workdir / run)
@@ -252,7 +253,7 @@ def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
 
 
 def load_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | None, Any, FlowConfig | None]:
-    """The decoder of a unified run, its weights by part and how it samples."""
+    """The decoder of a unified run, its weights by part, and how it samples."""
     decoder, flow = make_decoder(workdir, config)
     if decoder is None:
         return None, None, None
@@ -262,7 +263,7 @@ def load_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | No
 
 
 def make_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | None, FlowConfig | None]:
-    """The decoder of a unified run and how it samples, without weights."""
+    """The decoder of a unified run and how it samples, without its weights."""
     run = settings.decoder_run(config)
     if not run:
         return None, None

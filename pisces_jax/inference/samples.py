@@ -1,4 +1,4 @@
-"""Sample pictures during training: what the run at hand makes of the first held-out examples, beside the truth."""
+"""Sample pictures during training: what the run makes of the first held-out examples, below the true pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from pisces_jax.utils.errors import UserError
 
 
 def picture_grid(rows: Sequence[Sequence[np.ndarray] | np.ndarray], scale: int = 3, gap: int = 4) -> np.ndarray:
-    """Rows of pictures of one size on white, each pixel `scale` wide."""
+    """Rows of pictures of one size on white; each pixel becomes `scale` pixels wide."""
     size = rows[0][0].shape[0] * scale
     cell = size + gap
     sheet = np.full((len(rows) * cell + gap, max(map(len, rows)) * cell + gap, 3), 255, np.uint8)
@@ -36,7 +36,8 @@ def picture_grid(rows: Sequence[Sequence[np.ndarray] | np.ndarray], scale: int =
 
 
 def make_sampler(config: ConfigDict, workdir: Path, tokenizer: Any, program: Program) -> Sampler:
-    """Draws `log.samples` held-out pictures (first row the truth) into a PNG, with the averaged weights if any.
+    """A function that draws `log.samples` held-out pictures (first row: the true ones) into a PNG, with the averaged
+    weights where there are any.
 
     Raises:
         UserError: there is nothing to sample from, or no decoder to draw with.

@@ -1,7 +1,7 @@
-"""What a config holds: every key with its default, once; and from its values to the model's own settings.
+"""What a config holds: every key with its default, once; and from its values to the settings of the parts.
 
-A file under `configs/` has `get_config(stage)`. It starts from `run_config(...)`, which knows all keys, and changes
-values. A config with `stages` is a sequence of such runs.
+A file under `configs/` defines `get_config()`, which returns `run_config(...)` with the values of one run, or a
+`ConfigDict` whose `stages` are several such runs.
 """
 
 import dataclasses
@@ -186,10 +186,10 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
 
 
 def check_names(config: ConfigDict) -> None:
-    """That dtypes, rematerialisation policies and attention backends exist.
+    """Checks the names of dtypes, rematerialisation policies and attention backends.
 
     Raises:
-        UserError: one does not; the others are listed.
+        UserError: one does not exist; the message lists those that do.
     """
     o = config.optimizer
     named = {"compute_dtype": config.compute_dtype, "optimizer.mu_dtype": o.mu_dtype}
@@ -216,14 +216,14 @@ def vit_config(config: ConfigDict, part: str) -> ViTConfig:
 
 
 def autoencoder_config(config: ConfigDict) -> AutoencoderConfig | None:
-    """None where the decoder makes pixels."""
+    """The autoencoder's settings; None where the decoder makes pixels."""
     if "autoencoder" not in config.model:
         return None
     return build(AutoencoderConfig, config.model.autoencoder, "model.autoencoder")
 
 
 def dit_config(config: ConfigDict) -> DiTConfig:
-    """The decoder's settings; width and number of its condition follow from the generation encoder and the pooling."""
+    """The decoder's settings; the size of its condition follows from the generation encoder and the pooling."""
     encoder = vit_config(config, "generation_encoder")
     settings = dict(_part(config, "decoder"))
     settings["condition_width"] = encoder.output_width
@@ -242,7 +242,7 @@ def transformer_config(config: ConfigDict, vocab_size: int) -> TransformerConfig
 
 
 def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
-    """The settings of one part as its module takes them; None for projectors and heads, which have none."""
+    """The settings of one part as its module takes them; None for projectors and heads."""
     if part == "language_model":
         return transformer_config(config, vocab_size)
     if part in ("understanding_encoder", "generation_encoder"):
@@ -259,9 +259,7 @@ def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
     place_embedding = config.model.get("place_embedding", False)
     fed_vectors = config.model.get("fed_vectors", True)
     if not (place_embedding or fed_vectors):
-        raise UserError(
-            "model.fed_vectors=False needs model.place_embedding=True, to tell drawn vectors apart"
-        )
+        raise UserError("model.fed_vectors=False needs model.place_embedding=True, to tell drawn vectors apart")
     return PiscesConfig(
         language_model=language_model,
         understanding_encoder=vit_config(config, "understanding_encoder"),
@@ -284,16 +282,16 @@ def flow_config(config: ConfigDict) -> FlowConfig:
 
 
 def in_order(stages: Mapping[str, ConfigDict]) -> dict[str, ConfigDict]:
-    """Stages (a `ConfigDict` keeps no order) so that each comes after those whose weights it takes.
+    """Stages in an order in which each comes after those whose weights it takes (a `ConfigDict` keeps no order).
 
     Raises:
-        UserError: stages that wait for one another.
+        UserError: stages that depend on one another in a circle.
     """
     waiting, ordered = dict(stages), dict[str, ConfigDict]()
     while waiting:
         names = {config.name for config in waiting.values()}
         ready = [s for s, c in waiting.items() if not names & {*c.init_from.values(), c.decoder} - {c.name}]
         if not ready:
-            raise UserError(f"stages {', '.join(waiting)} wait for one another: mend their keys init_from and decoder")
+            raise UserError(f"stages {', '.join(waiting)} need one another's weights: fix init_from and decoder")
         ordered[ready[0]] = waiting.pop(ready[0])
     return ordered

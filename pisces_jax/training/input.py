@@ -1,4 +1,4 @@
-"""What a program reads: packed rows for the unified model, single pictures with their texts for the others."""
+"""The input of a run: its program's dataset over the config's sources, and this process's share of the batches."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from pisces_jax.utils.processes import all_agree, primary_first
 def items(
     config: ConfigDict, tokenizer: Tokenizer, program: Program, workdir: Path, sources: ConfigDict, **kwargs: Any
 ) -> Any:
-    """Packed rows or pairs of these sources, as the program reads them; lengths are kept in `folder`, or below
-    `workdir`, where every stage and every worker finds them.
+    """The program's dataset over these sources. Lengths are kept in `folder`, by default below `workdir`, where every
+    stage and worker finds them.
 
-    Of several processes the first one indexes shards and reads lengths, and the others find them.
+    With several processes the first one indexes shards and reads lengths, and the others find them.
 
     Raises:
         UserError: no source, or one that cannot be used.
@@ -49,11 +49,11 @@ def _iterator(
         made, program.batch_items(config), process_index=share[0], process_count=share[1],
         max_broken=config.data.max_broken, **kwargs,
     )  # fmt: skip
-    # Processes that pack different examples would lose some and repeat others, without an error.
+    # Processes that pack different examples would silently lose some and repeat others.
     if not all_agree(iterator.digest):
         raise UserError(
-            "the processes of this run do not find the same examples, or cannot read the same ones of them: see that "
-            "all hosts reach the same data, and start again"
+            "the processes of this run find different examples, or can read different ones of them: make sure that "
+            "all hosts see the same data, and start again"
         )
     return iterator
 

@@ -25,9 +25,9 @@ Metrics = dict[str, Average]
 
 @flax.struct.dataclass
 class State:
-    """Everything that a run changes, and the frozen parts beside it.
+    """Everything that a run changes, and its frozen parts; trees by part.
 
-    `ema` is the moving average of `trained` (empty where the config asks for none). Trees are by part.
+    `ema` is the moving average of `trained` in float32, empty where the config asks for none.
     """
 
     step: Any  # int32 []
@@ -55,7 +55,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A program on a mesh: how its state lies there, and the functions that advance it."""
+    """A program on a mesh: how its state is laid out there, and the functions that advance it."""
 
     program: Program
     config: ConfigDict
@@ -69,7 +69,7 @@ class Trainer:
     items: int  # along the leading axis of the global batch
 
     def init(self, key: jax.Array, parts: Mapping[str, Any] | None = None) -> State:
-        """A fresh state, made in place on the mesh; `parts` replaces the random start of whole parts."""
+        """A new state, made in place on the mesh; `parts` replaces the random start of whole parts."""
         parts = dict(parts or {})
 
         def create(key: jax.Array, given: Any) -> State:
@@ -79,7 +79,7 @@ class Trainer:
         given_shardings = {k: optimizer.join(self.shardings.trained, self.shardings.frozen)[k] for k in parts}
         parts = jax.device_put(parts, given_shardings)
         with jax.set_mesh(self.mesh):
-            # The given parts become the state's: there is no second copy of them.
+            # The given parts are donated, so that there is no second copy of them.
             return jax.jit(create, out_shardings=self.shardings, donate_argnums=1)(key, parts)
 
     def put(self, batch: Mapping[str, Any]) -> Batch:
@@ -120,7 +120,7 @@ class Trainer:
     def _objective(
         self, trained: Any, frozen: Any, batch: Batch, counts: Mapping[str, Array]
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Σ_k weight_k · total_k / count_k, with the counts of the whole batch also where this is a part of it."""
+        """Σ_k weight_k · total_k / count_k; the counts are the whole batch's, also in a gradient-accumulation step."""
         losses, reported = self.program.losses(optimizer.join(trained, frozen), batch, self._key)
         weights = self.program.weights
         loss = sum(weights[k] * losses[k].total / jnp.maximum(counts[k], 1) for k in weights if weights[k])
@@ -156,7 +156,7 @@ class Trainer:
             updates, opt = self.optimizer.update(gradients, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
             decay = self.config.optimizer.ema
-            # In its first steps the average is shorter than 1/(1 - decay): so that it forgets the random start.
+            # The first steps average over less than 1/(1 - decay) steps, to forget the random start.
             decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, trained if state.ema else {})
         for name, tree in (("gradient", gradients), ("parameter", trained), ("update", updates)):
@@ -171,7 +171,7 @@ class Trainer:
 
 @functools.cache
 def _plain_products(platform: str) -> dict[str, str] | None:
-    """The compiler's option for config key `plain_products`; none where the platform or its compiler has no choice."""
+    """The compiler option behind config key `plain_products`; None where the compiler does not know it."""
     if platform != "cpu":
         return None
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -183,7 +183,7 @@ def _plain_products(platform: str) -> dict[str, str] | None:
 
 
 def _masked(x: Any) -> bool:
-    """Stands in an optimizer's state for a parameter that another optimizer updates."""
+    """Whether x stands in an optimizer's state for a parameter that another optimizer updates."""
     return isinstance(x, optax.MaskedNode)
 
 
@@ -195,16 +195,16 @@ def _fresh(params: Any, rules: Any, tx: optax.GradientTransformation, config: Co
     flat = optimizer.flatten(params)
     stored = {k: v.astype(config.param_dtype.get(k.split("/")[0], "float32")) for k, v in flat.items()}
     trained, frozen = optimizer.split(optimizer.unflatten(stored), rules)
-    # In float32 whatever the parameters are stored in: what a step adds to it is small.
+    # In float32 whatever the parameters' dtype: what a step adds to the average is small.
     ema = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained) if config.optimizer.ema else {}
     return State(jnp.zeros((), jnp.int32), trained, ema, tx.init(trained), frozen)
 
 
 def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
-    """Shapes first, shardings from shapes; nothing is allocated. On an abstract mesh there is no more than that.
+    """Shapes first, then shardings from shapes; nothing is allocated. An abstract mesh is enough for that.
 
     Raises:
-        UserError: a table, storage or batch size that does not fit the model or the mesh.
+        UserError: parameter groups, dtypes or a batch size that do not fit the model or the mesh.
     """
     boxed = jax.eval_shape(program.init, jax.random.key(0))
     fallbacks: list[Fallback] = []
@@ -216,7 +216,7 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
     rules = optimizer.match(optimizer.read_table(config.optimizer.param_groups), list(optimizer.flatten(params)))
     trained, _ = optimizer.split(params, rules)
     if not trained:
-        raise UserError("optimizer.param_groups freezes every parameter: nothing would be trained")
+        raise UserError("optimizer.param_groups freezes every parameter: leave some with a multiple above 0")
     items = program.batch_items(config)
     shards = batch_shards(mesh) * config.optimizer.grad_accum_steps
     if items % shards:

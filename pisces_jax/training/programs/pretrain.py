@@ -50,9 +50,7 @@ class PretrainProgram(PicturesProgram):
     def from_config(cls, config: ConfigDict, vocab_size: int) -> Self:
         loss, dtype = config.loss, jnp.dtype(config.compute_dtype)
         if config.data.features:
-            raise UserError(
-                "data.features: program pretrain trains the encoder that makes them: leave it empty"
-            )
+            raise UserError("data.features: program pretrain trains the encoder that makes them: leave it empty")
         if config.optimizer.grad_accum_steps != 1:
             raise UserError(
                 "optimizer.grad_accum_steps must be 1 in program pretrain: its contrastive loss is over the whole batch"

@@ -15,7 +15,7 @@ def main() -> None:
     rest, overrides = cli.split_overrides(cli.arguments())
     parser = cli.Parser(
         "demo",
-        "Trains all stages of a config of the shapes world (finished ones are skipped, interrupted ones continued), "
+        "Trains all stages of a config of the shapes world (finished stages are skipped, interrupted ones continue), "
         "scores the last, and writes scores.json, samples.png and report.html into the work directory.",
         ["--workdir=runs/shapes", "--workdir=runs/seed1 --config=configs/shapes.py --config.seed=1"],
     )

@@ -6,6 +6,7 @@ python -m pisces_jax.evaluate --workdir=DIR --task=geneval|spread|reading|recons
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError, run_command
@@ -55,27 +56,31 @@ def main() -> None:
     if flags.folder:
         if flags.task != "geneval" or flags.grid:
             raise UserError("--folder is scored with --task=geneval and without --grid: change these flags")
-        scores, content = geneval_folder.score_folder(flags.folder, shapes.ShapesDetector())
+        scores, results_file = geneval_folder.score_folder(flags.folder, shapes.ShapesDetector())
         cli.say(suite.table(scores))
-    else:
-        cli.start()
-        model = load_model(flags.workdir, flags.run, flags.batch_size)
-        tasks = suite.tasks_for(flags.task, known, model.config)
-        if flags.grid and not any(task.sheet for task in tasks.values()):
-            raise UserError(f"--grid shows drawn pictures, and --task={flags.task} draws none: leave it out")
-        how, amount = drawing_choice(flags, model.config), suite.amount(flags, both=flags.both)
-        results = suite.evaluate(model, tasks, amount, how)
-        scores = {"run": model.config.name, **results.scores}
-        cli.say(suite.table(scores))
-        settings = {"amount": dataclasses.asdict(amount), "drawing": how, "versions": suite.versions()}
-        content = json.dumps({**scores, **settings}, indent=1).encode()
-        if flags.grid:
-            sheet = next(task.sheet(results.outcomes[name]) for name, task in tasks.items() if task.sheet)
-            cli.write_files(flags.grid.parent, {flags.grid.name: png(sheet)}, "--grid")
-            cli.say(f"the pictures are in {flags.grid}")
+        if flags.out:
+            _save(flags.out, results_file, "--out", "\nGenEval's results are")
+        return
+    cli.start()
+    model = load_model(flags.workdir, flags.run, flags.batch_size)
+    tasks = suite.tasks_for(flags.task, known, model.config)
+    if flags.grid and not any(task.sheet for task in tasks.values()):
+        raise UserError(f"--grid shows drawn pictures, and --task={flags.task} draws none: leave it out")
+    how, amount = drawing_choice(flags, model.config), suite.amount(flags, both=flags.both)
+    results = suite.evaluate(model, tasks, amount, how)
+    whole: dict[str, Any] = {"run": model.config.name, **results.scores}
+    cli.say(suite.table(whole))
     if flags.out:
-        cli.write_files(flags.out.parent, {flags.out.name: content}, "--out")
-        cli.say(f"\nthe scores are in {flags.out}")
+        whole |= {"amount": dataclasses.asdict(amount), "drawing": how, "versions": suite.versions()}
+        _save(flags.out, json.dumps(whole, indent=1).encode(), "--out", "\nthe scores are")
+    if flags.grid:
+        sheet = next(task.sheet(results.outcomes[name]) for name, task in tasks.items() if task.sheet)
+        _save(flags.grid, png(sheet), "--grid", "the pictures are")
+
+
+def _save(path: Path, content: bytes, flag: str, what: str) -> None:
+    cli.write_files(path.parent, {path.name: content}, flag)
+    cli.say(f"{what} in {path}")
 
 
 if __name__ == "__main__":

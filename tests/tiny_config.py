@@ -25,7 +25,7 @@ def data(*tasks: str) -> dict:
         tokenizer_examples=64,
         text_length=128,
         row_length=128,
-        rows_per_pool=2,
+        rows=2,
         read_slots=2,
         draw_slots=2,
         train={task: source(task, "train") for task in tasks},
@@ -33,10 +33,9 @@ def data(*tasks: str) -> dict:
     )
 
 
-def run(name: str, program: str, *tasks: str, model: dict, init_from: dict, **more: object) -> ConfigDict:
+def run(name: str, program: str, *tasks: str, model: dict, parts: dict, **more: object) -> ConfigDict:
     return run_config(
-        name=name, program=program, steps=2, batch_size=8, data=data(*tasks), model={**MODEL, **model},
-        init_from=init_from,
+        name=name, program=program, steps=2, batch_size=8, data=data(*tasks), model={**MODEL, **model}, init_from=parts,
         flow=dict(steps=2), **more,
     )  # fmt: skip
 

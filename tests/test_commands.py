@@ -201,7 +201,10 @@ BAD = [
     ("train --config=TINY --workdir=NEW --config.stepz=3", "did you mean steps?"),
     ("train --config=TINY --workdir=NEW --config.optimizer.learning_rat=1", "did you mean optimizer.learning_rate?"),
     ("train --config=TINY --workdir=NEW --config.learning_rate=1", "did you mean optimizer.learning_rate?"),
-    ("train --config=TINY --workdir=NEW --config.stages.unified.data.row=1", "did you mean stages.unified.data.rows?"),
+    (
+        "train --config=TINY --workdir=NEW --config.stages.unified.data.row_len=1",
+        "mean stages.unified.data.row_length?",
+    ),
     ("train --config=TINY --workdir=NEW --config.model.decoder.widht=1", "did you mean model.decoder.width?"),
     ("train --config=TINY --workdir=NEW --config.steps=many", "must be a whole number, like 2"),
     ("train --config=TINY --workdir=NEW --config.optimizer.learning_rate=fast", "must be a number"),
@@ -232,7 +235,7 @@ BAD = [
     ("generate --workdir=RUN --out=NEW --prompt=x --num_images=0", "at least 1"),
     ("generate --workdir=NEW --out=NEW --prompt=x", "does not exist"),
     ("generate --workdir=FOREIGN --out=NEW --prompt=x", "holds no finished unified run"),
-    ("generate --workdir=RUN --run=nothing --out=NEW --prompt=x", "holds no run"),
+    ("generate --workdir=RUN --run=nothing --out=NEW --prompt=x", "is not a run"),
     ("generate --workdir=RUN --run=pretrain --out=NEW --prompt=x", "is a pretrain run"),
     ("answer --workdir=RUN --image=missing.png", "cannot be read"),
     ("answer --workdir=RUN --image=SYNTAX", "cannot be read"),
@@ -301,10 +304,10 @@ def test_a_key_without_a_stage_holds_for_all_that_have_it():
 def test_values_keep_their_types_and_names_of_ones_own_may_be_new():
     run = load_stages(f"{TINY}:decoder", {
         "optimizer.param_groups": "((r'.*', 0.5, 0.1),)", "log.tensorboard": "true", "optimizer.clip": "3",
-        "storage.generation_encoder": "bfloat16",
+        "param_dtype.generation_encoder": "bfloat16",
     })["decoder"]  # fmt: skip
     assert run.optimizer.param_groups == ((".*", 0.5, 0.1),) and run.log.tensorboard is True
-    assert run.optimizer.clip == 3.0 and run.storage.generation_encoder == "bfloat16"
+    assert run.optimizer.clip == 3.0 and run.param_dtype.generation_encoder == "bfloat16"
 
 
 def test_stages_in_a_circle_are_refused(tmp_path):
@@ -314,7 +317,7 @@ def test_stages_in_a_circle_are_refused(tmp_path):
         "def get_config(stage=''):\n    a = run_config(name='a', init_from=dict(x='b'))\n"
         "    b = run_config(name='b', init_from=dict(x='a'))\n    return ConfigDict(dict(stages=dict(a=a, b=b)))\n"
     )
-    with pytest.raises(UserError, match="wait for one another"):
+    with pytest.raises(UserError, match="need one another's weights"):
         load_stages(str(path), {})
 
 

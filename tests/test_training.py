@@ -295,7 +295,7 @@ def test_averages_of_bfloat16_parameters_are_float32():
         state, _ = step(state, trainer.put(batch))
         assert jax.tree.map(lambda x: x.dtype, state) == dtypes
     assert state.trained["a"]["w"].dtype == jnp.bfloat16 and state.ema["a"]["w"].dtype == jnp.float32
-    with pytest.raises(UserError, match="storage.c: the model's parts are a, b"):
+    with pytest.raises(UserError, match="param_dtype.c: the model's parts are a, b"):
         make_trainer(Toy(), run_config(batch_size=4, param_dtype=dict(c="bfloat16")), trainer.mesh)
 
 

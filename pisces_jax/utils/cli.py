@@ -153,8 +153,10 @@ def write_files(folder: Path, files: Mapping[str, bytes], flag: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
         for name, content in files.items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_bytes(content)
         for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(scratch / name, folder / name)
     except OSError as error:
         words = f"{error.strerror}: free some space or give another folder"

@@ -31,7 +31,6 @@ REQUIRED = [
     "scipy>=1.15.0",
     "jinja2>=3.1.6",
     "jaxtyping>=0.3.3",
-    "jinja2>=3.1.6",
     "tqdm>=4.67.0",
 ]
 

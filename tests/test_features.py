@@ -31,7 +31,8 @@ def config_of(stage):
     """Of the tiny stages, or of a decoder that makes latents."""
     config = tiny_config.get_config("decoder" if stage == "latent" else stage)
     if stage == "unified":
-        del config.init_from["decoder"]  # which learns from pictures, and there are none
+        del config.init_from["decoder"]
+        config.train_decoder = False  # it learns from pictures, and there are none
     if stage == "latent":
         config.model.autoencoder = AUTOENCODER
         config.model.decoder.update(size=8, channels=4)
@@ -332,6 +333,6 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
 )
 def test_what_learns_from_pictures_takes_no_features(stage, words):
     config = tiny_config.get_config(stage)
-    config.data.features, config.train_decoder = "features", stage == "unified"
+    config.data.features = "features"
     with pytest.raises(UserError, match=words):
         programs.make_program(config, 300)

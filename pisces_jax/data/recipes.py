@@ -1,6 +1,7 @@
 """From a record (a key, fields, pictures) to an example: what is read, what is learned, what is drawn."""
 
 import dataclasses
+import functools
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ Image = Callable[[], np.ndarray]
 
 
 class Record(NamedTuple):
-    """What a file holds of one example: `pictures` in order, each decoded when it is called."""
+    """What a file holds of one example. `pictures` are in order, and each is decoded when it is called."""
 
     key: str
     fields: Mapping[str, Any]
@@ -44,11 +45,12 @@ class Recipe:
     | edit | read the first picture; caption as the instruction; draw the second |
     | pair | picture and caption, for encoders |
 
-    Formats are Python's, over the record's fields ("{text}"). A format that is a tuple is one of several wordings: an
-    example keeps the one that its key chooses. `drop` is the rate at which drawing goes without its caption.
+    Formats are Python's, over the record's fields ("{text}"). A tuple of formats is several wordings, of which the
+    example's key chooses one. `drop` is the rate at which a picture is drawn without its caption, for guidance. With
+    `cut`, an example that is longer than a row is cut at the end of its last text instead of being left out.
 
     Raises:
-        UserError: an unknown recipe, a missing format, or a format or a rate that is none.
+        UserError: an unknown recipe, a missing format, or an invalid format or rate.
     """
 
     recipe: str
@@ -61,7 +63,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.recipe not in tuple(MAKERS):
-            raise UserError(f"no recipe {self.recipe!r}: choose one of {', '.join(MAKERS)}")
+            raise UserError(f"unknown recipe {self.recipe!r}: choose one of {', '.join(MAKERS)}")
         if self.recipe in NEED_DETAILS and self.detailed_format is None:
             raise UserError(
                 f"the recipe {self.recipe!r} needs a detailed text: set detailed_format, such as '{{text}}: {{tags}}'"
@@ -69,9 +71,9 @@ class Recipe:
         for name in ("caption_format", "detailed_format", "question_format", "answer_format"):
             _check_format(name, getattr(self, name))
         if not isinstance(self.drop, (int, float)) or not 0 <= self.drop < 1:
-            raise UserError(f"drop={self.drop!r} is no rate: give a number from 0 to below 1")
+            raise UserError(f"drop={self.drop!r} is not a rate: give a number from 0 to below 1")
         if self.drop and not self.draws:
-            raise UserError(f"drop={self.drop} is for drawing and {self.recipe!r} draws nothing: remove it")
+            raise UserError(f"drop={self.drop} is for drawing, but {self.recipe!r} draws nothing: remove it")
 
     @property
     def formats(self) -> list[str]:
@@ -81,11 +83,19 @@ class Recipe:
             used = self.question_format, self.answer_format
         elif self.recipe == "conversation":
             used = ()
-        elif self.recipe in NEED_DETAILS:
+        elif self.recipe == "draw_described":
             used = self.caption_format, self.detailed_format
-            if self.recipe != "draw_described":
-                used = (self.detailed_format,)
+        elif self.recipe in NEED_DETAILS:
+            used = (self.detailed_format,)
         return [one for wordings in used for one in _wordings(wordings)]
+
+    @functools.cached_property
+    def fields(self) -> frozenset[str] | None:
+        """The fields that the formats name; None if they do not tell, as in "{text:{width}}"."""
+        parsed = [piece for one in self.formats for piece in string.Formatter().parse(one)]
+        if self.recipe == "conversation" or any("{" in (inner or "") for _, _, inner, _ in parsed):
+            return None
+        return frozenset(_field(name) for _, name, _, _ in parsed if name is not None)
 
     @property
     def draws(self) -> bool:
@@ -93,16 +103,16 @@ class Recipe:
 
     @property
     def pictures(self) -> str:
-        """Which picture of a record features are cached of (`features.cached_picture`)."""
+        """The picture of a record that features are cached of (`feature_cache.cached_picture`)."""
         return "second" if self.recipe == "edit" else "first"
 
     def check(self, fields: Sequence[str]) -> None:
         """Raises `UserError` where a format names a field that the records do not have."""
         for text_format in self.formats:
-            for first in _names(text_format):
-                if first not in fields:
+            for name in _names(text_format):
+                if name not in fields:
                     raise UserError(
-                        f"{text_format!r} names the field {first!r}, but the fields are "
+                        f"{text_format!r} names the field {name!r}, but the fields are "
                         f"{', '.join(sorted(fields))}: change the format"
                     )
 
@@ -115,7 +125,11 @@ class Recipe:
         return Example(parts, record.key, self.drop if dropped else 0.0, dropped, self.cut)
 
     def text(self, record: Record, text_format: str | Sequence[str] | None) -> str:
-        """One field's wording; no caption is empty."""
+        """The record in the wording of a format.
+
+        Raises:
+            BrokenExample: a field is missing or does not fit the format, or the text is empty.
+        """
         if text_format is None:
             raise ValueError("no format")
         if not isinstance(text_format, str):
@@ -137,29 +151,33 @@ def _wordings(text_format: str | Sequence[str] | None) -> Sequence[str]:
     return [text_format] if isinstance(text_format, str) else text_format or ()
 
 
+def _field(name: str) -> str:
+    """The field that a replacement field of a format is of: `answers` for `{answers[0]}` and `{answers.first}`."""
+    return re.split(r"[.\[]", name)[0]
+
+
 def _names(text_format: str) -> list[str]:
-    """The fields that a format takes: of `{answers[0]}` and `{answers.first}` it is `answers`."""
-    return [re.split(r"[.\[]", name)[0] for _, name, _, _ in string.Formatter().parse(text_format) if name is not None]
+    return [_field(name) for _, name, _, _ in string.Formatter().parse(text_format) if name is not None]
 
 
 def _check_format(name: str, given: Any) -> None:
-    """Raises `UserError` for what no record could be worded by."""
+    """Raises `UserError` if `given` is not a format or several of them."""
     if given is None and name == "detailed_format":
         return
     if not isinstance(given, (str, list, tuple)) or not given or not all(isinstance(one, str) for one in given):
-        raise UserError(f"{name}={given!r} is no format: give one such as '{{text}}', or several in a tuple")
+        raise UserError(f"{name}={given!r} is not a format: give one such as '{{text}}', or several in a tuple")
     for one in _wordings(given):
         try:
             names = _names(one)
         except ValueError as error:
-            raise UserError(f"{name}={one!r} is no format ({error}): mend its braces") from error
-        if any(not first or first.isdigit() for first in names):
+            raise UserError(f"{name}={one!r} is not a format ({error}): fix its braces") from error
+        if any(not field or field.isdigit() for field in names):
             raise UserError(f"{name}={one!r} has braces without a field's name: write one there, as in '{{text}}'")
 
 
 class _Formatter(string.Formatter):
-    """`str.format` for what records hold: a null or an empty list is no text ("None" or "[]" would be learned), and
-    bytes are UTF-8.
+    """`str.format` for the values of records: bytes are decoded as UTF-8, and a null or an empty list counts as a missing
+    field (else "None" or "[]" would be learned).
     """
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -174,7 +192,7 @@ _FORMATTER = _Formatter()
 
 
 def sound(text: str, key: str) -> str:
-    """Raises `BrokenExample` for what no tokenizer takes: JSON can spell halves of characters."""
+    """Returns `text`. Raises `BrokenExample` if it has lone surrogates, which JSON can spell and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -236,7 +254,7 @@ def _conversation(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
     marks = sum(turn.text.count(MARK) for turn in turns)
     pictures = list(range(len(record.pictures)))
     parts: list[Part] = []
-    if not marks:  # LLaVA's older files leave the mark out
+    if not marks:  # as in LLaVA's older files
         parts += [_picture(record, i, "read") for i in pictures]
     elif marks != len(pictures):
         raise BrokenExample(record.key, "marks and pictures differ", f"{marks} {MARK}, {len(pictures)} pictures")
@@ -244,7 +262,7 @@ def _conversation(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
     for turn in turns:
         spoken = bool(parts) and isinstance(parts[-1], Text) and parts[-1].learn
         if spoken and not turn.model and turn.text.lstrip().startswith(MARK):
-            parts.append(Text(""))  # a picture alone would not end the model's turn before it
+            parts.append(Text(""))  # a picture alone would not end the model's turn
         for i, piece in enumerate(turn.text.split(MARK)):
             if i:
                 parts.append(_picture(record, taken, "read"))
@@ -252,7 +270,7 @@ def _conversation(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
             if piece.strip():
                 parts.append(Text(piece.strip(), learn=turn.model))
     if not any(isinstance(part, Text) and part.learn for part in parts):
-        raise BrokenExample(record.key, "nothing that the model says")
+        raise BrokenExample(record.key, "the model says nothing")
     return tuple(parts), ()
 
 
@@ -260,11 +278,11 @@ _SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assis
 
 
 def turns_of(record: Record) -> list[Turn]:
-    """LLaVA's and ShareGPT's `conversations` (from, value), `messages` (role, content), or the Cauldron's `texts`
-    (user, assistant).
+    """The turns of LLaVA's and ShareGPT's `conversations` (from, value), of `messages` (role, content), or of the
+    Cauldron's `texts` (user, assistant).
 
     Raises:
-        BrokenExample: neither is there, or a turn is of another form.
+        BrokenExample: the record has none of these, or a turn has another form.
     """
     turns = record.fields.get("conversations") or record.fields.get("messages")
     if turns is None and isinstance(record.fields.get("texts"), list):
@@ -284,7 +302,7 @@ def turns_of(record: Record) -> list[Turn]:
                 raise TypeError(f"its text is {content!r}")
             told.append(Turn(_SPEAKERS[speaker], sound(str(content), record.key)))
         except (KeyError, TypeError) as error:
-            raise BrokenExample(record.key, "a turn of no known form", repr(error)) from error
+            raise BrokenExample(record.key, "a turn of an unknown form", repr(error)) from error
     return told
 
 

@@ -22,7 +22,7 @@ import pytest
 import tiny
 from PIL import Image, ImageOps
 
-from pisces_jax.data import storage
+from pisces_jax.data import sources, storage
 from pisces_jax.data.example import BrokenExample, Picture, Text
 from pisces_jax.data.formats import parquet, record_files, webdataset
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
@@ -434,9 +434,9 @@ def test_a_caption_that_is_missing_is_no_word(pictures, nothing):
         assert texts(source[0]) == [(said, False)]
         assert problems(source) == ({broken: "a field is missing"} if broken else {})
     recipe = Recipe("caption", "{a}")  # what TensorFlow Datasets gives
-    assert recipe.text(Record("key", {"a": np.int64(0)}, []), "{a}") == "0"
+    assert recipe.text(Record("key", {"a": np.int64(0)}, [])) == "0"
     with pytest.raises(BrokenExample, match="a field is missing"):
-        recipe.text(Record("key", {"a": np.array([], object)}, []), "{a}")
+        recipe.text(Record("key", {"a": np.array([], object)}, []))
 
 
 def test_json_that_breaks_off(pictures):
@@ -718,6 +718,49 @@ def test_shards_are_indexed_in_parallel_and_anywhere(tmp_path):
     assert len(list((tmp_path / "work").iterdir())) == 3 and not list(tmp_path.glob("*.index"))
 
 
+NEW_FORMAT = """
+from pisces_jax.data import storage
+from pisces_jax.data.formats.records import labels, picture_file
+from pisces_jax.data.recipes import Record
+
+
+class Tabbed:
+    names, remote = ("text",), False
+
+    def __init__(self, path, folder="pictures", name="tabbed"):
+        (self.path,) = storage.expand(path)
+        self.folder, (self.label,) = folder, labels(name, [self.path])
+        self.lines = storage.read(self.path).decode().splitlines()
+        self.fingerprint = f"{storage.digest([self.path, storage.signature(self.path)])}/{folder}"
+
+    def __len__(self):
+        return len(self.lines)
+
+    def read(self, i, fields=None):
+        file, text = self.lines[i].split("\\t")
+        key = f"{self.label}/{i}"
+        return Record(key, {"text": text}, [picture_file(file, self.folder, key)])
+"""
+
+
+def test_a_new_format_is_one_file_and_a_line_of_the_table(pictures, monkeypatch):
+    """With what the protocol asks for, and nothing else: recipe, splits, names and misspelt keys come with it."""
+    (pictures / "tabbed_format.py").write_text(NEW_FORMAT)
+    monkeypatch.syspath_prepend(pictures)
+    monkeypatch.setitem(sources.READERS, "tabbed", "tabbed_format:Tabbed")
+    (pictures / "a.tsv").write_text("red.png\tone\nblue.png\ttwo\ngone.png\tthree\n../red.png\tfour\n")
+    spec = dict(kind="tabbed", path=f"{pictures}/*.tsv", folder=str(pictures), recipe="pair", name="mine")
+    source = pickle.loads(pickle.dumps(make_source(spec).source))
+    assert [shape_of(source[i]) for i in range(2)] == [[RED, ("one", False)], [BLUE, ("two", False)]]
+    assert problems(source) == {2: "a picture is missing", 3: "a name outside its folder"}
+    assert source[1].key == "mine/a.tsv/1"
+    assert texts(make_source({**spec, "split": "val", "val_share": 0.5}).source[0]) == [("two", False)]
+    with pytest.raises(UserError, match="source mine: tabbed takes no 'foldr' .did you mean 'folder'"):
+        make_source({**spec, "foldr": "x"})
+    with pytest.raises(UserError, match="'caption', but the fields are text"):
+        make_source({**spec, "caption_format": "{caption}"})
+
+
 # Fingerprints: what is kept of a source (lengths, features) belongs to its files and its choice of pictures
 
 
@@ -917,7 +960,7 @@ def test_the_full_size_configs_read_what_the_docs_lay_out(tmp_path, monkeypatch)
     }  # fmt: skip
     root = Path(__file__).parents[1] / "configs"
     for size in ("pisces_8b", "pisces_1b"):
-        for stage, sources in expected.items():
+        for stage, wanted in expected.items():
             (config,) = load_stages(str(root / size / f"{stage}.py"), {}).values()
             for split, count in (config.data.train, 99), (config.data.evaluate, 1):
                 found = {}
@@ -929,7 +972,7 @@ def test_the_full_size_configs_read_what_the_docs_lay_out(tmp_path, monkeypatch)
                     ]
                     found[entry.name] = parts
                     assert entry.source.draws == ("draw" in parts)
-                assert found == sources
+                assert found == wanted
 
 
 # Buckets
@@ -1131,7 +1174,7 @@ def test_every_kind_of_picture_becomes_rgb():
     for mode, value in ("I", 200), ("F", 0.5):  # what is white in them is not known
         file = io.BytesIO()
         Image.new(mode, (4, 4), value).save(file, "TIFF")
-        with pytest.raises(UnreadablePicture, match="neither of 8 nor of 16 bits"):
+        with pytest.raises(UnreadablePicture, match="neither 8 nor 16 bits"):
             load_image(file.getvalue())
     assert colour(png("RGBA", (200, 0, 0, 0))) == [255] * 3
     half = colour(png("RGBA", (200, 0, 0, 128)))

@@ -62,9 +62,9 @@ class Recipe:
     cut: bool = False
 
     def __post_init__(self) -> None:
-        if self.recipe not in tuple(MAKERS):
-            raise UserError(f"unknown recipe {self.recipe!r}: choose one of {', '.join(MAKERS)}")
-        if self.recipe in NEED_DETAILS and self.detailed_format is None:
+        if self.recipe not in tuple(RECIPES):
+            raise UserError(f"unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}")
+        if self.detailed_format is None and "detailed" in RECIPES[self.recipe].formats:
             raise UserError(
                 f"the recipe {self.recipe!r} needs a detailed text: set detailed_format, such as '{{text}}: {{tags}}'"
             )
@@ -76,30 +76,19 @@ class Recipe:
             raise UserError(f"drop={self.drop} is for drawing, but {self.recipe!r} draws nothing: remove it")
 
     @property
-    def formats(self) -> list[str]:
-        """All formats that this recipe uses."""
-        used: Sequence[str | Sequence[str] | None] = (self.caption_format,)
-        if self.recipe == "question":
-            used = self.question_format, self.answer_format
-        elif self.recipe == "conversation":
-            used = ()
-        elif self.recipe == "draw_described":
-            used = self.caption_format, self.detailed_format
-        elif self.recipe in NEED_DETAILS:
-            used = (self.detailed_format,)
-        return [one for wordings in used for one in _wordings(wordings)]
+    def _used(self) -> list[Any]:
+        return [getattr(self, f"{name}_format") for name in RECIPES[self.recipe].formats]
 
     @functools.cached_property
     def fields(self) -> frozenset[str] | None:
-        """The fields that the formats name; None if they do not tell, as in "{text:{width}}"."""
-        parsed = [piece for one in self.formats for piece in string.Formatter().parse(one)]
-        if self.recipe == "conversation" or any("{" in (inner or "") for _, _, inner, _ in parsed):
-            return None
-        return frozenset(_field(name) for _, name, _, _ in parsed if name is not None)
+        """The fields that are used; None if the formats do not tell, as in "{text:{width}}" or for conversations."""
+        formats = [one for wordings in self._used for one in _wordings(wordings)]
+        nested = any("{" in (inner or "") for one in formats for _, _, inner, _ in string.Formatter().parse(one))
+        return None if nested or not formats else frozenset(name for one in formats for name in _names(one))
 
     @property
     def draws(self) -> bool:
-        return self.recipe in DRAWING
+        return RECIPES[self.recipe].draws
 
     @property
     def pictures(self) -> str:
@@ -107,8 +96,8 @@ class Recipe:
         return "second" if self.recipe == "edit" else "first"
 
     def check(self, fields: Sequence[str]) -> None:
-        """Raises `UserError` where a format names a field that the records do not have."""
-        for text_format in self.formats:
+        """Raises `UserError` if a format names a field that the records do not have."""
+        for text_format in (one for wordings in self._used for one in _wordings(wordings)):
             for name in _names(text_format):
                 if name not in fields:
                     raise UserError(
@@ -121,21 +110,19 @@ class Recipe:
         Raises:
             BrokenExample: a field or a picture is missing, or a field does not fit its format.
         """
-        parts, dropped = MAKERS[self.recipe](self, record)
+        parts, dropped = RECIPES[self.recipe].make(self, record)
         return Example(parts, record.key, self.drop if dropped else 0.0, dropped, self.cut)
 
-    def text(self, record: Record, text_format: str | Sequence[str] | None) -> str:
-        """The record in the wording of a format.
+    def text(self, record: Record, number: int = 0) -> str:
+        """The record in the wording of one of the formats that the recipe uses.
 
         Raises:
             BrokenExample: a field is missing or does not fit the format, or the text is empty.
         """
-        if text_format is None:
-            raise ValueError("no format")
-        if not isinstance(text_format, str):
-            text_format = text_format[int(identity(record.key, "wording")[0]) % len(text_format)]
+        wordings = _wordings(self._used[number])
+        chosen = int(identity(record.key, "wording")[0]) % len(wordings) if len(wordings) > 1 else 0
         try:
-            text = _FORMATTER.vformat(text_format, (), record.fields).strip()
+            text = _FORMATTER.vformat(wordings[chosen], (), record.fields).strip()
         except (KeyError, IndexError) as error:
             raise BrokenExample(record.key, "a field is missing", str(error.args[0])) from error
         except UnicodeDecodeError as error:
@@ -147,17 +134,13 @@ class Recipe:
         return sound(text, record.key)
 
 
-def _wordings(text_format: str | Sequence[str] | None) -> Sequence[str]:
-    return [text_format] if isinstance(text_format, str) else text_format or ()
-
-
-def _field(name: str) -> str:
-    """The field that a replacement field of a format is of: `answers` for `{answers[0]}` and `{answers.first}`."""
-    return re.split(r"[.\[]", name)[0]
+def _wordings(text_format: str | Sequence[str]) -> Sequence[str]:
+    return [text_format] if isinstance(text_format, str) else text_format
 
 
 def _names(text_format: str) -> list[str]:
-    return [_field(name) for _, name, _, _ in string.Formatter().parse(text_format) if name is not None]
+    """The fields that a format takes: `answers` for `{answers[0]}` and `{answers.first}`."""
+    return [re.split(r"[.\[]", name)[0] for _, name, _, _ in string.Formatter().parse(text_format) if name is not None]
 
 
 def _check_format(name: str, given: Any) -> None:
@@ -176,8 +159,8 @@ def _check_format(name: str, given: Any) -> None:
 
 
 class _Formatter(string.Formatter):
-    """`str.format` for the values of records: bytes are decoded as UTF-8, and a null or an empty list counts as a missing
-    field (else "None" or "[]" would be learned).
+    """`str.format` for the values of records: bytes are UTF-8, and a null or an empty list counts as a missing field
+    (else "None" or "[]" would be learned).
     """
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -201,6 +184,7 @@ def sound(text: str, key: str) -> str:
 
 
 Parts = tuple[Part, ...]
+_NO_PROMPT = Text(draw_instruction(""))
 
 
 def _picture(record: Record, number: int, role: Role) -> Picture:
@@ -210,40 +194,34 @@ def _picture(record: Record, number: int, role: Role) -> Picture:
 
 
 def _caption(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    details = recipe.recipe == "describe"
-    learned = recipe.text(record, recipe.detailed_format if details else recipe.caption_format)
-    instruction = Text(DESCRIBE_INSTRUCTION if details else CAPTION_INSTRUCTION)
-    return (_picture(record, 0, "read"), instruction, Text(learned, learn=True)), ()
+    learned = Text(recipe.text(record), learn=True)
+    instruction = DESCRIBE_INSTRUCTION if recipe.recipe == "describe" else CAPTION_INSTRUCTION
+    return (_picture(record, 0, "read"), Text(instruction), learned), ()
 
 
 def _draw(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    details = recipe.recipe == "draw_details"
-    prompt = recipe.text(record, recipe.detailed_format if details else recipe.caption_format)
+    prompt = Text(draw_instruction(recipe.text(record)))
     picture = _picture(record, 0, "draw")
-    return (Text(draw_instruction(prompt)), picture), (Text(draw_instruction("")), picture)
+    return (prompt, picture), (_NO_PROMPT, picture)
 
 
 def _draw_described(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    prompt = Text(draw_instruction(recipe.text(record, recipe.caption_format)))
-    picture = _picture(record, 0, "draw")
-    description = Text(recipe.text(record, recipe.detailed_format), learn=True)
-    return (prompt, description, picture), (Text(draw_instruction("")), picture)
+    (prompt, picture), dropped = _draw(recipe, record)
+    return (prompt, Text(recipe.text(record, 1), learn=True), picture), dropped
 
 
 def _edit(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
     before, after = _picture(record, 0, "read"), _picture(record, 1, "draw")
-    wanted = recipe.text(record, recipe.caption_format)
-    return (before, Text(draw_instruction(wanted)), after), (before, Text(draw_instruction("")), after)
+    return (before, Text(draw_instruction(recipe.text(record))), after), (before, _NO_PROMPT, after)
 
 
 def _question(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    pictures = tuple(_picture(record, i, "read") for i in range(len(record.pictures)))
-    question = Text(recipe.text(record, recipe.question_format))
-    return (*pictures, question, Text(recipe.text(record, recipe.answer_format), learn=True)), ()
+    pictures = (_picture(record, i, "read") for i in range(len(record.pictures)))
+    return (*pictures, Text(recipe.text(record)), Text(recipe.text(record, 1), learn=True)), ()
 
 
 def _pair(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    return (_picture(record, 0, "read"), Text(recipe.text(record, recipe.caption_format))), ()
+    return (_picture(record, 0, "read"), Text(recipe.text(record))), ()
 
 
 MARK = "<image>"
@@ -306,16 +284,22 @@ def turns_of(record: Record) -> list[Turn]:
     return told
 
 
-MAKERS: dict[str, Callable[[Recipe, Record], tuple[Parts, Parts]]] = {
-    "caption": _caption,
-    "describe": _caption,
-    "draw_caption": _draw,
-    "draw_details": _draw,
-    "draw_described": _draw_described,
-    "question": _question,
-    "conversation": _conversation,
-    "edit": _edit,
-    "pair": _pair,
+class _Kind(NamedTuple):
+    """`make` gives the parts of an example, and those without its caption if it draws; `formats` are those it uses."""
+
+    make: Callable[[Recipe, Record], tuple[Parts, Parts]]
+    formats: Sequence[str]
+    draws: bool = False
+
+
+RECIPES = {
+    "caption": _Kind(_caption, ["caption"]),
+    "describe": _Kind(_caption, ["detailed"]),
+    "draw_caption": _Kind(_draw, ["caption"], draws=True),
+    "draw_details": _Kind(_draw, ["detailed"], draws=True),
+    "draw_described": _Kind(_draw_described, ["caption", "detailed"], draws=True),
+    "question": _Kind(_question, ["question", "answer"]),
+    "conversation": _Kind(_conversation, []),
+    "edit": _Kind(_edit, ["caption"], draws=True),
+    "pair": _Kind(_pair, ["caption"]),
 }
-NEED_DETAILS = ("describe", "draw_details", "draw_described")
-DRAWING = ("draw_caption", "draw_details", "draw_described", "edit")

@@ -25,29 +25,29 @@ SOURCES = {
     "shapes": "pisces_jax.shapes_world.source:ShapesSource",
     "image_folder": "pisces_jax.data.formats.image_folder:ImageFolder",
 }
-KINDS = (*SOURCES, *READERS)
 
 
 def make_source(spec: Mapping[str, Any]) -> Entry:
     """One source of a mixture, from a config's `kind`, `name`, `weight` (1) and the arguments of its class and recipe.
 
-    `kind` is one of `KINDS`; all but "shapes" take the fields of `Recipe`. Readers also take `split` and `val_share`
-    (`Examples`), unless they have a `split` of their own. `name` is how reports call the source, by default its kind;
-    the keys of examples in plain files begin with it.
+    `kind` is one of `SOURCES` or `READERS`; all but "shapes" take the fields of `Recipe`. Readers also take `split` and
+    `val_share` (`Examples`), unless they have a `split` of their own. `name` is how reports call the source, by default
+    its kind; the keys of examples in plain files begin with it.
 
     Raises:
         UserError: an unknown kind or argument, or as the class and the recipe themselves do.
     """
     given = dict(spec)
     kind = given.pop("kind", None)
-    if kind not in KINDS:
-        raise UserError(f"unknown kind of source {kind!r}: choose one of {', '.join(KINDS)}")
+    kinds = SOURCES | READERS
+    if kind not in kinds:
+        raise UserError(f"unknown kind of source {kind!r}: choose one of {', '.join(kinds)}")
     name, weight = given.pop("name", kind), given.pop("weight", 1.0)
     try:
         weight = float(weight)
     except (TypeError, ValueError) as error:
         raise UserError(f"source {name}: weight={weight!r} is not a number: give one such as 1.0") from error
-    module, _, class_name = (READERS | SOURCES)[kind].partition(":")
+    module, _, class_name = kinds[kind].partition(":")
     made = getattr(importlib.import_module(module), class_name)
     own = dict(inspect.signature(made).parameters)
     of_recipe = inspect.signature(Recipe).parameters if kind in READERS or "recipe" in own else {}

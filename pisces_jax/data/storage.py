@@ -1,7 +1,7 @@
 """Bytes from local paths and from buckets (`gs://` and whatever else fsspec knows), with time limits and retries.
 
-A remote request asks for at most `BLOCK` bytes. One that takes longer than `TIME_LIMIT` is abandoned and repeated, up to
-`ATTEMPTS` times with growing pauses. So nothing waits for ever, and a large file may still come over a slow line.
+A remote request asks for at most `BLOCK` bytes. One that takes longer than `TIME_LIMIT` is abandoned and repeated, up
+to `ATTEMPTS` times with growing pauses. So nothing waits for ever, and a large file may still come over a slow line.
 Credentials are the user's own, as gcsfs finds them.
 """
 
@@ -60,7 +60,7 @@ def expand(pattern: str | os.PathLike | Sequence[str]) -> list[str]:
         if not re.search(r"[*?\[]", one):
             paths.append(one)
         elif is_remote(one):
-            paths += _request(one, lambda system, inner: [system.unstrip_protocol(p) for p in sorted(system.glob(inner))])
+            paths += _request(one, lambda system, inner: map(system.unstrip_protocol, sorted(system.glob(inner))))
         else:
             paths += sorted(glob.glob(one))
     if not paths:

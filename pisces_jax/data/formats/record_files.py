@@ -1,7 +1,7 @@
 """Random access to the records of ArrayRecord files, of which a process keeps only a few open.
 
-array_record's own data source (which Grain and TensorFlow Datasets use) keeps every file open that it has read, and goes
-on reading a file that was replaced.
+array_record's own data source (which Grain and TensorFlow Datasets use) keeps every file open that it has read, and
+goes on reading a file that was replaced.
 """
 
 import functools

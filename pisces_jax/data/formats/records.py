@@ -23,9 +23,10 @@ class Records(Protocol):
     """A reader of one file format: random access to the records of some files.
 
     To add a format, write a class with these members in `formats/NAME.py` and add a line to `sources.READERS`. The
-    arguments of its constructor are the keys of a source in a config: by custom `path` (a pattern or several, for
-    `storage.expand`) and `images` (where a record's pictures are); one called `name` gets the name of the source. The
-    constructor raises `UserError` for whatever the user must change, such as files without a record.
+    arguments of its constructor are the keys that a config's source may give: by custom `path` (a pattern or several,
+    for `storage.expand`) and `images` (a tuple of the names of what holds a record's pictures). An argument `name` gets
+    the name of the source. `split` and `val_share` are taken care of (`Examples`), unless the constructor has its own
+    `split`. It raises `UserError` for whatever the user must change, such as files without a record.
 
     Instances are pickled for worker processes and read by several threads at once: keep paths and numbers in them, not
     open files.

@@ -23,7 +23,7 @@ PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n $(WORKERS) -q
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo-setup demo test test-fast parity lint clean
+.PHONY: help setup demo-setup demo test test-fast test-long parity lint clean
 
 help:  ## this list
 	@echo "make TARGET"
@@ -38,6 +38,9 @@ test: setup  ## all tests
 
 test-fast: setup  ## the tests that take seconds
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-long: setup  ## the shapes world at length: a million examples, ten thousand detections (some minutes)
+	@PISCES_LONG_TESTS=1 $(PYTEST) tests/test_shapes.py tests/test_detection.py $(ARGS)
 
 parity: setup  ## every part at its true shape against its reference implementation (24 GB of memory, an hour)
 	@JAX_PLATFORMS=cpu $(PY) tests/parity.py $(ARGS)

@@ -190,7 +190,7 @@ def test_a_run_that_was_trained_anew_is_another(tmp_path):
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
 def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_path, dtype, tolerance):
     """bfloat16 keeps 8 bits: a relative error of 2^-9 a number."""
-    from pisces_jax.planning.batch import batch_shapes
+    from pisces_jax.training.programs.base import check_batch
     from pisces_jax.training.tokenizer import load_tokenizer
 
     for stage in ("decoder", "latent", "unified"):
@@ -204,7 +204,7 @@ def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_
             program = programs.make_program(config, tokenizer.vocab_size)
             made = input.items(config, tokenizer, program, tmp_path, config.data.train)
             batch = {name: np.stack([made.make(i).item[name] for i in range(8)]) for name in made.empty()}
-            assert {name: (x.shape, x.dtype) for name, x in batch.items()} == batch_shapes(config, program)
+            check_batch(program.batch_spec(config), batch, 1)
             if folder:
                 (gone,) = {"decoder": {"features"}, "latent": {"image"}, "unified": {"draw_images"}}[stage]
                 assert (gone in batch) == (stage == "decoder")  # whose pictures are what it is to make
@@ -328,7 +328,7 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "stage, words",
-    [("unified", "init_from.decoder: a decoder learns from pictures"), ("pretrain", "encoder that features are of")],
+    [("unified", "train_decoder: a decoder learns from pictures"), ("pretrain", "encoder that features are of")],
 )
 def test_what_learns_from_pictures_takes_no_features(stage, words):
     config = tiny_config.get_config(stage)

@@ -19,7 +19,8 @@ from pisces_jax.models.pisces import Pisces
 from pisces_jax.models.vit import ViT
 from pisces_jax.ops.cross_entropy import text_cross_entropy
 from pisces_jax.training.metrics import merge
-from pisces_jax.training.programs import Reconstruction, UnifiedProgram, text_targets
+from pisces_jax.training.programs.reconstruction import Reconstruction
+from pisces_jax.training.programs.unified import UnifiedProgram, text_targets
 
 LAYOUT, n, m, T = tiny.LAYOUT, tiny.LAYOUT.read_vectors, tiny.LAYOUT.draw_vectors, tiny.LAYOUT.length
 ROWS = [[[tiny.EDIT, tiny.DRAW], [tiny.CHAT, tiny.CAPTION]], [[tiny.TWO], [tiny.CAPTION, tiny.CHAT]]]

@@ -270,7 +270,7 @@ def test_a_decoder_that_learns_on_is_the_same_on_eight_devices():
 
     def config(accumulate):
         config = unified(32, accumulate)
-        config.init_from.decoder = "decoder"
+        config.train_decoder = True
         merge(config, dict(flow=dict(drop=0.3, zero_share=0.2), loss=dict(true_vectors=0.5), optimizer=dict(eps=1e-3)))
         return config
 

@@ -73,7 +73,7 @@ def runs(folder, language):
             generation_encoder=f"{folder}/eva",
         ),
         data=dict(
-            tokenizer=f"{folder}/llama", row_length=160, rows=1, read_slots=1, draw_slots=1, read_stretch=True,
+            tokenizer=f"{folder}/llama", row_length=160, read_slots=1, draw_slots=1, read_stretch=True,
             **sources("describe"),
         ),
         optimizer=dict(param_groups=(("(generation|understanding)_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))),
@@ -120,9 +120,9 @@ def test_a_run_on_texts_alone_is_exported(trained, tmp_path, monkeypatch):
     source = dict(kind="json", path=f"{tmp_path}/chats.jsonl", recipe="conversation")
     language = dataclasses.replace(LLAMA, vocab_size=llama_rows(folder) - 4, layers=1)
     config = run_config(
-        name="text", program="text", steps=1, batch_size=8,
+        name="text", steps=1, batch_size=8,
         model=dict(language_model=settings(language)), init_from=dict(language_model=f"{folder}/llama"),
-        data=dict(tokenizer=f"{folder}/llama", row_length=64, rows=1, train=dict(chats=source)),
+        data=dict(tokenizer=f"{folder}/llama", row_length=64, train=dict(chats=source)),
         optimizer=dict(learning_rate=0.0),
     )  # fmt: skip
     train(config, tmp_path / "run")

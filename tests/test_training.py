@@ -25,7 +25,10 @@ from pisces_jax.sharding import make_mesh
 from pisces_jax.training import checkpoints, loop, optimizer
 from pisces_jax.training.config import build, flow_config, merge, run_config
 from pisces_jax.training.metrics import Writer, check_finite, read_metrics
-from pisces_jax.training.programs import example_keys, make_program, resize, to_pixels, to_signal
+from pisces_jax.training.programs import make_program
+from pisces_jax.training.programs.base import Program, example_keys
+from pisces_jax.training.programs.pretrain import resize
+from pisces_jax.training.programs.reconstruction import to_pixels, to_signal
 from pisces_jax.training.step import make_trainer
 from pisces_jax.utils.errors import UserError
 
@@ -80,10 +83,25 @@ def test_learning_rate_is_the_closed_form():
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy:
+class Toy(Program):
     """Mean over the valid rows of |x w - y|² + |x v - 1|², with frozen u."""
 
     weights = {"fit": 2.0, "idle": 0.0}
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls()
+
+    def batch_spec(self, config):
+        n = config.batch_size
+        shapes = {"x": ((n, 3), jnp.float32), "y": ((n,), jnp.float32), "valid": ((n,), jnp.bool_)}
+        return {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
+
+    def dataset(self, config, entries, tokenizer, caches, **how):
+        raise NotImplementedError
+
+    def forward_flops(self, spec):
+        return {}
 
     def init(self, key):
         part = {name: jnp.arange(1.0, 4.0) * scale for name, scale in (("w", 1.0), ("v", -0.5), ("scale", 2.0))}
@@ -338,6 +356,9 @@ def test_unknown_keys_name_their_nearest_neighbour():
     config = run_config()
     merge(config, dict(model=dict(anything=1), data=dict(train=dict(mine=dict(kind="x"))), init_from=dict(a="b")))
     assert (config.model.anything, config.data.train.mine.kind, config.init_from.a) == (1, "x", "b")
+    # Sources are replaced, not added to: what a run reads can be seen in one place.
+    merge(config, dict(data=dict(train=dict(other=dict(kind="y")))))
+    assert config.data.train.to_dict() == dict(other=dict(kind="y"))
 
 
 def test_settings_are_checked_by_what_they_are_for():
@@ -364,7 +385,7 @@ def source(task, split="train"):
 
 def data(*tasks):
     return dict(
-        tokenizer_vocabulary=300, tokenizer_examples=24, text_length=160, row_length=160, rows=1, read_slots=1,
+        tokenizer_vocabulary=300, tokenizer_examples=24, text_length=160, row_length=160, read_slots=1,
         draw_slots=1, threads=1, train={t: source(t) for t in tasks}, evaluate={t: source(t, "val") for t in tasks},
     )  # fmt: skip
 
@@ -491,6 +512,36 @@ def test_run_that_was_asked_to_stop_saves_and_goes_on(finished, begun, monkeypat
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(finished, begun, monkeypatch):
+    """Stopped after four steps on eight devices in fsdp, continued on fsdp 2 × tensor 2 of four: the same run, up to
+    the order in which sums are taken."""
+    save = checkpoints.Checkpoints.save
+
+    def die(self, step, *args):
+        if step == 6:
+            raise Killed
+        save(self, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", die)
+        with pytest.raises(Killed):
+            loop.train(decoder(), begun)
+    kept = saved(begun / "decoder")[1]
+    make_all = loop.make_mesh
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda **sizes: make_all(**sizes, devices=jax.devices()[:4]))
+        loop.train(decoder(mesh=dict(fsdp=2, tensor=2)), begun)
+    step, arrays, iterator = saved(begun / "decoder")
+    expected_step, expected, expected_iterator = saved(finished / "decoder")
+    assert step == expected_step == 6 and iterator == expected_iterator
+    assert arrays.keys() == expected.keys() == kept.keys()
+    moved = [name for name in kept if np.abs(expected[name] - kept[name]).max() > 1e-4]
+    assert len(moved) > 20, "the last two steps change too little to tell"
+    for name, value in expected.items():
+        np.testing.assert_allclose(arrays[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
 def test_finished_runs_are_left_alone(finished, capsys):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     loop.train(decoder(log=dict(every=3)), finished)  # how often it logs is free to change
@@ -517,7 +568,7 @@ def test_parts_come_from_where_they_were_trained(finished):
         np.testing.assert_array_equal(through[name], direct[name])
     with pytest.raises(UserError, match="has no part 'text_tower'"):
         checkpoints.load_part(finished, "unified", "text_tower")
-    with pytest.raises(UserError, match="nowhere holds no run: give the --workdir of a finished training"):
+    with pytest.raises(UserError, match="nowhere is not a run: give the --workdir of a finished training"):
         checkpoints.load_part(finished, "nowhere", "decoder")
 
 
@@ -557,7 +608,7 @@ def test_encoders_are_pretrained_alone_as_together():
             assert float(average.compute()) == pytest.approx(float(together[loss].compute()), rel=1e-6), loss
     with pytest.raises(UserError, match="give model.understanding_encoder, model.generation_encoder"):
         program("understanding_encoder", "generation_encoder", "decoder")
-    with pytest.raises(UserError, match="loss.words is of the understanding encoder"):
+    with pytest.raises(UserError, match="loss.words trains model.understanding_encoder"):
         program("understanding_encoder")
     with pytest.raises(UserError, match="run run draws nothing: set it to 0"):
         config = tiny.config(program="pretrain", model=tiny.model_settings(), log=dict(samples_every=5))
@@ -574,10 +625,10 @@ def test_refusals_leave_no_run_behind(finished, begun):
     other["generation_encoder"]["width"] = 8
     with_encoder = dict(generation_encoder="decoder")
     for config, message in (
-        (unified(name="foreign"), "holds files that are no run of ours: choose another --workdir"),
-        (unified(init_from={}), "part generation_encoder is frozen and starts from random numbers: name its start in"),
-        (unified(init_from=dict(generation_encoder="stage9")), "stage9 holds no run"),
-        (unified(init_from=dict(**with_encoder, texttower="decoder")), "parts.texttower: the model's parts are"),
+        (unified(name="foreign"), "holds files that are not a run: choose another --workdir"),
+        (unified(init_from={}), "part generation_encoder is frozen and starts from random numbers: name the run"),
+        (unified(init_from=dict(generation_encoder="stage9")), "stage9 is not a run"),
+        (unified(init_from=dict(**with_encoder, texttower="decoder")), "init_from.texttower: the model's parts are"),
         (unified(model=other), r"decoder does not fit model.generation_encoder: .*\(16,\) for \(8,\)"),
         (unified(program="unify"), "'unify' is none of pretrain, decoder, unified"),
         (unified(model={}), "model.language_model is missing: program 'unified' needs that part"),
@@ -586,7 +637,7 @@ def test_refusals_leave_no_run_behind(finished, begun):
         (unified(data=data()), "data.train names no source"),
         (
             decoder(name="d2", program="pretrain", optimizer=dict(grad_accum_steps=2)),
-            "accumulate must be 1 in program pretr",
+            "grad_accum_steps must be 1 in program pretr",
         ),
     ):
         with pytest.raises(UserError, match=message) as error:

@@ -1,4 +1,4 @@
-"""Visual vectors to pixels: the flow of the decoder, integrated from noise."""
+"""Visual vectors to pixels: integrates the decoder's flow from noise."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from pisces_jax.losses.flow import FlowConfig, guided, integrate
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.layers import apply
-from pisces_jax.training.programs import to_pixels
+from pisces_jax.training.programs.reconstruction import to_pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class PictureDecoder:
-    """The decoder of pictures, with the autoencoder whose latents it makes, if it makes latents."""
+    """The picture decoder, with the autoencoder whose latents it makes; None where it makes pixels."""
 
     flow_network: DiT
     autoencoder: Autoencoder | None
@@ -31,7 +31,7 @@ class PictureDecoder:
     def decode(
         self, params: Mapping[str, Any], vectors: Float[Array, "B m C"], keys: Array, flow: FlowConfig
     ) -> UInt8[Array, "B S S 3"]:
-        """One picture a row of vectors; its noise comes from its own key. To be called under jit.
+        """One picture per row of vectors; each picture's noise comes from its own key. Call it under jit.
 
         Args:
             params: by part, `decoder` and where there is one `autoencoder`.

@@ -5,7 +5,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.training.config import run_config
 from pisces_jax.utils.cli import Parser, number
 
 
@@ -21,7 +20,7 @@ def add_drawing_flags(parser: Parser) -> None:
 
 def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict[str, Any]:
     """Arguments of `Model.draw`, from the flags and where they are silent from the run's config."""
-    chosen = config.get("sampling", run_config().sampling)  # runs of before there was that key
+    chosen = config.sampling
     flag = {name: getattr(given, name, None) for name in ("describe", "temperature", "guidance")}
     return {
         "describe": chosen.describe if flag["describe"] is None else flag["describe"],

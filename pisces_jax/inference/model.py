@@ -1,4 +1,4 @@
-"""A trained model ready to read and draw: what the commands, the evaluation and a notebook work with."""
+"""A trained model that reads and draws: what the commands, the evaluation and the notebooks use."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -24,6 +24,7 @@ from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import is_finished, load_part, read_config
+from pisces_jax.training.programs import program_class
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 
@@ -39,8 +40,8 @@ PARTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """What came of one prompt: the description that the model wrote first (empty if it drew directly), the visual
-    vectors float32 [m, C], and the picture uint8 [S, S, 3]."""
+    """The result of one prompt: the description that the model wrote first ("" if it drew directly), the visual vectors
+    float32 [m, C], and the picture uint8 [S, S, 3]."""
 
     description: str
     vectors: np.ndarray
@@ -48,17 +49,17 @@ class Drawing:
 
 
 def find_run(workdir: Path) -> str:
-    """The unified run that others do not start from; of several, the one that was finished last.
+    """The finished unified run that no other run starts from; of several, the one that finished last.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no finished unified run.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir} does not exist: give the folder of a finished training")
     runs = {}
     for path in sorted(workdir.glob("*/config.json")):
         config = read_config(path.parent)
-        if config.get("program") == "unified" and is_finished(path.parent):
+        if program_class(config).reads_and_draws(config) and is_finished(path.parent):
             runs[path.parent.name] = config
     started_from = {source for config in runs.values() for source in config.init_from.values()}
     last = [name for name in runs if name not in started_from]
@@ -68,7 +69,8 @@ def find_run(workdir: Path) -> str:
 
 
 class Model:
-    """Reads and draws in batches of a fixed size, compiled once for each; results do not depend on the batching."""
+    """Reads and draws in batches of a fixed size, so that few programs are compiled; results do not depend on the
+    batch."""
 
     def __init__(
         self,
@@ -87,8 +89,8 @@ class Model:
         c = self.pisces.config
         self._layout = Layout(
             c.read_vectors, c.draw_vectors, config.data.row_length, rows=1, read_slots=1, draw_slots=1,
-            read_size=c.understanding_encoder.image_size, draw_size=c.generation_encoder.image_size,
-            read_stretch=config.data.get("read_stretch", False),  # runs of before there was that key
+            read_size=c.read_size, draw_size=c.draw_size,
+            read_stretch=config.data.read_stretch,
         )  # fmt: skip
         plain = np.array([i == tokenizer.eos or i not in tokenizer.special for i in range(tokenizer.vocab_size)])
         allowed_draw = plain.copy()
@@ -125,13 +127,13 @@ class Model:
 
     @property
     def read_size(self) -> int:
-        """Side of the pictures that it reads."""
-        return self.pisces.config.understanding_encoder.image_size
+        """Side of the pictures that it reads, in pixels."""
+        return self.pisces.config.read_size
 
     @property
     def drawn_size(self) -> int:
-        """Side of the pictures that it encodes for drawing."""
-        return self.pisces.config.generation_encoder.image_size
+        """Side of the pictures that it encodes for drawing, in pixels."""
+        return self.pisces.config.draw_size
 
     def answer(
         self,
@@ -141,7 +143,7 @@ class Model:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[str]:
-        """The text that the model goes on with after each question (pictures to read and texts in order)."""
+        """The model's text after each question, a sequence of pictures to read and texts."""
         answers: list[str] = []
         for first in self._batches(len(questions), "reading"):
             some = questions[first : first + self.batch_size]
@@ -188,7 +190,7 @@ class Model:
     ) -> UInt8[np.ndarray, "N S S 3"]:
         """Pictures from visual vectors [N, m, C]; picture i's noise comes from (seed, first + i)."""
         if self._decoder is None or self.flow is None:
-            raise UserError("this run names no decoder (config key decoder): it can answer, and cannot draw")
+            raise UserError("this run names no decoder (config key decoder): it can answer but not draw")
         flow = self.flow if guidance is None else dataclasses.replace(self.flow, guidance=float(guidance))
         images = []
         for start in range(0, len(vectors), self.batch_size):
@@ -199,7 +201,7 @@ class Model:
         return np.concatenate(images)
 
     def _batches(self, number: int, doing: str) -> Iterable[int]:
-        """Where each batch starts; progress is shown where there are several."""
+        """Where each batch starts; shows progress where there are several."""
         starts = range(0, number, self.batch_size)
         return tqdm(starts, desc=doing, unit="batch", leave=False, disable=len(starts) < 3, dynamic_ncols=True)
 
@@ -213,7 +215,7 @@ class Model:
     def _prompts(self, some: Sequence[Sequence[Text | Picture]]) -> Prompts:
         laid = [lay_out(Example(tuple(parts), "prompt"), self.tokenizer, self._layout, prompt=True) for parts in some]
         ids = [row.tokens for row in laid]
-        # Powers of two are few distinct lengths, so that few programs are compiled.
+        # Lengths are rounded up to powers of two, so that few programs are compiled.
         longest = max(32, *map(len, ids))
         tokens = np.full((self.batch_size, 1 << (longest - 1).bit_length()), self.tokenizer.pad, np.int32)
         length = np.ones(self.batch_size, np.int32)
@@ -221,7 +223,7 @@ class Model:
         for b, row in enumerate(ids):
             tokens[b, : len(row)], length[b] = row, len(row)
             pictures += [(b, placed.start, placed.picture) for placed in laid[b].pictures]
-        size = self.pisces.config.understanding_encoder.image_size
+        size = self.read_size
         slots = -(-len(pictures) // self.batch_size) * self.batch_size
         images = np.zeros((slots, size, size, 3), np.uint8)
         row, start, valid = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.arange(slots) < len(pictures)
@@ -238,11 +240,11 @@ def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
     """The model of a finished unified run (by default the last one), with the decoder that its config names.
 
     Raises:
-        UserError: nothing that could be loaded is there.
+        UserError: there is no such run, or it cannot be loaded.
     """
     run = run or find_run(workdir)
     config = read_config(workdir / run)
-    if config.program != "unified":
+    if not program_class(config).reads_and_draws(config):
         raise UserError(f"{workdir / run} is a {config.program} run: reading and drawing need a unified one")
     tokenizer = load_tokenizer(config, workdir)
     params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in PARTS}
@@ -251,7 +253,7 @@ def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
 
 
 def load_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | None, Any, FlowConfig | None]:
-    """The decoder of a unified run, its weights by part and how it samples."""
+    """The decoder of a unified run, its weights by part, and how it samples."""
     decoder, flow = make_decoder(workdir, config)
     if decoder is None:
         return None, None, None
@@ -261,7 +263,7 @@ def load_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | No
 
 
 def make_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | None, FlowConfig | None]:
-    """The decoder of a unified run and how it samples, without weights."""
+    """The decoder of a unified run and how it samples, without its weights."""
     run = settings.decoder_run(config)
     if not run:
         return None, None

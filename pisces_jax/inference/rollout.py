@@ -1,8 +1,8 @@
-"""Text and visual vectors out of the unified model, one after the other, with the key-value cache.
+"""Generation of text and visual vectors by the unified model, one after the other, with the key-value cache.
 
 A rollout starts from prompts (`prefill`), may sample text (`sample_text`), and may draw (`draw_vectors`): `[IMG]`,
-then m vectors, each predicted from the state before it and fed back through its projector. All rows of a batch go
-together, each at its own length; a row's result does not depend on the rows beside it.
+then m vectors, each predicted from the state before it and fed back through the projector. The rows of a batch advance
+together, each at its own length; a row's result does not depend on the other rows.
 
 Letters: B rows, T prompt positions, m drawn vectors, C their width.
 """
@@ -22,7 +22,7 @@ from pisces_jax.models.transformer import Cache, empty_cache
 
 @flax.struct.dataclass
 class Rows:
-    """Where a batch of rollouts stands: `length[b]` positions are in the cache, `hidden` is the state at the last."""
+    """A batch of rollouts: `length[b]` positions are in the cache, `hidden` is the state at the last of them."""
 
     cache: Cache
     length: Int[Array, "B"]
@@ -31,7 +31,8 @@ class Rows:
 
 @flax.struct.dataclass
 class Prompts:
-    """Prompts, left-aligned in `tokens [B, T]`, and the pictures they read, as a pool with pointers (`packing.py`)."""
+    """Prompts, left-aligned in `tokens [B, T]`, and the pictures that they read: a pool with pointers, as in
+    `data/packing/rows.py`."""
 
     tokens: Int[Array, "B T"]
     length: Int[Array, "B"]
@@ -43,7 +44,7 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """The functions of a rollout for one model; params are the model's, by part. All are to be called under jit."""
+    """The functions of a rollout; `params` are the model's, by part. Call them under jit."""
 
     model: Pisces
 
@@ -51,7 +52,7 @@ class Rollout:
         return apply(self.model, params, *args, method=method)
 
     def prefill(self, params: Any, prompts: Prompts, slots: int) -> Rows:
-        """Runs the prompts; the cache gets `slots` slots, for the prompts and all that is to come."""
+        """Runs the prompts; the cache has `slots` positions, for the prompts and all that follows."""
         B, T = prompts.tokens.shape
         x = self._apply(params, prompts.tokens, method="embed")
         if prompts.images.shape[0]:
@@ -66,7 +67,8 @@ class Rollout:
         return Rows(cache, prompts.length, last)
 
     def advance(self, params: Any, rows: Rows, x: Float[Array, "B D"], move: Bool[Array, "B"]) -> Rows:
-        """One position further with input x, for the rows of `move`; the others' next slot is written and not kept."""
+        """One position further with input x for the rows in `move`; for the others the next slot is written but
+        does not count."""
         hidden, cache = self._apply(params, x[:, None], rows.length[:, None], None, rows.cache, method="run")
         return Rows(cache, rows.length + move, jnp.where(move[:, None], hidden[:, 0], rows.hidden))
 
@@ -81,12 +83,12 @@ class Rollout:
         stop: tuple[int, ...],
         allowed: Array,
     ) -> tuple[Rows, Int[Array, "B max_tokens"]]:
-        """Up to `max_tokens` tokens a row, until one of `stop`, which is not put into the row; then -1.
+        """Up to `max_tokens` tokens per row, before one of `stop`; then -1.
 
         Args:
-            keys: one random key a row.
+            keys: one random key per row.
             temperature: 0 is greedy.
-            allowed: bool [V]: the tokens that may come, `stop` among them.
+            allowed: bool [V], the tokens that may be sampled, `stop` included.
         """
         stops = jnp.asarray(stop)
 

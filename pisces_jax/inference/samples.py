@@ -1,4 +1,4 @@
-"""Sample pictures during training: what the run at hand makes of the first held-out examples, beside the truth."""
+"""Sample pictures during training: what the run makes of the first held-out examples, below the true pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +17,14 @@ from pisces_jax.models.vit import pooled_features
 from pisces_jax.training import input
 from pisces_jax.training.loop import Sampler
 from pisces_jax.training.optimizer import join
-from pisces_jax.training.programs import Program, Reconstruction, UnifiedProgram
+from pisces_jax.training.programs.base import Program
+from pisces_jax.training.programs.reconstruction import Reconstruction
 from pisces_jax.training.step import State
 from pisces_jax.utils.errors import UserError
 
 
 def picture_grid(rows: Sequence[Sequence[np.ndarray] | np.ndarray], scale: int = 3, gap: int = 4) -> np.ndarray:
-    """Rows of pictures of one size on white, each pixel `scale` wide."""
+    """Rows of pictures of one size on white; each pixel becomes `scale` pixels wide."""
     size = rows[0][0].shape[0] * scale
     cell = size + gap
     sheet = np.full((len(rows) * cell + gap, max(map(len, rows)) * cell + gap, 3), 255, np.uint8)
@@ -35,17 +36,16 @@ def picture_grid(rows: Sequence[Sequence[np.ndarray] | np.ndarray], scale: int =
 
 
 def make_sampler(config: ConfigDict, workdir: Path, tokenizer: Any, program: Program) -> Sampler:
-    """Draws `log.samples` held-out pictures (first row the truth) into a PNG, with the averaged weights if any.
+    """A function that draws `log.samples` held-out pictures (first row: the true ones) into a PNG, with the averaged
+    weights where there are any.
 
     Raises:
         UserError: there is nothing to sample from, or no decoder to draw with.
     """
-    if isinstance(program, UnifiedProgram):
-        return _drawer(config, workdir, tokenizer, input.evaluation_sources(config))
-    model = getattr(program, "reconstruction", None)
-    if model is None:
+    makers = {"drawings": _drawer, "reconstructions": _reconstructor}
+    if program.samples is None:
         raise UserError(f"log.samples_every: run {config.name} draws nothing: set it to 0")
-    return _reconstructor(config, model, input.evaluation_sources(config))
+    return makers[program.samples](config, workdir, tokenizer, program)
 
 
 def _save(grid: np.ndarray, path: Path) -> np.ndarray:
@@ -58,7 +58,9 @@ def _weights(state: State) -> Any:
     return join(state.ema or state.trained, state.frozen)
 
 
-def _reconstructor(config: ConfigDict, model: Reconstruction, sources: Sequence[Any]) -> Sampler:
+def _reconstructor(config: ConfigDict, workdir: Path, tokenizer: Any, program: Any) -> Sampler:
+    model: Reconstruction = program.reconstruction
+    sources = input.evaluation_sources(config)
     examples = [sources[0][i] for i in range(min(config.log.samples, len(sources[0])))]
     pictures = [next(p for p in e.parts if isinstance(p, Picture)).array() for e in examples]
     decoder = PictureDecoder(model.decoder, model.autoencoder)
@@ -76,11 +78,12 @@ def _reconstructor(config: ConfigDict, model: Reconstruction, sources: Sequence[
     return sample
 
 
-def _drawer(config: ConfigDict, workdir: Path, tokenizer: Any, sources: Sequence[Any]) -> Sampler:
+def _drawer(config: ConfigDict, workdir: Path, tokenizer: Any, program: Any) -> Sampler:
+    sources = input.evaluation_sources(config)
     decoder, flow = make_decoder(workdir, config)
     if decoder is None:
         raise UserError("log.samples_every needs a decoder to draw with: name its run in config key decoder")
-    own = "decoder" in config.init_from  # it changes with the run
+    own = config.train_decoder  # it changes with the run
     drawn = [s for s in sources if any(isinstance(p, Picture) and p.role == "draw" for p in s[0].parts)]
     if not drawn:
         raise UserError("log.samples_every: no source of data.evaluate has pictures to draw")

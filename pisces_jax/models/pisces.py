@@ -4,8 +4,10 @@ A picture that is read enters as the understanding encoder's long sequence of ve
 that is drawn as the generation encoder's short, pooled one, `V_m = MLP(Pool(ϕ(I)))`. The state at `[IMG]` predicts
 vector 0 and the state at vector k predicts vector k+1, by regression to the pooled features themselves.
 
-A batch holds groups of rows, and each group's rows share a pool of pictures with a pointer (row, start) each.
-Letters: B groups, G rows a group, T positions, P pictures a group, n read vectors, m drawn vectors, D width, C the
+A batch holds groups of rows. The rows of a group share a pool of pictures, each with a pointer (row, start) to its
+place. Without its encoders the model is the language model alone.
+
+Letters: B groups, G rows per group, T positions, P pictures per group, n read vectors, m drawn vectors, D width, C the
 generation encoder's width.
 """
 
@@ -26,34 +28,52 @@ from pisces_jax.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class PiscesConfig:
-    """`pool` is the stride a of Pool_{a×a}; the hidden widths are those of the two-layer MLPs.
+    """Sizes of the parts; with no encoders the model reads and writes text alone.
 
-    `place_embedding` adds to each drawn vector that is fed in learned embeddings of the row and the column of the
-    picture that comes next. A CLIP's vectors say where they are and Pisces has none; those of small autoencoders do not
-    say it.
-
-    Without `fed_vectors` nothing else is fed in than that embedding, one learned query a place (as BLIP3-o's, which
-    flow matching then follows; here it is regression still). A vector that regression predicts is a mean, and says
-    nothing that the text before it does not; a true one shows how the picture goes on. So a model that learns from
-    true vectors follows them, and in a rollout its own lead it astray. Pisces feeds them.
+    Attributes:
+        pool: stride a of Pool_{a×a}.
+        projector_hidden, vector_head_hidden: hidden widths of the two-layer MLPs.
+        place_embedding: adds to each drawn vector that is fed in learned embeddings of the row and the column of the
+            vector that comes next. Pisces has none: a CLIP's vectors say where they are. Those of the small runs'
+            autoencoders do not.
+        fed_vectors: whether drawn vectors are fed in at all. Without, the place embedding alone is fed in: one learned
+            query per place, as in BLIP3-o. A vector that regression predicts is a mean and tells nothing that the text
+            before it does not, while a true one shows how the picture goes on; a model trained on true vectors learns
+            to follow them, and in a rollout its own lead it astray. Pisces feeds them.
     """
 
     language_model: TransformerConfig
-    understanding_encoder: ViTConfig
-    generation_encoder: ViTConfig
-    pool: int
-    projector_hidden: int
-    vector_head_hidden: int
+    understanding_encoder: ViTConfig | None = None
+    generation_encoder: ViTConfig | None = None
+    pool: int = 1
+    projector_hidden: int = 0
+    vector_head_hidden: int = 0
     place_embedding: bool = False
     fed_vectors: bool = True
 
+    def __post_init__(self) -> None:
+        if (self.understanding_encoder is None) != (self.generation_encoder is None):
+            raise ValueError("a unified model has both encoders or none")
+
     @property
     def read_vectors(self) -> int:
-        return self.understanding_encoder.vectors
+        """n: vectors of a picture that is read."""
+        return 0 if self.understanding_encoder is None else self.understanding_encoder.vectors
+
+    @property
+    def read_size(self) -> int:
+        """Side of the pictures that are read, in pixels."""
+        return 0 if self.understanding_encoder is None else self.understanding_encoder.image_size
+
+    @property
+    def draw_size(self) -> int:
+        """Side of the pictures that are encoded for drawing, in pixels."""
+        return 0 if self.generation_encoder is None else self.generation_encoder.image_size
 
     @property
     def draw_vectors(self) -> int:
-        return self.generation_encoder.vectors // self.pool**2
+        """m: vectors of a picture that is drawn."""
+        return 0 if self.generation_encoder is None else self.generation_encoder.vectors // self.pool**2
 
 
 def slot_positions(
@@ -90,6 +110,8 @@ class Pisces(nn.Module):
         c = self.config
         width = c.language_model.width
         self.language_model = Transformer(c.language_model, self.dtype)
+        if c.understanding_encoder is None or c.generation_encoder is None:
+            return
         self.understanding_encoder = ViT(c.understanding_encoder, self.dtype)
         self.generation_encoder = ViT(c.generation_encoder, self.dtype)
         self.understanding_projector = Projector(width, c.projector_hidden, self.dtype)
@@ -130,16 +152,20 @@ class Pisces(nn.Module):
     def output_matrix(self) -> Float[Array, "V D"]:
         return self.language_model.output_matrix()
 
-    def __call__(self, batch: dict[str, Array]) -> tuple[Array, Array, Array]:
-        """Hidden states, predicted vectors and their targets for a batch of packed groups (`data/packing.py`).
+    def __call__(self, batch: dict[str, Array]) -> tuple[Array, Array | None, Array | None]:
+        """Hidden states, predicted vectors and their targets for a batch of packed groups (`data/packing/rows.py`).
 
         Returns:
-            hidden [B·G, T, D]; predicted [B, P, m, C] and target [B, P, m, C], both float32.
+            hidden [B·G, T, D]; predicted [B, P, m, C] and target [B, P, m, C], both float32, or None without encoders.
         """
         tokens = batch["tokens"]
         B, G, T = tokens.shape
-        x = self.language_model.embed(tokens.reshape(B * G, T)).reshape(B, G * T, -1)
-        x = constrain(x, "batch", "length", "width")
+        flat = (B * G, T)
+        x = self.language_model.embed(tokens.reshape(flat))
+        positions, segment_ids = batch["positions"].reshape(flat), batch["segment_ids"].reshape(flat)
+        if self.config.generation_encoder is None:
+            return self.language_model(x, positions, segment_ids)[0], None, None
+        x = constrain(x.reshape(B, G * T, -1), "batch", "length", "width")
 
         def pool(role: str, kind: str = "images") -> tuple[Array, Array, Array]:
             images = batch[f"{role}_{kind}"]
@@ -161,10 +187,7 @@ class Pisces(nn.Module):
         else:
             target = jnp.zeros((*index.shape, self.config.generation_encoder.output_width))
 
-        flat = (B * G, T)
-        hidden, _ = self.language_model(
-            x.reshape(*flat, -1), batch["positions"].reshape(flat), batch["segment_ids"].reshape(flat)
-        )
+        hidden, _ = self.language_model(x.reshape(*flat, -1), positions, segment_ids)
         states = take_states(hidden.reshape(B, G * T, -1), index)
         return hidden, self.predict(states), target
 

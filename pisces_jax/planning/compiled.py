@@ -17,7 +17,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pisces_jax.planning import hlo, roofline
-from pisces_jax.planning.batch import abstract_batch, batch_shapes
 from pisces_jax.planning.memory import memory_by_part
 from pisces_jax.planning.slices import Slice
 from pisces_jax.sharding import MESH_AXES, batch_shards, make_mesh, user_mesh
@@ -92,8 +91,7 @@ def compile_step(trainer: Trainer, options: Mapping[str, str] | None = None) -> 
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), trainer.abstract, trainer.shardings
     )
-    batch = abstract_batch(trainer.config, trainer.program, trainer.mesh)
-    lowered = trainer.train_step().lower(state, batch)  # type: ignore[attr-defined]
+    lowered = trainer.train_step().lower(state, trainer.abstract_batch())
     return lowered.compile(compiler_options=dict(options or {}))
 
 
@@ -139,7 +137,7 @@ def plan_trainer(trainer: Trainer, where: Slice, options: Mapping[str, str] | No
         devices=n,
         mesh=user_mesh(mesh),
         batch_size=config.batch_size,
-        rows_per_device=config.batch_size * config.data.rows / n,
+        rows_per_device=config.batch_size / n,
         grad_accum_steps=config.optimizer.grad_accum_steps,
         remat=config.model.get(main_part(config), {}).get("remat", "none"),
         fits=fits,
@@ -177,9 +175,14 @@ def main_part(config: ConfigDict) -> str:
 
 def work(trainer: Trainer) -> tuple[dict[str, float], float]:
     """Model FLOPs by part, and in all what is executed: rematerialisation computes some again; of one device."""
-    shapes = {k: shape for k, (shape, _) in batch_shapes(trainer.config, trainer.program).items()}
     trained, n = set(trainer.shardings.trained), trainer.mesh.devices.size
-    by_part = {k: v / n for k, v in flops.step_flops_by_part(trainer.program, shapes, trained).items()}
+    spec = trainer.program.batch_spec(trainer.config)
+    by_part = {
+        k: v / n
+        for k, v in flops.step_flops_by_part(
+            trainer.program, spec, trained
+        ).items()
+    }
     settings = {k: c for k, c in trainer.config.model.items() if isinstance(c, ConfigDict) and k in trained}
     return by_part, roofline.executed_flops(by_part, {k: c.get("remat", "none") for k, c in settings.items()})
 
@@ -198,7 +201,7 @@ def advise(trainer: Trainer, memory: Mapping[str, int], peak: int, hbm: int) -> 
     config = trainer.config
     too_much = peak - hbm
     activations = sum(v for k, v in memory.items() if k.startswith("activations/"))
-    groups = config.batch_size // batch_shards(trainer.mesh)
+    groups = trainer.items // batch_shards(trainer.mesh)
     found = []
     part = main_part(config)
     if config.model.get(part, {}).get("remat", "none") not in ("full", "offload"):
@@ -207,7 +210,7 @@ def advise(trainer: Trainer, memory: Mapping[str, int], peak: int, hbm: int) -> 
             f"config.model.{part}.remat=full: saves {known} of activations, costs up to a third more computation"
         )
     # Contrast is over the whole batch, in one part.
-    if groups > config.optimizer.grad_accum_steps and config.program != "pretrain":
+    if groups > config.optimizer.grad_accum_steps and trainer.program.divisible:
         parts = next(n for n in range(config.optimizer.grad_accum_steps + 1, groups + 1) if groups % n == 0)
         saved = activations * (1 - config.optimizer.grad_accum_steps / parts)
         known = f"about {_gib(saved)}" if saved else "a share"

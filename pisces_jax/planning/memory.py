@@ -11,9 +11,7 @@ import jax.numpy as jnp
 
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import ViTConfig
-from pisces_jax.planning.batch import abstract_batch
 from pisces_jax.sharding import batch_shards
-from pisces_jax.training.programs import TextProgram, UnifiedProgram
 from pisces_jax.training.step import Trainer
 
 
@@ -44,7 +42,7 @@ def memory_by_part(trainer: Trainer) -> dict[str, int]:
         lambda x: jax.ShapeDtypeStruct(x.shape, trainer.config.optimizer.grad_dtype or x.dtype), abstract.trained
     )
     parts["gradients"] = tree_bytes(gradients, shardings.trained)
-    batch = abstract_batch(trainer.config, trainer.program, trainer.mesh)
+    batch = trainer.abstract_batch()
     parts["batch"] = sum(shard_bytes(x.shape, x.dtype, x.sharding) for x in batch.values())
     return parts | {f"activations/{k}": v for k, v in saved_activations(trainer).items()}
 
@@ -56,21 +54,16 @@ def saved_activations(trainer: Trainer) -> dict[str, int]:
     "dots" the outputs of all projections too. "offload" saves to the host, "none" is counted like
     "dots" with the hidden layer's activation twice more: what the compiler keeps there is its own choice.
     """
-    config, program = trainer.config, trainer.program
-    if not isinstance(program, TextProgram | UnifiedProgram):
-        return {}
+    config = trainer.config
     item = jnp.dtype(config.compute_dtype).itemsize
     tensor = trainer.mesh.shape["tensor"]
     shards = batch_shards(trainer.mesh) * config.optimizer.grad_accum_steps
-    groups = config.batch_size // shards
-    language = program.model.config if isinstance(program, TextProgram) else program.model.config.language_model
-    positions = groups * config.data.rows * config.data.row_length
-    found = {"language_model": language.layers * positions * _llama(language, tensor, item)}
-    if isinstance(program, UnifiedProgram) and "understanding_encoder" in trainer.abstract.trained:
-        c = program.model.config.understanding_encoder
-        vectors = groups * config.data.read_slots * (c.vectors + c.class_token)
-        found["understanding_encoder"] = c.layers * vectors * _vit(c, tensor, item)
-    return {k: int(v) for k, v in found.items()}
+    found = {}
+    for part, (settings, positions) in trainer.program.block_positions(config).items():
+        if part in trainer.abstract.trained or part == "language_model":
+            per_position = _llama if isinstance(settings, TransformerConfig) else _vit
+            found[part] = int(settings.layers * (positions // shards) * per_position(settings, tensor, item))
+    return found
 
 
 def _llama(c: TransformerConfig, tensor: int, item: int) -> float:

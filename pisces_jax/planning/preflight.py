@@ -57,14 +57,14 @@ def _try_all(config: ConfigDict, workdir: Path, scratch: Path, say: Callable[[st
     sizes = ", ".join(f"{axis} {size}" for axis, size in user_mesh(mesh).items())
     say(f"mesh        {sizes}; {len(trainer.fallbacks)} dimensions do not divide")
 
-    share = batch_share(mesh, config.batch_size)
+    share = batch_share(mesh, trainer.items)
     iterator = input.train_iterator(config, tokenizer, program, workdir, share, folder=home / "lengths")
     try:
         batch = next(iterator)
         start = time.perf_counter()
         for _ in range(BATCHES):
             batch = next(iterator)
-        rate = BATCHES * input.examples(batch) / (time.perf_counter() - start)
+        rate = BATCHES * program.examples(batch) / (time.perf_counter() - start)
     finally:
         iterator.close()
     say(f"input       {rate:.1f} examples a second in this process")
@@ -72,8 +72,8 @@ def _try_all(config: ConfigDict, workdir: Path, scratch: Path, say: Callable[[st
     state = trainer.init(jax.random.key(config.seed))
     on_mesh = trainer.put(batch)
     start = time.perf_counter()
-    compiled = trainer.train_step().lower(state, on_mesh).compile()  # type: ignore[attr-defined]
-    analysis = compiled.memory_analysis()
+    compiled = trainer.train_step().lower(state, on_mesh).compile()
+    analysis: Any = compiled.memory_analysis()
     say(f"compiled    in {time.perf_counter() - start:.0f} s; peak {_gib(analysis.peak_memory_in_bytes)} a device")
     say("            by formula: " + ", ".join(f"{k} {_gib(v)}" for k, v in by_kind(memory_by_part(trainer)).items()))
     metrics = []
@@ -86,7 +86,7 @@ def _try_all(config: ConfigDict, workdir: Path, scratch: Path, say: Callable[[st
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - start) / STEPS
     check_finite(merge(metrics), 0, STEPS + 1)
-    needed = input.examples(batch) / seconds
+    needed = program.examples(batch) / seconds
     verdict = "input keeps up" if rate >= needed else f"input is {needed / rate:.1f} times too slow for the step"
     say(f"step        {seconds:.3f} s, {needed:.1f} examples a second in this process: {verdict}")
     used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

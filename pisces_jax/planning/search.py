@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from pisces_jax.planning.compiled import Plan, abstract_trainer, main_part, plan_trainer, work
+from pisces_jax.planning.compiled import VOCABULARY, Plan, abstract_trainer, main_part, plan_trainer, work
 from pisces_jax.planning.memory import memory_by_part
 from pisces_jax.planning.roofline import AGAIN, axis_bandwidth, count
 from pisces_jax.planning.slices import CHIPS, Slice, chips, find_slice, read_name
 from pisces_jax.sharding import MESH_AXES, batch_shards
+from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import Trainer
 from pisces_jax.utils.errors import UserError
 
@@ -78,7 +79,7 @@ def wire_by_formula(trainer: Trainer) -> dict[str, float]:
     }
     if (part := main_part(config)) == "language_model":
         language = config.model[part]
-        positions = config.batch_size * config.data.rows * config.data.row_length / batch_shards(mesh)
+        positions = config.batch_size * config.data.row_length / batch_shards(mesh)
         passes = 2 + 3 * AGAIN[language.get("remat", "none")]  # forward, backward, and forward again
         wire["tensor"] = 4 * passes * language.layers * positions * language.width * item * (1 - 1 / tensor)
     return wire
@@ -109,7 +110,8 @@ def search(config: ConfigDict, where: Slice, vocab_size: int, say: Callable[[str
         plan = plan_trainer(trainer, where)
         plans.append(plan)
         fits = "fits" if plan.fits else "does not fit"
-        say(f"{number} of {min(most, len(ranked))}: {plan.mesh}, {trainer.config.optimizer.grad_accum_steps} accumulation steps, "
+        say(f"{number} of {min(most, len(ranked))}: {plan.mesh}, "
+            f"{trainer.config.optimizer.grad_accum_steps} accumulation steps, "
             f"remat {plan.remat}: {fits}")  # fmt: skip
     return sorted(plans, key=lambda p: (not p.fits, p.predicted_step_seconds or math.inf))
 
@@ -121,16 +123,16 @@ def smallest_slice(config: ConfigDict, topology: str, vocab_size: int, say: Call
     Slices that the formulas rule out, or whose chips do not divide the batch, are not compiled.
     """
     kind, _ = read_name(topology)
+    program = make_program(config, vocab_size or config.data.tokenizer_vocabulary or VOCABULARY)
+    items = program.batch_items(config)
     for shape in sorted(CHIPS[kind].shapes, key=chips):
         where = find_slice(f"{kind}:{shape}")
         devices = len(where.devices)
         lean = config.copy_and_resolve_references()
         lean.mesh = ConfigDict(dict(data=1, fsdp=devices, tensor=1))
-        groups = config.batch_size // devices
-        if config.batch_size % devices:
+        if items % devices:
             continue
-        # Contrast is over the whole batch.
-        lean.optimizer.grad_accum_steps = 1 if config.program == "pretrain" else groups
+        lean.optimizer.grad_accum_steps = items // devices if program.divisible else 1
         lean.model[main_part(lean)].remat = "full"
         trainer = abstract_trainer(lean, where, vocab_size)
         if estimate(trainer) * (1 - MARGIN) > CHIPS[kind].hbm_bytes:

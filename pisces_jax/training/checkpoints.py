@@ -1,11 +1,11 @@
 """A run's folder: its config, its checkpoints (Orbax), and weights taken from other runs.
 
     WORKDIR/tokenizer.model
-    WORKDIR/NAME/config.json            what is run; a folder without it is not ours
+    WORKDIR/NAME/config.json            the run's config; a folder without it is not a run
     WORKDIR/NAME/metrics.jsonl
-    WORKDIR/NAME/checkpoints/STEP/      state (what the run changes) and iterator (its place)
+    WORKDIR/NAME/checkpoints/STEP/      state (what the run changes) and iterator (its position)
 
-A checkpoint holds what its run trains. Frozen parts are read again from where they came, as `config.init_from` says.
+A checkpoint holds what its run trains. Frozen parts are read again from the run or folder named in `config.init_from`.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.training import optimizer
 from pisces_jax.training.config import part_settings
+from pisces_jax.training.old_configs import upgrade
 from pisces_jax.training.step import State
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
@@ -30,15 +31,15 @@ from pisces_jax.utils.files import write_atomic
 from pisces_jax.utils.processes import primary, primary_first
 from pisces_jax.weights.folder import folder_mark, is_folder, part_shapes, read_source
 
-# What may differ between a run and its continuation: nothing that changes its numbers.
+# Keys that may differ between a run and its continuation: none of them changes its numbers.
 _FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
 
 
 def check_run(workdir: Path, config: ConfigDict) -> None:
-    """Whether this run may be started or continued in its folder; nothing is written.
+    """Checks that this run may be started or continued in its folder; writes nothing.
 
     Raises:
-        UserError: the folder cannot be used, or holds something else or a run of another config.
+        UserError: the folder cannot be used, holds other files, or a run of another config.
     """
     run = workdir / config.name
     try:
@@ -47,19 +48,19 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     if not (run / "config.json").exists():
         if held:
-            raise UserError(f"{run} holds files that are no run of ours: choose another --workdir")
+            raise UserError(f"{run} holds files that are not a run: choose another --workdir")
         return
-    changed = sorted(_differences(read_config(run).to_dict(), json.loads(config.to_json())))
+    changed = sorted(_differences(json.loads(read_config(run).to_json()), json.loads(config.to_json())))
     changed = [key for key in changed if not any(key == f or key.startswith(f + ".") for f in _FREE_KEYS)]
     if changed:
         raise UserError(
-            f"{run} holds a run with another config ({', '.join(changed[:5])}): continue it with its own, "
-            "or choose another --workdir"
+            f"{run} holds a run with another config ({', '.join(changed[:5])}): continue it with its own "
+            "config, or choose another --workdir"
         )
 
 
 def open_run(workdir: Path, config: ConfigDict) -> Path:
-    """The folder of this run, checked as by `check_run`, with its config in it."""
+    """The folder of this run, checked by `check_run`, with its config written."""
     run = workdir / config.name
     with primary_first("open_run"):
         check_run(workdir, config)
@@ -82,21 +83,21 @@ def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
 
 
 def read_config(run: Path) -> ConfigDict:
-    """The config that a run was started with.
+    """The config that a run was started with, with today's keys (`old_configs`).
 
     Raises:
-        UserError: no run there.
+        UserError: the folder is not a run.
     """
     try:
-        return ConfigDict(json.loads((run / "config.json").read_text()))
+        return upgrade(json.loads((run / "config.json").read_text()))
     except FileNotFoundError as error:
-        raise UserError(f"{run} holds no run: give the --workdir of a finished training") from error
+        raise UserError(f"{run} is not a run: give the --workdir of a finished training") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{run / 'config.json'} cannot be read: {error}") from error
 
 
 def finished_step(run: Path) -> int:
-    """The step of the latest whole checkpoint; 0 where there is none."""
+    """The step of the latest complete checkpoint, or 0."""
     folder = run / "checkpoints"
     return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0) if folder.exists() else 0
 
@@ -106,7 +107,7 @@ def is_finished(run: Path) -> bool:
 
 
 class Checkpoints:
-    """Saves and restores the state of one run, with the place that its input stands at."""
+    """Saves and restores the state of one run together with the position of its input."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self._folder = (run / "checkpoints").absolute()
@@ -115,10 +116,10 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: State, iterator: Mapping[str, Any]) -> None:
-        """Written in the background; `close` waits for it.
+        """Saves in the background; `close` waits for it.
 
         Raises:
-            UserError: the disk has no room for it.
+            UserError: the disk is too full.
         """
         changed = _changed(state)
         size = sum(x.nbytes for x in jax.tree.leaves(changed))
@@ -132,14 +133,15 @@ class Checkpoints:
         self._manager.save(step, args=args)
 
     def restore(self, state: State) -> tuple[State, dict[str, Any]] | None:
-        """The latest checkpoint in the place of `state` (arrays or abstract ones with shardings), if there is any."""
+        """The latest checkpoint, laid out as `state` (arrays, or abstract ones with shardings); None without one."""
         step = self._manager.latest_step()
         if step is None:
             return None
         target = _changed(state)
         args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
         restored = self._manager.restore(step, args=ocp.args.Composite(state=args, iterator=ocp.args.JsonRestore()))
-        return dataclasses.replace(state, **restored["state"]), restored["iterator"]
+        values = restored["state"]
+        return dataclasses.replace(state, ema=values.pop("average"), **values), restored["iterator"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()
@@ -147,13 +149,12 @@ class Checkpoints:
 
 
 def _changed(state: State) -> dict[str, Any]:
-    return {
-        "step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer
-    }  # fmt: skip
+    # "average": the name on disk since the first checkpoints.
+    return {"step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer}
 
 
 def part_mark(workdir: Path, name: str, part: str) -> str:
-    """Changes when what `load_part` gives, or a published folder of that name, changes: a run trained anew has another.
+    """A hash that changes when the weights change that `load_part` gives, or a published folder of that name holds.
 
     Raises:
         UserError: the run or the folder is missing, or the run is unfinished.
@@ -161,7 +162,7 @@ def part_mark(workdir: Path, name: str, part: str) -> str:
     if is_folder(name):
         return folder_mark(name)
     config, step = _finished(workdir, name)
-    # Orbax names a checkpoint's files at random and lists them here.
+    # Orbax gives a checkpoint's files random names and lists them here: a run trained again has another list.
     manifest = workdir / name / "checkpoints" / str(step) / "state" / "manifest.ocdbt"
     digest = hashlib.blake2b(f"{step} ".encode() + manifest.read_bytes(), digest_size=8)
     if source := config.init_from.get(part, ""):
@@ -179,8 +180,8 @@ def _finished(workdir: Path, name: str) -> tuple[ConfigDict, int]:
 
 
 def load_part(workdir: Path, name: str, part: str) -> Any:
-    """The weights of `part` as run `name` left them: trained there (averaged, where the run averages), or where it
-    itself took them from. Host arrays.
+    """The weights of `part` as run `name` left them, as host arrays: trained there (their average, where the run keeps
+    one), or where the run itself took them from.
 
     Raises:
         UserError: the run is missing or unfinished, or has no such part.
@@ -195,7 +196,7 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
     if part in kept:
         which = "average" if tree.get("average") else "trained"
         wanted = {which: {part: kept[part]}}
-        # As they were laid on devices, they would come to the same number of devices and processes alone.
+        # As NumPy arrays: with their saved shardings they could be restored on as many devices only.
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         got = checkpointer.restore(
             path, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
@@ -204,7 +205,7 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
     if source := config.init_from.get(part, ""):
         tokens = load_tokenizer(config, workdir).vocab_size if part == "language_model" else 0
         settings = part_settings(config, part, tokens)
-        # A part may be trained in part: what the run froze came from elsewhere.
+        # Of a part that was trained in part, the frozen parameters come from where the run took them.
         if settings is None or set(flat) != set(optimizer.flatten(part_shapes(settings))):
             start = read_source(source, settings, part) if is_folder(source) else load_part(workdir, source, part)
             flat = {**optimizer.flatten(start), **flat}

@@ -1,7 +1,7 @@
-"""What a config holds: every key with its default, once; and from its values to the model's own settings.
+"""What a config holds: every key with its default, once; and from its values to the settings of the parts.
 
-A file under `configs/` has `get_config(stage)`. It starts from `run_config(...)`, which knows all keys, and changes
-values. A config with `stages` is a sequence of such runs.
+A file under `configs/` defines `get_config()`, which returns `run_config(...)` with the values of one run, or a
+`ConfigDict` whose `stages` are several such runs.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def run_config(**changes: Any) -> ConfigDict:
-    """One run with every key it may have; `changes` are set over the defaults (dicts are merged into them).
+    """One run with every key it may have; `changes` are merged over the defaults (`merge`).
 
     Raises:
         UserError: a key that does not exist; the message names the nearest.
@@ -33,23 +33,23 @@ def run_config(**changes: Any) -> ConfigDict:
     config = ConfigDict(
         dict(
             name="",  # the run's folder below --workdir
-            program="unified",  # pretrain, decoder, unified or text
+            program="unified",  # pretrain, decoder or unified (training/programs/)
             seed=0,
             steps=1000,
             profile=0,  # steps to trace, after the first few, into the run's folder `profile` (TensorBoard, Perfetto)
-            batch_size=1,  # groups of rows (unified) or pictures (pretrain, decoder), over all devices
+            batch_size=1,  # rows (unified) or pictures (pretrain, decoder), over all devices
             compute_dtype="float32",
-            # On CPU: XLA's own matrix products in place of YNNPACK's; a step of the small models takes about 0.85 of
-            # the time on two cores. Sums are rounded otherwise.
-            plain_products=False,
-            # Part of the model -> settings (models/): what a program needs and no more.
+            # Part of the model -> its settings (the dataclasses of models/): what the program needs and no more.
             model=ConfigDict(),
             # Part -> the run below --workdir whose weights it starts from, or a folder of published weights
-            # (weights/folder.py); unnamed parts start from random numbers.
+            # (docs/weights.md); parts that are not named start from random numbers.
             init_from=ConfigDict(),
-            decoder="",  # unified: the run whose decoder turns this run's vectors into pictures
-            # Part -> dtype it is stored in; trained parts that are not named are float32, frozen ones too.
+            # Part -> dtype of its stored parameters; float32 for parts that are not named.
             param_dtype=ConfigDict(),
+            decoder="",  # unified: the run whose decoder turns this run's vectors into pictures
+            # unified: train the decoder in this run too, from the vectors as they are predicted (loss.reconstruction,
+            # loss.true_vectors); it then draws with its own decoder.
+            train_decoder=False,
             data=dict(
                 # A file below --workdir, or (with a separator in its name, or hf://) a folder with a published one.
                 tokenizer="tokenizer.model",
@@ -59,7 +59,7 @@ def run_config(**changes: Any) -> ConfigDict:
                 tokenizer_vocabulary=0,
                 tokenizer_sources=ConfigDict(),
                 tokenizer_examples=2000,
-                train=ConfigDict(),  # name -> source (data/pipeline.py)
+                train=ConfigDict(),  # name -> source (docs/data.md)
                 evaluate=ConfigDict(),
                 examples_per_epoch=0,  # 0: as many as the sources hold
                 threads=2,
@@ -69,9 +69,10 @@ def run_config(**changes: Any) -> ConfigDict:
                 max_broken=0.01,  # share of broken examples above which a run stops
                 scaled_jpeg=False,  # decode JPEGs no larger than needed: faster, not exact to the pixel
                 row_length=256,
-                rows=1,  # a group
-                read_slots=0,  # a group
-                draw_slots=0,
+                # Rows that share one pool of pictures; batch_size is a multiple of it. The more, the fewer idle slots.
+                rows_per_pool=1,
+                read_slots=0,  # pictures to read in a pool
+                draw_slots=0,  # pictures to draw in a pool
                 read_stretch=False,  # pictures to read are stretched to a square (SigLIP), not cropped
                 text_length=64,  # pretrain, decoder: longest text, in tokens
             ),
@@ -79,18 +80,19 @@ def run_config(**changes: Any) -> ConfigDict:
                 text=1.0,
                 vectors=1.0,
                 contrastive=1.0,
-                # "sigmoid" is SigLIP's loss; "softmax" is CLIP's, by which small batches learn finer things.
+                # pretrain: "sigmoid" (SigLIP), or "softmax" (CLIP), with which small batches learn finer things.
                 contrast="sigmoid",
-                # Pretraining: the understanding encoder's vectors tell which words the caption has; 0: they do not.
-                words=0.0,
-                # Pictures of the same text are right pairs too: for class labels and other names that repeat.
+                # pretrain: pictures of the same text are positives too: for class labels and names that repeat.
                 same_text=False,
                 reconstruction=1.0,
                 chunk=0,  # entries of the vocabulary whose logits exist at a time; 0: all
+                # For small models trained from scratch (configs/shapes.py):
+                # pretrain: the understanding encoder's vectors also predict the caption's words, at this weight.
+                words=0.0,
                 # Standard deviation of Gaussian noise on the features that the decoder is conditioned on.
                 feature_noise=0.0,
-                # With `train_decoder`: the share of pictures of which the decoder is given the true vectors in place of
-                # those predicted, so that it draws both.
+                # With `train_decoder`: share of the pictures of which the decoder is given the true vectors in place of
+                # those predicted.
                 true_vectors=0.3,
             ),
             flow=dataclasses.asdict(FlowConfig()),
@@ -102,14 +104,14 @@ def run_config(**changes: Any) -> ConfigDict:
                 b2=0.95,
                 eps=1e-8,
                 clip=1.0,  # global norm of the gradient
-                grad_accum_steps=1,  # a batch is taken in that many equal parts
+                grad_accum_steps=1,  # the batch is taken in so many equal parts; the gradient is the whole batch's
                 ema=0.0,  # decay of the averaged weights, which later runs and inference use; 0: none
                 mu_dtype="float32",  # of the first moments
-                grad_dtype="",  # "": that of the parameters; they are summed over parts in that of the parameters
+                grad_dtype="",  # "": the parameters'; sums over accumulation steps are in the parameters'
                 # (pattern over parameter names, input axes, output axes): matrices that Muon updates instead of AdamW.
                 muon=(),
-                # (pattern over parameter names, multiple of the learning rate, weight decay): the first that
-                # matches holds; a multiple of 0 freezes.
+                # (pattern over parameter names, multiple of the learning rate, weight decay): the first that matches
+                # applies; a multiple of 0 freezes.
                 param_groups=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),
             ),
             # How a finished run draws unless a command says otherwise: with a description of its own written first
@@ -126,6 +128,9 @@ def run_config(**changes: Any) -> ConfigDict:
                 samples=8,
                 tensorboard=False,
             ),
+            # For small models on CPUs: XLA's own matrix products in place of YNNPACK's, 0.85 of a step's time on two
+            # cores; sums are rounded otherwise.
+            plain_products=False,
         )
     )
     merge(config, changes)
@@ -139,15 +144,19 @@ OPEN_KEYS = ("model", "init_from", "param_dtype", "train", "evaluate", "tokenize
 
 
 def merge(config: ConfigDict, changes: Mapping[str, Any], prefix: str = "") -> None:
-    """Sets `changes` in `config`, dicts key by key; an unknown key is an error that names its nearest neighbour."""
+    """Sets `changes` in `config`, key by key; what stands at one of `OPEN_KEYS` is replaced as a whole.
+
+    Raises:
+        UserError: a key that does not exist; the message names the nearest.
+    """
     for key, value in changes.items():
-        if prefix.split(".")[-1] in OPEN_KEYS:
-            config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
-        elif key not in config:
+        if key not in config:
             near = difflib.get_close_matches(key, list(config), 1, 0.0)
-            raise UserError(f"config key {prefix}{'.' if prefix else ''}{key} does not exist: did you mean {near[0]}?")
+            raise UserError(f"config key {prefix}{key} does not exist: did you mean {near[0]}?")
+        if key in OPEN_KEYS:
+            config[key] = ConfigDict(value)
         elif isinstance(config[key], ConfigDict) and isinstance(value, Mapping):
-            merge(config[key], value, f"{prefix}.{key}" if prefix else key)
+            merge(config[key], value, f"{prefix}{key}.")
         else:
             config[key] = value
 
@@ -177,10 +186,10 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
 
 
 def check_names(config: ConfigDict) -> None:
-    """That dtypes, rematerialisation policies and attention backends exist.
+    """Checks the names of dtypes, rematerialisation policies and attention backends.
 
     Raises:
-        UserError: one does not; the others are listed.
+        UserError: one does not exist; the message lists those that do.
     """
     o = config.optimizer
     named = {"compute_dtype": config.compute_dtype, "optimizer.mu_dtype": o.mu_dtype}
@@ -206,22 +215,15 @@ def vit_config(config: ConfigDict, part: str) -> ViTConfig:
     return build(ViTConfig, _part(config, part), f"model.{part}")
 
 
-def picture_size(config: ConfigDict) -> int:
-    """Side of the pictures that programs "pretrain" and "decoder" are given: the understanding encoder's own where it
-    is trained alone, else the generation encoder's."""
-    alone = config.program == "pretrain" and "generation_encoder" not in config.model
-    return vit_config(config, "understanding_encoder" if alone else "generation_encoder").image_size
-
-
 def autoencoder_config(config: ConfigDict) -> AutoencoderConfig | None:
-    """None where the decoder makes pixels."""
+    """The autoencoder's settings; None where the decoder makes pixels."""
     if "autoencoder" not in config.model:
         return None
     return build(AutoencoderConfig, config.model.autoencoder, "model.autoencoder")
 
 
 def dit_config(config: ConfigDict) -> DiTConfig:
-    """The decoder's settings; width and number of its condition follow from the generation encoder and the pooling."""
+    """The decoder's settings; the size of its condition follows from the generation encoder and the pooling."""
     encoder = vit_config(config, "generation_encoder")
     settings = dict(_part(config, "decoder"))
     settings["condition_width"] = encoder.output_width
@@ -230,8 +232,8 @@ def dit_config(config: ConfigDict) -> DiTConfig:
 
 
 def decoder_run(config: ConfigDict) -> str:
-    """The run that has the decoder of a unified run: itself, where it trains the decoder on; "": none."""
-    return config.name if "decoder" in config.init_from else config.decoder
+    """The run that has the decoder of a unified run: itself, where it trains the decoder; "": none."""
+    return config.name if config.train_decoder else config.decoder
 
 
 def transformer_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:
@@ -240,7 +242,7 @@ def transformer_config(config: ConfigDict, vocab_size: int) -> TransformerConfig
 
 
 def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
-    """The settings of one part as its module takes them; None for projectors and heads, which have none."""
+    """The settings of one part as its module takes them; None for projectors and heads."""
     if part == "language_model":
         return transformer_config(config, vocab_size)
     if part in ("understanding_encoder", "generation_encoder"):
@@ -249,12 +251,15 @@ def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
 
 
 def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
+    """The unified model's settings; a config whose model has no encoder is a language model alone."""
     language_model = transformer_config(config, vocab_size)
+    if not {"understanding_encoder", "generation_encoder"} & set(config.model):
+        return PiscesConfig(language_model)
     hidden = _part(config, "hidden")
     place_embedding = config.model.get("place_embedding", False)
     fed_vectors = config.model.get("fed_vectors", True)
     if not (place_embedding or fed_vectors):
-        raise UserError("without model.fed_vectors nothing tells drawn vectors apart: set model.place_embedding=True")
+        raise UserError("model.fed_vectors=False needs model.place_embedding=True, to tell drawn vectors apart")
     return PiscesConfig(
         language_model=language_model,
         understanding_encoder=vit_config(config, "understanding_encoder"),
@@ -277,16 +282,16 @@ def flow_config(config: ConfigDict) -> FlowConfig:
 
 
 def in_order(stages: Mapping[str, ConfigDict]) -> dict[str, ConfigDict]:
-    """Stages (a `ConfigDict` keeps no order) so that each comes after those whose weights it takes.
+    """Stages in an order in which each comes after those whose weights it takes (a `ConfigDict` keeps no order).
 
     Raises:
-        UserError: stages that wait for one another.
+        UserError: stages that depend on one another in a circle.
     """
     waiting, ordered = dict(stages), dict[str, ConfigDict]()
     while waiting:
         names = {config.name for config in waiting.values()}
         ready = [s for s, c in waiting.items() if not names & {*c.init_from.values(), c.decoder} - {c.name}]
         if not ready:
-            raise UserError(f"stages {', '.join(waiting)} wait for one another: mend their keys init_from and decoder")
+            raise UserError(f"stages {', '.join(waiting)} need one another's weights: fix init_from and decoder")
         ordered[ready[0]] = waiting.pop(ready[0])
     return ordered

@@ -1,9 +1,11 @@
 """The runs of a config file, with values from the command line."""
 
+import contextlib
 import difflib
 import runpy
+import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ from pisces_jax.training.config import OPEN_KEYS, in_order
 from pisces_jax.utils.errors import UserError
 
 Stages = dict[str, ConfigDict]
-"""Runs by name, each after those that it takes weights from."""
+"""Runs by name, each after the runs whose weights it takes."""
 
 
 def load_stages(config: str, overrides: Mapping[str, str]) -> Stages:
     """The runs of `FILE.py` or of `FILE.py:STAGE`, with values from the command line.
 
-    Where a config has stages, `stages.NAME.key` is a key of one of them and `key` one of all that have it.
+    Where a config has stages, `stages.NAME.key` sets a key of one of them and `key` that of every stage that has it.
 
     Raises:
         UserError: no such file, stage or key, a file that fails, or a value of the wrong type.
@@ -55,22 +57,32 @@ def _run(path: str) -> ConfigDict:
     if not Path(path).is_file():
         raise UserError(f"--config={path} does not exist: give the path of a config file")
     try:
-        functions = runpy.run_path(path)
+        with _importable(Path(path).resolve().parent):
+            functions = runpy.run_path(path)
+            if not callable(functions.get("get_config")):
+                raise UserError("it defines no function get_config: give a config file")
+            config = functions["get_config"]()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # whatever a user's file raises is its mistake
         raise _failed(path, error) from error
-    if not callable(functions.get("get_config")):
-        raise UserError(f"{path} defines no function get_config: give a config file")
-    try:
-        config = functions["get_config"]()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except Exception as error:
-        raise _failed(path, error) from error
     if not isinstance(config, ConfigDict) or ("stages" not in config and "program" not in config):
-        raise UserError(f"get_config of {path} returns no run: return run_config(...), or a ConfigDict of stages")
+        raise UserError(f"get_config of {path} does not return a run: return run_config(...) or a ConfigDict of stages")
     return config
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """A config file may import modules that lie beside it, as a script may; each folder has its own."""
+    known = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - known:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+                del sys.modules[name]
 
 
 def _failed(path: str, error: Exception) -> UserError:
@@ -78,7 +90,7 @@ def _failed(path: str, error: Exception) -> UserError:
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     where = f" in line {line}" if line else ""
     reason = " ".join(str(error).split())
-    return UserError(f"{path} fails{where} with {type(error).__name__}: {reason}: mend the file")
+    return UserError(f"{path} fails{where} with {type(error).__name__}: {reason}: fix the file")
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -96,7 +108,7 @@ def _likeness(key: str, other: str) -> float:
 
 
 def _missing(config: ConfigDict, key: str) -> str | None:
-    """None if `key` may be set, else the key most like it."""
+    """None if `key` may be set, else the most similar key."""
     node: Any = config
     parts = key.split(".")
     for i, part in enumerate(parts):
@@ -114,7 +126,7 @@ _TYPES = {int: "a whole number", float: "a number", bool: "true or false", tuple
 
 
 def _override(config: ConfigDict, key: str, value: str) -> None:
-    """Sets `key` as `config_flags` reads it: with the type that it has."""
+    """Sets `key`, read by `config_flags` with the type that the key has."""
     known = flags.FlagValues()
     argument = f"--config.{key}={value}"
     old = _get(config, key)

@@ -1,4 +1,4 @@
-"""Writes what the frozen encoders make of a config's pictures, to be trained on in place of the pictures."""
+"""Writes the outputs of frozen encoders for a config's pictures, to train on in place of the pictures."""
 
 import concurrent.futures
 import dataclasses
@@ -23,66 +23,54 @@ from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import load_part, part_mark
-from pisces_jax.training.programs import to_signal
+from pisces_jax.training.programs import program_class
+from pisces_jax.training.programs.base import CachedInput
+from pisces_jax.training.programs.reconstruction import to_signal
 from pisces_jax.utils import processes
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.folder import is_folder, read_source
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What is kept of every picture: by which `part` it is made, in which folder below that of `data.features`, and
-    what it depends on beside the part's weights and settings."""
-
-    part: str
-    folder: str
-    beside: Mapping[str, Any]
-
-
-def kinds_of(config: ConfigDict) -> dict[str, Kind]:
-    """What a config reads in place of pictures: the generation encoder's pooled features, and in the training of a
-    decoder that makes latents those of the autoencoder too."""
-    kinds = {"features": Kind("generation_encoder", "", {"pool": config.model.pool})}
-    if config.program == "decoder" and "autoencoder" in config.model:
-        size = settings.vit_config(config, "generation_encoder").image_size
-        kinds["latents"] = Kind("autoencoder", "latents", {"image_size": size})
-    return kinds
-
-
-def encoder_of(config: ConfigDict, workdir: Path, kind: Kind) -> dict[str, Any]:
-    """What cached features are from: the encoder's run or published folder, its weights, settings and the pooling."""
+def encoder_of(config: ConfigDict, workdir: Path, kind: CachedInput) -> dict[str, Any]:
+    """What cached features come from: the encoder's run or published folder, its weights and settings, the pooling."""
     start = config.init_from.get(kind.part, "")
     if not start:
         raise UserError(
-            f"config key init_from.{kind.part} is not set: features are cached of an encoder that was trained"
+            f"config key init_from.{kind.part} is not set: name the trained encoder whose features are cached"
         )
     return {
         "start": start,
         "weights": part_mark(workdir, start, kind.part),
         "settings": dataclasses.asdict(settings.part_settings(config, kind.part, vocab_size=0)),
-        **kind.beside,
+        **kind.depends_on,
     }
 
 
-def _caches(config: ConfigDict, workdir: Path, kind: Kind, entries: Sequence[Entry]) -> list[FeatureCache | None]:
-    """A cache an entry, None for one whose pictures are only read: the unified model draws from features alone."""
+def _caches(
+    config: ConfigDict, workdir: Path, kind: CachedInput, entries: Sequence[Entry]
+) -> list[FeatureCache | None]:
+    """One cache per entry; None for an entry whose pictures the program does not need features of."""
     folder = workdir / (config.data.features or "features") / kind.folder
     encoder = encoder_of(config, workdir, kind)
-    every = config.program != "unified"
+    every = not program_class(config).draws_only
     return [FeatureCache(folder, entry, encoder) if every or entry.source.draws else None for entry in entries]
 
 
 def open_caches(config: ConfigDict, workdir: Path, entries: Sequence[Entry]) -> dict[str, list[FeatureCache | None]]:
-    """The caches that a config reads by kind, one an entry (None where it needs none), no kind where it reads pictures.
+    """The caches that a config reads, by the name of the cached input, one per entry (None where it needs none); empty
+    where the config reads pictures.
 
     Raises:
         UserError: one is missing or unfinished, or no source draws.
     """
     if not config.data.features:
         return {}
-    opened = {name: _caches(config, workdir, kind, entries) for name, kind in kinds_of(config).items()}
+    opened = {
+        name: _caches(config, workdir, kind, entries)
+        for name, kind in program_class(config).cached_inputs(config).items()
+    }
     if not any(cache is not None for cache in opened["features"]):
-        raise UserError("data.features is set, and no source of the config draws a picture: leave it empty")
+        raise UserError("data.features is set, and no source of the config draws pictures: leave it empty")
     return {name: [None if cache is None else cache.open() for cache in caches] for name, caches in opened.items()}
 
 
@@ -95,19 +83,19 @@ def cache_features(
     threads: int = 2,
     share: tuple[int, int] = (0, 1),
 ) -> Mapping[str, int]:
-    """Writes what is not there yet of every source, by all kinds; how many pictures could not be read, by source,
-    those of shards that were there counted too. A source that needs no features is not named.
+    """Writes the missing shards of every source; returns how many pictures could not be read, by source, in all its
+    shards. A source that needs no features is left out.
 
-    Every process writes its `share` of the shards (part i of n), on its own devices; what an interruption leaves is
-    whole shards, and the same call goes on with the others. It returns when all processes are done.
+    Every process writes its `share` of the shards (part i of n) on its own devices. An interruption leaves complete
+    shards, and the same call continues with the others. It returns when all processes are done.
 
     Raises:
-        UserError: the storage fails, or more than `data.max_broken` of a source's pictures cannot be read. The shard
-            in hand is not kept.
+        UserError: the storage fails, or more than `data.max_broken` of a source's pictures cannot be read. The current
+            shard is not kept.
     """
     if dtype not in DTYPES:
         raise UserError(f"features cannot be stored as {dtype!r}: choose one of {', '.join(DTYPES)}")
-    kinds = kinds_of(config)
+    kinds = program_class(config).cached_inputs(config)
     needed = {}
     for name, kind in kinds.items():
         caches = zip(entries, _caches(config, workdir, kind, entries), strict=True)
@@ -117,7 +105,7 @@ def cache_features(
         once = {cache.folder: (entry, cache) for entry, cache in pairs}.values()
         work[name] = [(entry, cache, cache.todo(*share)) for entry, cache in once if cache.todo(0, 1)]
     processes.barrier("features to write")  # the weights are read by all processes or by none
-    for name, todo in work.items():  # one encoder at a time in the memory
+    for name, todo in work.items():  # one encoder at a time in memory
         if todo:
             _write(config, workdir, kinds[name], todo, dtype, batch_size, threads)
     processes.barrier("features written")
@@ -127,7 +115,7 @@ def cache_features(
 def _write(
     config: ConfigDict,
     workdir: Path,
-    kind: Kind,
+    kind: CachedInput,
     caches: Sequence[tuple[Entry, FeatureCache, Sequence[int]]],
     dtype: str,
     batch_size: int,
@@ -171,16 +159,16 @@ def _write(
                 bar.update()
 
 
-def _check_broken(cache: FeatureCache, broken: int, most: float) -> None:
-    if broken > most * max(cache.count, LEAST_SEEN):
+def _check_broken(cache: FeatureCache, broken: int, limit: float) -> None:
+    if broken > limit * max(cache.count, LEAST_SEEN):
         raise UserError(
-            f"source {cache.name}: {broken} of {cache.count} pictures cannot be read so far, more than {most:.2%}: "
-            "mend them or raise data.max_broken"
+            f"source {cache.name}: {broken} of {cache.count} pictures cannot be read so far, more than {limit:.2%}: "
+            "fix them or raise data.max_broken"
         )
 
 
-def _encoder(config: ConfigDict, workdir: Path, kind: Kind, dtype: str) -> tuple[Any, int]:
-    """A function from uint8 pictures [B, S, S, 3] to the stored form of their features [B, ...], and S."""
+def _encoder(config: ConfigDict, workdir: Path, kind: CachedInput, dtype: str) -> tuple[Any, int]:
+    """(a function from uint8 pictures [B, S, S, 3] to their features as they are stored [B, ...], S)."""
     of, compute = settings.part_settings(config, kind.part, vocab_size=0), jnp.dtype(config.compute_dtype)
     size = settings.vit_config(config, "generation_encoder").image_size
     mesh = Mesh(np.array(jax.local_devices()), ("data",))

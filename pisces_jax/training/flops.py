@@ -8,6 +8,7 @@ with respect to inputs and to weights), a frozen part once.
 import itertools
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,6 @@ from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
-from pisces_jax.training.programs import (
-    DecoderProgram,
-    PretrainProgram,
-    Program,
-    Reconstruction,
-    TextProgram,
-    UnifiedProgram,
-)
 
 # Peak bfloat16 FLOP/s of a device, from the makers' data sheets, by the start of `device_kind`.
 PEAKS = {
@@ -97,64 +90,18 @@ def projector(inputs: int, hidden: int, outputs: int) -> float:
     return 2.0 * hidden * (inputs + outputs)
 
 
-def step_flops_by_part(
-    program: Program, batch_shapes: Mapping[str, tuple[int, ...]], trained: set[str]
-) -> dict[str, float]:
-    """Model FLOPs of one training step over the global batch; `trained` are the parts with any trained parameter."""
-    forward: dict[str, float]
-    if isinstance(program, TextProgram):
-        groups, rows, length = batch_shapes["tokens"]
-        forward = {"language_model": groups * rows * transformer(program.model.config, length)}
-    elif isinstance(program, UnifiedProgram):
-        c = program.model.config
-        width, features = c.language_model.width, c.generation_encoder.output_width
-        groups, rows, length = batch_shapes["tokens"]
-        cached = "draw_features" in batch_shapes  # then no encoder runs
-        read = groups * batch_shapes["read_images"][1]
-        draw = groups * batch_shapes["draw_features" if cached else "draw_images"][1]
-        drawn = draw * c.draw_vectors
-        forward = {
-            "language_model": groups * rows * transformer(c.language_model, length),
-            "understanding_encoder": read * vit(c.understanding_encoder),
-            "generation_encoder": 0.0 if cached else draw * vit(c.generation_encoder),
-            "understanding_projector": read
-            * c.read_vectors
-            * projector(c.understanding_encoder.output_width, c.projector_hidden, width),
-            "generation_projector": drawn * projector(features, c.projector_hidden, width),
-            "vector_head": drawn * projector(width, c.vector_head_hidden, features),
-        }
-        if program.reconstruction is not None:
-            forward |= _decoding(program.reconstruction, draw)
-    else:
-        pictures = batch_shapes["tokens"][0]
-        assert isinstance(program, DecoderProgram | PretrainProgram)
-        forward = {}
-        if (r := program.reconstruction) is not None:
-            encoder = 0.0 if "features" in batch_shapes else vit(r.encoder.config)
-            forward = {"generation_encoder": pictures * encoder, **_decoding(r, pictures, "latents" in batch_shapes)}
-        if isinstance(program, PretrainProgram):
-            tower = program.text_tower.config
-            forward["text_tower"] = pictures * text_tower(tower)
-            if program.understanding_encoder is not None:
-                reader = program.understanding_encoder.config
-                forward["understanding_encoder"] = pictures * vit(reader)
-                if "words" in program.weights:
-                    forward["words"] = pictures * 2.0 * reader.vectors * reader.output_width * tower.vocab_size
-    # The generation encoder's features are what is predicted: it takes gradients in pretraining alone.
-    once = {"generation_encoder"} if isinstance(program, UnifiedProgram | DecoderProgram) else set()
-    return {part: (3 if part in trained - once else 1) * flops for part, flops in forward.items()}
+def step_flops_by_part(program: Any, spec: Mapping[str, Any], trained: set[str]) -> dict[str, float]:
+    """Model FLOPs of one training step over a global batch of that specification; `trained` are the parts with any
+    trained parameter."""
+    forward: dict[str, float] = program.forward_flops(spec)
+    return {
+        part: (3 if part in trained and part not in program.targets else 1) * flops for part, flops in forward.items()
+    }
 
 
-def _decoding(r: Reconstruction, pictures: int, cached: bool = False) -> dict[str, float]:
-    forward = {"decoder": pictures * dit(r.decoder.config)}
-    if r.autoencoder is not None and not cached:
-        forward["autoencoder"] = pictures * autoencoder(r.autoencoder.config, r.decoder.config.size)
-    return forward
-
-
-def step_flops(program: Program, batch_shapes: Mapping[str, tuple[int, ...]], trained: set[str]) -> float:
+def step_flops(program: Any, spec: Mapping[str, Any], trained: set[str]) -> float:
     """The sum of `step_flops_by_part`."""
-    return sum(step_flops_by_part(program, batch_shapes, trained).values())
+    return sum(step_flops_by_part(program, spec, trained).values())
 
 
 def peak_flops() -> tuple[float, str]:

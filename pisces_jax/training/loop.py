@@ -1,4 +1,4 @@
-"""One run from start to end, to be read from top to bottom: mesh, input, program, state, loop."""
+"""One run from start to end, written to be read from top to bottom: mesh, input, program, state, loop."""
 
 import logging
 import signal
@@ -21,6 +21,7 @@ from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_ste
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.metrics import Clock, Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
+from pisces_jax.training.programs.base import check_batch
 from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
@@ -29,18 +30,18 @@ from pisces_jax.weights.folder import Folder, is_folder, read_part
 
 log = logging.getLogger(__name__)
 PROFILE_AFTER = 5  # steps before a trace begins: the first ones compile and fill caches
-# Draws from a state into a file, and returns the picture uint8 [H, W, 3].
+# (state, path) -> picture uint8 [H, W, 3]; also written to the path.
 Sampler = Callable[[State, Path], np.ndarray]
 
 
 def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler] | None = None) -> None:
-    """Trains one run into WORKDIR/NAME, from where it stands; returns at once if it is finished.
+    """Trains one run in WORKDIR/NAME, from its latest checkpoint if it has one; returns at once if it is finished.
 
     Args:
-        make_sampler: makes what draws sample pictures (`inference/samples.py`), for `log.samples_every`.
+        make_sampler: makes the function that draws sample pictures (`inference/samples.py`), for `log.samples_every`.
 
     Raises:
-        UserError: whatever the user can mend; what is in the folder stays as it was.
+        UserError: whatever the user can fix; what is in the folder stays as it was.
     """
     check_run(workdir, config)
     if is_finished(workdir / config.name):
@@ -55,7 +56,8 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     for fallback in trainer.fallbacks:
         log.warning("%s", fallback)
 
-    share = batch_share(mesh, config.batch_size)
+    spec = program.batch_spec(config)
+    share = batch_share(mesh, trainer.items)
     train_iterator = input.train_iterator(config, tokenizer, program, workdir, share)
     evaluate = _evaluation(config, tokenizer, program, trainer, workdir, share)
     sampler = None
@@ -84,24 +86,25 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
 
     pending: list[Any] = []
     clock = Clock()
-    last_step, last_time, work = start, time.perf_counter(), 0.0
-    # Progress is for a person who watches; a log file gets a line now and then.
+    last_step, last_time = start, time.perf_counter()
+    work = flops.step_flops(program, spec, trained)
     bar = tqdm(
         total=config.steps, initial=start, desc=config.name, unit="step", mininterval=1.0, dynamic_ncols=True,
         disable=not primary(),
     )  # fmt: skip
-    # Whatever ends the loop, a checkpoint that is being written is finished first.
-    with _signals() as stop, bar, closing(checkpoints), closing(train_iterator), closing(writer):
+    # Whatever ends the loop, a checkpoint that is being written is finished first. Nothing is copied between host and
+    # devices but what the loop names: a copy per step that nobody meant would be slow and silent.
+    guard = jax.transfer_guard("disallow")
+    with guard, _signals() as stop, bar, closing(checkpoints), closing(train_iterator), closing(writer):
         for number in range(start + 1, config.steps + 1):
             with clock("input"):
                 batch = next(train_iterator)
-            if not work:
-                shapes = {k: (config.batch_size, *v.shape[1:]) for k, v in batch.items()}
-                work = flops.step_flops(program, shapes, trained)
+            check_batch(spec, batch, share[1])
             if config.profile and number == start + 1 + min(PROFILE_AFTER, config.steps - start - 1):
                 jax.profiler.start_trace(run / "profile")
             # The first call of this process waits for the compiler.
-            with clock("compilation") if number == start + 1 else nullcontext():
+            compiling = clock("compilation") if number == start + 1 else nullcontext()
+            with compiling, jax.profiler.StepTraceAnnotation("train", step_num=number):
                 state, metrics = step(state, trainer.put(batch))
             if config.profile and number == min(start + PROFILE_AFTER + config.profile, config.steps):
                 jax.block_until_ready(state)
@@ -116,7 +119,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
                 seconds = (time.perf_counter() - last_time) / (number - last_step)
                 values |= {
                     "seconds_per_step": seconds,
-                    "examples_per_second": input.examples(batch) * share[1] / seconds,
+                    "examples_per_second": program.examples(batch) * share[1] / seconds,
                     "mfu": work / seconds / peak,
                     **clock.shares(),
                 }
@@ -129,10 +132,10 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
                 check_finite(held_out, number, number)
                 writer.scalars(number, {f"val/{k}": v for k, v in held_out.items()})
             if sampler and (_due(number, config.log.samples_every) or last):
-                with clock("samples"):
+                with clock("samples"), jax.transfer_guard("allow"):
                     writer.picture(number, "samples", sampler(state, run / "samples" / f"{number:07d}.png"))
             if _due(number, config.log.checkpoint_every) or last or stopping:
-                check_finite(merge(pending), last_step, number)  # what is saved replaces what was good
+                check_finite(merge(pending), last_step, number)  # a saved state replaces a good one
                 with clock("checkpoint"):
                     checkpoints.save(number, state, train_iterator.get_state())
             if not pending:
@@ -146,10 +149,11 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
 
 
 def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_size: int) -> dict[str, Any]:
-    """The parts that start from other runs' weights, as host arrays, and from published folders, in their shards.
+    """The parts that start from other runs' weights (host arrays) or from published folders (already sharded).
 
     Raises:
-        UserError: such a run or folder is missing, unfinished or of other shapes, or a frozen part has no start at all.
+        UserError: such a run or folder is missing, unfinished or of other shapes, or a frozen part has nothing to start
+            from.
     """
     shapes = optimizer.join(trainer.abstract.trained, trainer.abstract.frozen)
     shardings = optimizer.join(trainer.shardings.trained, trainer.shardings.frozen)
@@ -177,7 +181,10 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_si
         parts[part] = jax.tree.map(lambda x, a: np.asarray(x).astype(a.dtype, copy=False), tree, shapes[part])
     for part in trainer.abstract.frozen:
         if part not in config.init_from and part not in trainer.abstract.trained:
-            raise UserError(f"part {part} is frozen and starts from random numbers: name its start in init_from.{part}")
+            raise UserError(
+                f"part {part} is frozen and starts from random numbers: name the run or folder that it comes from in "
+                f"init_from.{part}"
+            )
     return parts
 
 
@@ -205,9 +212,9 @@ def _due(number: int, every: int) -> bool:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[int], bool]]:
-    """Whether the run was asked to end: then it saves and stops after the step in hand.
+    """Whether the run was asked to stop: it then saves and stops after the current step.
 
-    Of several processes each may be asked alone: JAX's own watch for SIGTERM makes them agree on a step.
+    With several processes any one may get the signal: JAX's own handler for SIGTERM makes them agree on a step.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point

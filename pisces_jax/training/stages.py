@@ -1,4 +1,4 @@
-"""The stages of a config in order: what is wrong with any is said first, then each is trained from where it stands."""
+"""The stages of a config in order: all are checked first, then each is trained from its latest checkpoint."""
 
 import json
 import re
@@ -9,7 +9,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.planning.batch import batch_shapes
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import flops, optimizer
 from pisces_jax.training.checkpoints import is_finished
@@ -24,10 +23,10 @@ from pisces_jax.weights.folder import Folder, is_folder
 
 
 def train_stages(stages: Stages, workdir: Path, make_sampler: Callable[..., Sampler]) -> dict[str, float]:
-    """Trains all stages that are not finished; the seconds that each took, over all its interruptions.
+    """Trains all stages that are not finished; returns the seconds that each took, interruptions included.
 
     Raises:
-        UserError: a stage that cannot be trained, before the first one starts wherever that can be told.
+        UserError: a stage that cannot be trained; before the first one starts, wherever that can be known.
     """
     work = check_stages(stages, workdir)
     for i, (name, config) in enumerate(stages.items()):
@@ -40,7 +39,7 @@ def train_stages(stages: Stages, workdir: Path, make_sampler: Callable[..., Samp
 
 
 def _outlook(taken: Sequence[float], work: Sequence[float]) -> str:
-    """How long all stages will take still, if their FLOPs run as fast as those of the stages before."""
+    """How long the remaining stages will take, if their FLOPs run as fast as those so far."""
     if not sum(taken):
         return ""
     to_come = sum(taken) * sum(work[len(taken) :]) / sum(work[: len(taken)])
@@ -48,7 +47,7 @@ def _outlook(taken: Sequence[float], work: Sequence[float]) -> str:
 
 
 def check_stages(stages: Stages, workdir: Path) -> list[float]:
-    """FLOPs of each stage; what is wrong with any is said before the first one runs for minutes. Writes nothing.
+    """FLOPs of each stage. Reports what is wrong with any before the first one runs for minutes; writes nothing.
 
     Raises:
         UserError: settings that do not fit, or weights to start from that neither exist nor are trained before.
@@ -68,7 +67,7 @@ def check_stages(stages: Stages, workdir: Path) -> list[float]:
         sources = {**config.init_from, "decoder": config.decoder} if config.decoder else config.init_from
         for part, source in sources.items():
             if is_folder(source):
-                # What depends on the tokenizer is held against the folder when the run starts.
+                # What depends on the tokenizer is checked when the run starts.
                 folder = Folder.open(source)
                 tokens = getattr(folder.settings, "vocab_size", 1)
                 folder.check(part_settings(config, part, tokens), f"stage {name}: model.{part}")
@@ -82,18 +81,17 @@ def check_stages(stages: Stages, workdir: Path) -> list[float]:
 
 
 def _flops(config: ConfigDict, program: Any) -> float:
-    shapes = {name: shape for name, (shape, _) in batch_shapes(config, program).items()}
     table = optimizer.read_table(config.optimizer.param_groups)
     multiples = {
         part: next((rule.multiple for rule in table if re.fullmatch(rule.pattern, f"{part}/kernel")), 1.0)
         for part in config.model
     }
     trained = {part for part, multiple in multiples.items() if multiple}
-    return config.steps * flops.step_flops(program, shapes, trained)
+    return config.steps * flops.step_flops(program, program.batch_spec(config), trained)
 
 
 class _Stopwatch:
-    """Adds the seconds spent inside to the run's `seconds.json`, also when it is interrupted."""
+    """Adds the seconds spent inside to the run's `seconds.json`, also when interrupted."""
 
     def __init__(self, run: Path) -> None:
         self._run, self._finished = run, is_finished(run)
@@ -108,7 +106,7 @@ class _Stopwatch:
 
 
 def seconds_of(run: Path) -> float:
-    """Seconds of training of a run, 0 where none were taken."""
+    """Seconds of training of a run, or 0."""
     try:
         return float(json.loads((run / "seconds.json").read_text())["seconds"])
     except (OSError, ValueError, KeyError):

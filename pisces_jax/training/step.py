@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.sharding import Fallback, batch_sharding, batch_shards, param_shardings
 from pisces_jax.training import optimizer
-from pisces_jax.training.programs import Batch, Program
+from pisces_jax.training.programs.base import Batch, Program
 from pisces_jax.utils.errors import UserError
 
 Metrics = dict[str, Average]
@@ -25,9 +25,9 @@ Metrics = dict[str, Average]
 
 @flax.struct.dataclass
 class State:
-    """Everything that a run changes, and the frozen parts beside it.
+    """Everything that a run changes, and its frozen parts; trees by part.
 
-    `ema` is the moving average of `trained` (empty where the config asks for none). Trees are by part.
+    `ema` is the moving average of `trained` in float32, empty where the config asks for none.
     """
 
     step: Any  # int32 []
@@ -38,8 +38,24 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """A jitted function of a state and a batch, run or lowered with its mesh in force."""
+
+    function: Any
+    mesh: Mesh
+
+    def __call__(self, state: State, batch: Batch) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function(state, batch)
+
+    def lower(self, state: State, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(state, batch)
+
+
+@dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A program on a mesh: how its state lies there, and the functions that advance it."""
+    """A program on a mesh: how its state is laid out there, and the functions that advance it."""
 
     program: Program
     config: ConfigDict
@@ -50,9 +66,10 @@ class Trainer:
     abstract: State
     shardings: State
     fallbacks: tuple[Fallback, ...]
+    items: int  # along the leading axis of the global batch
 
     def init(self, key: jax.Array, parts: Mapping[str, Any] | None = None) -> State:
-        """A fresh state, made in place on the mesh; `parts` replaces the random start of whole parts."""
+        """A new state, made in place on the mesh; `parts` replaces the random start of whole parts."""
         parts = dict(parts or {})
 
         def create(key: jax.Array, given: Any) -> State:
@@ -62,23 +79,29 @@ class Trainer:
         given_shardings = {k: optimizer.join(self.shardings.trained, self.shardings.frozen)[k] for k in parts}
         parts = jax.device_put(parts, given_shardings)
         with jax.set_mesh(self.mesh):
-            # The given parts become the state's: there is no second copy of them.
+            # The given parts are donated, so that there is no second copy of them.
             return jax.jit(create, out_shardings=self.shardings, donate_argnums=1)(key, parts)
 
     def put(self, batch: Mapping[str, Any]) -> Batch:
         """This process's share of a batch, on the mesh."""
-        sharding = batch_sharding(self.mesh)
-        size = self.config.batch_size
+        sharding, size = batch_sharding(self.mesh), self.items
         return {k: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:])) for k, v in batch.items()}
 
-    def train_step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The global batch without its numbers, as it lies on the mesh."""
+        sharding = batch_sharding(self.mesh)
+        spec = self.program.batch_spec(self.config)
+        return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for name, s in spec.items()}
+
+    def train_step(self) -> Step:
+        """(state, batch) -> (state, metrics); the state is donated."""
         return self._jit(self._train, donate_argnums=0, out=(self.shardings, None))
 
-    def evaluate_step(self) -> Callable[[State, Batch], Metrics]:
-        """Losses of a batch, with the averaged weights where there are any."""
+    def evaluate_step(self) -> Step:
+        """(state, batch) -> losses, with the averaged weights where there are any."""
         return self._jit(self._evaluate, out=None)
 
-    def _jit(self, function: Any, out: Any, **kwargs: Any) -> Any:
+    def _jit(self, function: Any, out: Any, **kwargs: Any) -> Step:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         out = jax.tree.map(lambda s: replicated if s is None else s, out, is_leaf=lambda s: s is None)
         plain = self.config.plain_products
@@ -88,12 +111,7 @@ class Trainer:
             **kwargs,
         )  # fmt: skip
 
-        def call(state: State, batch: Batch) -> Any:
-            with jax.set_mesh(self.mesh):
-                return compiled(state, batch)
-
-        call.lower = lambda *a: _lower(compiled, self.mesh, *a)  # type: ignore[attr-defined]
-        return call
+        return Step(compiled, self.mesh)
 
     @property
     def _key(self) -> jax.Array:
@@ -102,7 +120,7 @@ class Trainer:
     def _objective(
         self, trained: Any, frozen: Any, batch: Batch, counts: Mapping[str, Array]
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Σ_k weight_k · total_k / count_k, with the counts of the whole batch also where this is a part of it."""
+        """Σ_k weight_k · total_k / count_k; the counts are the whole batch's, also in a gradient-accumulation step."""
         losses, reported = self.program.losses(optimizer.join(trained, frozen), batch, self._key)
         weights = self.program.weights
         loss = sum(weights[k] * losses[k].total / jnp.maximum(counts[k], 1) for k in weights if weights[k])
@@ -111,17 +129,17 @@ class Trainer:
     def _gradient(self, state: State, batch: Batch) -> tuple[Any, Metrics]:
         counts = self.program.counts(batch)
         gradient = jax.grad(self._objective, has_aux=True)
-        parts = self.config.optimizer.grad_accum_steps
+        steps = self.config.optimizer.grad_accum_steps
         trained = state.trained
         if self.config.optimizer.grad_dtype:
-            # Gradients have the dtype of what they are taken of; sums over parts and the optimizer are in the masters'.
+            # Gradients have the dtype of what they are taken of; sums over steps and the optimizer are in the masters'.
             trained = jax.tree.map(lambda p: p.astype(self.config.optimizer.grad_dtype), trained)
-        if parts == 1:
+        if steps == 1:
             gradients, metrics = gradient(trained, state.frozen, batch, counts)
             return jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.trained), metrics
 
-        # Each part takes every parts-th element, so that a part lies on the devices as the whole batch does.
-        micro = {k: v.reshape(-1, parts, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
+        # Each step takes every steps-th element, so that its part lies on the devices as the whole batch does.
+        micro = {k: v.reshape(v.shape[0] // steps, steps, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
             more = gradient(trained, state.frozen, part, counts)
@@ -138,7 +156,7 @@ class Trainer:
             updates, opt = self.optimizer.update(gradients, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
             decay = self.config.optimizer.ema
-            # In its first steps the average is shorter than 1/(1 - decay): so that it forgets the random start.
+            # The first steps average over less than 1/(1 - decay) steps, to forget the random start.
             decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, trained if state.ema else {})
         for name, tree in (("gradient", gradients), ("parameter", trained), ("update", updates)):
@@ -153,7 +171,7 @@ class Trainer:
 
 @functools.cache
 def _plain_products(platform: str) -> dict[str, str] | None:
-    """The compiler's option for config key `plain_products`; none where the platform or its compiler has no choice."""
+    """The compiler option behind config key `plain_products`; None where the compiler does not know it."""
     if platform != "cpu":
         return None
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -164,13 +182,8 @@ def _plain_products(platform: str) -> dict[str, str] | None:
     return options
 
 
-def _lower(compiled: Any, mesh: Mesh, *args: Any) -> Any:
-    with jax.set_mesh(mesh):
-        return compiled.lower(*args)
-
-
 def _masked(x: Any) -> bool:
-    """Stands in an optimizer's state for a parameter that another optimizer updates."""
+    """Whether x stands in an optimizer's state for a parameter that another optimizer updates."""
     return isinstance(x, optax.MaskedNode)
 
 
@@ -182,16 +195,16 @@ def _fresh(params: Any, rules: Any, tx: optax.GradientTransformation, config: Co
     flat = optimizer.flatten(params)
     stored = {k: v.astype(config.param_dtype.get(k.split("/")[0], "float32")) for k, v in flat.items()}
     trained, frozen = optimizer.split(optimizer.unflatten(stored), rules)
-    # In float32 whatever the parameters are stored in: what a step adds to it is small.
+    # In float32 whatever the parameters' dtype: what a step adds to the average is small.
     ema = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained) if config.optimizer.ema else {}
     return State(jnp.zeros((), jnp.int32), trained, ema, tx.init(trained), frozen)
 
 
 def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
-    """Shapes first, shardings from shapes; nothing is allocated. On an abstract mesh there is no more than that.
+    """Shapes first, then shardings from shapes; nothing is allocated. An abstract mesh is enough for that.
 
     Raises:
-        UserError: a table, storage or batch size that does not fit the model or the mesh.
+        UserError: parameter groups, dtypes or a batch size that do not fit the model or the mesh.
     """
     boxed = jax.eval_shape(program.init, jax.random.key(0))
     fallbacks: list[Fallback] = []
@@ -203,12 +216,14 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
     rules = optimizer.match(optimizer.read_table(config.optimizer.param_groups), list(optimizer.flatten(params)))
     trained, _ = optimizer.split(params, rules)
     if not trained:
-        raise UserError("optimizer.param_groups freezes every parameter: nothing would be trained")
+        raise UserError("optimizer.param_groups freezes every parameter: leave some with a multiple above 0")
+    items = program.batch_items(config)
     shards = batch_shards(mesh) * config.optimizer.grad_accum_steps
-    if config.batch_size % shards:
+    if items % shards:
         raise UserError(
-            f"batch_size {config.batch_size} must be a multiple of {shards} "
-            f"(mesh shards {batch_shards(mesh)} × optimizer.grad_accum_steps {config.optimizer.grad_accum_steps})"
+            f"batch_size {config.batch_size} must be a multiple of {config.batch_size // items * shards} "
+            f"(mesh shards {batch_shards(mesh)} × optimizer.grad_accum_steps {config.optimizer.grad_accum_steps}"
+            f"{f' × data.rows_per_pool {config.batch_size // items}' if config.batch_size > items else ''})"
         )
     tx = optimizer.make_optimizer(config.optimizer, config.steps, trained, rules)
     abstract = jax.eval_shape(lambda p: _fresh(p, rules, tx, config), params)
@@ -229,4 +244,4 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
         frozen=frozen_shardings,
     )
     schedule = optimizer.learning_rate(config.optimizer, config.steps)
-    return Trainer(program, config, mesh, rules, tx, schedule, abstract, state_shardings, tuple(fallbacks))
+    return Trainer(program, config, mesh, rules, tx, schedule, abstract, state_shardings, tuple(fallbacks), items)

@@ -16,8 +16,8 @@ from pisces_jax.weights.folder import TOKENIZER, is_folder, resolve
 
 
 def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
-    """The config's tokenizer: a published folder's or file's (with a path separator), or of the work directory, where
-    it is trained on the sources that the config names for it if it is not there yet.
+    """The config's tokenizer: a published folder or file (a name with a path separator), or one in the work directory,
+    trained first on the sources that the config names for it if it is not there.
 
     Raises:
         UserError: it is not there and the config does not say how large a vocabulary to train.
@@ -40,12 +40,12 @@ def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
 def _texts(config: ConfigDict) -> Any:
     for name, spec in (config.data.tokenizer_sources or config.data.train).items():
         source = open_entry(name, spec).source
-        # Spread over the source: files are often sorted.
+        # Spread over the source, since files are often sorted.
         for i in np.unique(np.linspace(0, len(source) - 1, config.data.tokenizer_examples).astype(int)):
             try:
                 parts = source[int(i)].parts
             except UserError:
-                continue  # it is counted where lengths are read
+                continue  # broken examples are counted where lengths are read
             yield from (part.text for part in parts if isinstance(part, Text))
 
 

@@ -1,0 +1,243 @@
+"""The unified model on packed rows: next-token cross-entropy and next-vector regression in one pass."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from pisces_jax.data.packing.layout import Entry, Layout
+from pisces_jax.data.packing.rows import PackedGroups
+from pisces_jax.data.tokenizers import Tokenizer
+from pisces_jax.losses import objectives
+from pisces_jax.models.layers import apply
+from pisces_jax.models.pisces import Pisces, PiscesConfig
+from pisces_jax.models.transformer import Transformer
+from pisces_jax.ops.cross_entropy import text_cross_entropy
+from pisces_jax.training import config as settings
+from pisces_jax.training import flops
+from pisces_jax.training.programs.base import (
+    Batch,
+    CachedInput,
+    Losses,
+    Params,
+    Program,
+    Spec,
+    by_source,
+    example_keys,
+)
+from pisces_jax.training.programs.reconstruction import Reconstruction
+from pisces_jax.utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifiedProgram(Program):
+    """The Pisces stages (arXiv 2506.10395). A model without encoders is trained on text alone.
+
+    With `reconstruction` the decoder learns on in the same run, from the vectors as they are predicted: a regression
+    gives the mean of what its text leaves open, which no true vector is. Nothing flows back from it into the language
+    model.
+
+    Attributes:
+        weights: of "text", "vectors" and "reconstruction".
+        chunk: entries of the vocabulary whose logits exist at a time; 0: all.
+        sources: names of the mixture, whose losses are also reported one by one.
+        true_vectors: share of the pictures of which the decoder is given the true vectors.
+    """
+
+    model: Pisces
+    weights: Mapping[str, float]
+    chunk: int
+    sources: tuple[str, ...]
+    reconstruction: Reconstruction | None = None
+    true_vectors: float = 0.0
+    targets: ClassVar[tuple[str, ...]] = ("generation_encoder",)
+    draws_only: ClassVar[bool] = True
+
+    @property
+    def samples(self) -> Literal["drawings"] | None:
+        return None if self.model.config.generation_encoder is None else "drawings"
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, vocab_size: int) -> Self:
+        pisces: PiscesConfig = settings.pisces_config(config, vocab_size)
+        weights = {"text": config.loss.text}
+        if pisces.generation_encoder is not None:
+            weights["vectors"] = config.loss.vectors
+        elif config.data.features:
+            raise UserError("data.features are of drawn pictures, and this model draws none: leave it empty")
+        reconstruction = None
+        if config.train_decoder:
+            if config.data.features:
+                raise UserError("train_decoder: a decoder learns from pictures: leave data.features empty")
+            weights["reconstruction"] = config.loss.reconstruction
+            reconstruction = Reconstruction.from_config(config)
+        return cls(
+            Pisces(pisces, jnp.dtype(config.compute_dtype)), weights, config.loss.chunk, tuple(config.data.train),
+            reconstruction, config.loss.true_vectors,
+        )  # fmt: skip
+
+    @classmethod
+    def cached_inputs(cls, config: ConfigDict) -> dict[str, CachedInput]:
+        """Pooled features, the vectors that are predicted."""
+        return {"features": CachedInput("generation_encoder", "", {"pool": config.model.pool})}
+
+    @classmethod
+    def reads_and_draws(cls, config: ConfigDict) -> bool:
+        return "generation_encoder" in config.model
+
+    # Data
+
+    def batch_spec(self, config: ConfigDict) -> Spec:
+        """Groups of `rows_per_pool` rows along the leading axis, `batch_size` rows in all."""
+        d, layout = config.data, self._layout(config)
+        if config.batch_size % d.rows_per_pool:
+            raise UserError(
+                f"batch_size {config.batch_size} counts rows: make it a multiple of the {d.rows_per_pool} of "
+                "data.rows_per_pool"
+            )
+        groups = config.batch_size // d.rows_per_pool
+        c = self.model.config
+
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((groups, *shape), dtype)
+
+        row = layout.rows, layout.length
+        spec = {name: array(jnp.int32, *row) for name in ("tokens", "segment_ids", "positions", "source")}
+        spec["loss_mask"] = array(jnp.bool_, *row)
+        for role, slots, side in (
+            ("read", layout.read_slots, layout.read_size),
+            ("draw", layout.draw_slots, layout.draw_size),
+        ):
+            if role == "draw" and d.features and c.generation_encoder is not None:
+                width = c.generation_encoder.output_width
+                spec["draw_features"] = array(jnp.float32, slots, c.draw_vectors, width)
+            else:
+                spec[f"{role}_images"] = array(jnp.uint8, slots, side, side, 3)
+            for name in ("row", "start", "source"):
+                spec[f"{role}_{name}"] = array(jnp.int32, slots)
+            spec[f"{role}_valid"] = array(jnp.bool_, slots)
+            spec[f"{role}_id"] = array(jnp.uint32, slots, 2)
+        return spec
+
+    def dataset(
+        self, config: ConfigDict, entries: Sequence[Entry], tokenizer: Tokenizer, caches: Mapping[str, Any], **how: Any
+    ) -> PackedGroups:
+        return PackedGroups(entries, tokenizer, self._layout(config), config.seed, **caches, **how)
+
+    def _layout(self, config: ConfigDict) -> Layout:
+        c, d = self.model.config, config.data
+        return Layout(
+            c.read_vectors, c.draw_vectors, d.row_length, rows=d.rows_per_pool,
+            read_slots=d.read_slots if c.read_size else 0, draw_slots=d.draw_slots if c.draw_size else 0,
+            read_size=c.read_size, draw_size=c.draw_size, read_stretch=d.read_stretch,
+        )  # fmt: skip
+
+    @staticmethod
+    def examples(batch: Mapping[str, np.ndarray]) -> int:
+        return int(batch["segment_ids"].max(axis=-1).sum())
+
+    # Objective
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        c, tokens = self.model.config, jnp.zeros((1, 8), jnp.int32)
+        if c.understanding_encoder is None or c.generation_encoder is None:
+            language_model = Transformer(c.language_model, self.model.dtype)
+            return {"language_model": language_model.init(key, tokens, method="init_all")["params"]}
+
+        def blank(size: int) -> Array:
+            return jnp.zeros((1, size, size, 3), jnp.uint8)
+
+        images = blank(c.understanding_encoder.image_size), blank(c.generation_encoder.image_size)
+        params = dict(self.model.init(key, *images, tokens, method="init_all")["params"])
+        decoding = {} if self.reconstruction is None else self.reconstruction.init(jax.random.fold_in(key, 1))
+        return {**decoding, **params}
+
+    def counts(self, batch: Batch) -> dict[str, Array]:
+        _, learned = text_targets(batch)
+        counts = {"text": learned.sum().astype(jnp.float32)}
+        pictures = batch["draw_valid"].sum().astype(jnp.float32)
+        if self.model.config.generation_encoder is not None:
+            counts["vectors"] = pictures * self.model.config.draw_vectors
+        return counts if self.reconstruction is None else {**counts, "reconstruction": pictures}
+
+    def losses(self, params: Params, batch: Batch, key: jax.Array) -> Losses:
+        hidden, predicted, target = apply(self.model, params, batch)
+        targets, learned = text_targets(batch)
+        with jax.named_scope("text_loss"):
+            matrix = apply(self.model, params, method="output_matrix")
+            text = text_cross_entropy(
+                hidden, matrix, targets, chunk=self.chunk, vocab_size=self.model.config.language_model.vocab_size
+            )
+        source = batch["source"].reshape(text.shape)
+        if predicted is None or target is None:
+            losses = {"text": objectives.masked_average(text, learned)}
+            return losses, by_source(text, learned, source, self.sources, "text")
+        with jax.named_scope("vector_loss"):
+            vectors = objectives.vector_error(predicted, target)
+        drawn = jnp.broadcast_to(batch["draw_valid"][..., None], vectors.shape)
+        losses = {
+            "text": objectives.masked_average(text, learned),
+            "vectors": objectives.masked_average(vectors, drawn),
+        }
+        if self.reconstruction is not None:
+            errors = self._decoding_errors(self.reconstruction, params, batch, predicted, target, key)
+            losses["reconstruction"] = objectives.masked_average(errors, batch["draw_valid"])
+        draw_source = jnp.broadcast_to(batch["draw_source"][..., None], vectors.shape)
+        reported = by_source(text, learned, source, self.sources, "text")
+        return losses, reported | by_source(vectors, drawn, draw_source, self.sources, "vectors")
+
+    def _decoding_errors(
+        self, reconstruction: Reconstruction, params: Params, batch: Batch, predicted: Array, target: Array,
+        key: jax.Array,
+    ) -> Array:  # fmt: skip
+        """Flow-matching error of each drawn picture [B, P] given its vectors as predicted, or as they are."""
+        predicted, target, images, ids = (
+            x.reshape(-1, *x.shape[2:]) for x in (predicted, target, batch["draw_images"], batch["draw_id"])
+        )
+        known = jax.vmap(jax.random.uniform)(example_keys(key, ids, "true_vectors")) < self.true_vectors
+        vectors = jax.lax.stop_gradient(jnp.where(known[:, None, None], target, predicted))
+        errors = reconstruction.errors(params, vectors, reconstruction.signal(params, images), ids, key)
+        return errors.reshape(batch["draw_valid"].shape)
+
+    # Costs
+
+    def forward_flops(self, spec: Spec) -> dict[str, float]:
+        c = self.model.config
+        groups, rows, length = spec["tokens"].shape
+        forward = {"language_model": groups * rows * flops.transformer(c.language_model, length)}
+        if c.understanding_encoder is None or c.generation_encoder is None:
+            return forward
+        cached = "draw_features" in spec  # then no encoder runs
+        width, features = c.language_model.width, c.generation_encoder.output_width
+        read = groups * spec["read_images"].shape[1]
+        draw = groups * spec["draw_features" if cached else "draw_images"].shape[1]
+        read_vectors, drawn_vectors = read * c.read_vectors, draw * c.draw_vectors
+        forward |= {
+            "understanding_encoder": read * flops.vit(c.understanding_encoder),
+            "generation_encoder": 0.0 if cached else draw * flops.vit(c.generation_encoder),
+            "understanding_projector": read_vectors
+            * flops.projector(c.understanding_encoder.output_width, c.projector_hidden, width),
+            "generation_projector": drawn_vectors * flops.projector(features, c.projector_hidden, width),
+            "vector_head": drawn_vectors * flops.projector(width, c.vector_head_hidden, features),
+        }
+        return forward if self.reconstruction is None else forward | self.reconstruction.decoding_flops(draw)
+
+    def block_positions(self, config: ConfigDict) -> dict[str, tuple[Any, int]]:
+        c, spec = self.model.config, self.batch_spec(config)
+        groups, rows, length = spec["tokens"].shape
+        positions: dict[str, tuple[Any, int]] = {"language_model": (c.language_model, groups * rows * length)}
+        if (reader := c.understanding_encoder) is not None:
+            vectors = reader.vectors + reader.class_token
+            positions["understanding_encoder"] = reader, groups * spec["read_images"].shape[1] * vectors
+        return positions
+
+
+def text_targets(batch: Batch) -> tuple[Array, Array]:
+    """The rows of all groups, one after the other: what each position is to predict, and whether it counts [B·G, T]."""
+    flat = (-1, batch["tokens"].shape[-1])
+    return objectives.next_token_targets(*(batch[k].reshape(flat) for k in ("tokens", "loss_mask", "segment_ids")))

@@ -372,7 +372,7 @@ def test_settings_are_checked_by_what_they_are_for():
         with pytest.raises(UserError) as error:
             build(ViTConfig, settings, "model.x")
         assert str(error.value) == message
-    with pytest.raises(UserError, match="config flow: flow.times 'sometimes' is none of uniform, logit_normal"):
+    with pytest.raises(UserError, match="config flow: flow.times 'sometimes' is not one of uniform, logit_normal"):
         flow_config(run_config(flow=dict(times="sometimes")))
 
 

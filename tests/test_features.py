@@ -275,6 +275,7 @@ def test_latents_are_the_autoencoders_and_are_kept_apart(run, params, tmp_path):
 
 def test_a_failure_of_the_storage_stops_and_is_not_kept(run, tmp_path):
     class Source:
+        draws, remote, fingerprint, pictures_fingerprint = True, False, "", None
         away = True
 
         def __len__(self):
@@ -301,6 +302,8 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
         raise UnreadablePicture("picture 3 cannot be read: replace it")
 
     class Source:
+        draws, remote, fingerprint, pictures_fingerprint = True, False, "", None
+
         def __len__(self):
             return 20
 

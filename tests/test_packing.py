@@ -55,6 +55,8 @@ def unreadable():
 class Words:
     """Examples of all forms, with texts of uneven lengths; those in `broken` have a picture that fails."""
 
+    draws, remote, fingerprint, pictures_fingerprint = True, False, "", None
+
     def __init__(self, name, n, forms=("read", "draw", "text", "edit", "described"), broken=()):
         self.name, self.n, self.forms, self.broken = name, n, forms, broken
 

@@ -46,11 +46,6 @@ def cached_picture(example: Example) -> Picture:
     return (drawn or pictures)[0]
 
 
-def draws(source: Source) -> bool:
-    """Whether a source's examples draw pictures; one that does not say so may."""
-    return getattr(source, "draws", True)
-
-
 class FeatureCache:
     """A source's features, complete or being written. `encoder` describes what made them: any JSON.
 
@@ -169,5 +164,5 @@ def _count_of(shard: Path) -> Path:
 
 def picture_words(source: Source) -> list[Any]:
     """What the features of a source depend on: not its texts, where the source knows its pictures apart from them."""
-    known = getattr(source, "pictures_fingerprint", None)
+    known = source.pictures_fingerprint
     return fingerprint_words(source) if known is None else [len(source), known]

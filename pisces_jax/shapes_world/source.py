@@ -75,6 +75,7 @@ class ShapesSource:
         self.most_objects, self.prompts, self.question_kinds = most_objects, prompts, tuple(question_kinds)
         # What neither keys nor texts show.
         self.fingerprint = f"{size}/{most_objects}/{prompts}/{self.question_kinds}"
+        self.remote, self.pictures_fingerprint = False, None
 
     def __len__(self) -> int:
         return self.num_examples

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pisces_jax.data.example import TRANSIENT, BrokenExample, reason_of
-from pisces_jax.data.feature_cache import DTYPES, SHARD, FeatureCache, cached_picture, draws
+from pisces_jax.data.feature_cache import DTYPES, SHARD, FeatureCache, cached_picture
 from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.packing.items import LEAST_SEEN
 from pisces_jax.data.packing.layout import Entry
@@ -53,7 +53,7 @@ def _caches(
     folder = workdir / (config.data.features or "features") / kind.folder
     encoder = encoder_of(config, workdir, kind)
     every = not program_class(config).draws_only
-    return [FeatureCache(folder, entry, encoder) if every or draws(entry.source) else None for entry in entries]
+    return [FeatureCache(folder, entry, encoder) if every or entry.source.draws else None for entry in entries]
 
 
 def open_caches(config: ConfigDict, workdir: Path, entries: Sequence[Entry]) -> dict[str, list[FeatureCache | None]]:

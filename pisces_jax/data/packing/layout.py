@@ -21,9 +21,39 @@ from pisces_jax.data.tokenizers import Speaker, Tokenizer
 class Source(Protocol):
     """Random access to examples; it must be picklable, and reading it must not decode pictures."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether some of its examples draw a picture: features of drawn pictures are cached for such a source."""
+        ...
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading an example is a request to a bucket: then lengths are read by many threads at once."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever changes an example but not its key: files, and settings that the keys do not show.
+
+        Stored lengths are found by it, together with the keys and texts of some examples; "" if those say it all.
+        """
+        ...
+
+    @property
+    def pictures_fingerprint(self) -> str | None:
+        """`fingerprint` for the pictures alone, by which cached features are found: sources that have only other texts
+        share them. None if texts and pictures are not told apart.
+        """
+        ...
+
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> Example: ...
+    def __getitem__(self, i: int) -> Example:
+        """
+        Raises:
+            BrokenExample: this example cannot be used; the others still can.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

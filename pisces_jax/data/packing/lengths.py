@@ -121,8 +121,7 @@ def _scan(source: Source, tokenizer: Tokenizer, layout: Layout, start: int, stop
 
     with contextlib.ExitStack() as stack:
         # Remote examples are waited for, many at once.
-        remote = getattr(source, "remote", False)
-        at_once = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS)).map if remote else map
+        at_once = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS)).map if source.remote else map
         for i, found in enumerate(at_once(measure, range(start, stop))):
             if isinstance(found, UserError):
                 tokens[i] = -1
@@ -156,8 +155,8 @@ def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
 
 
 def fingerprint_words(source: Source) -> list[str]:
-    """What tells a source from others: the `fingerprint` that it may have, and some of its examples."""
-    words = [str(len(source)), type(source).__qualname__, getattr(source, "fingerprint", "")]
+    """What tells a source from others: its `fingerprint` and some of its examples."""
+    words = [str(len(source)), type(source).__qualname__, source.fingerprint]
     for i in np.linspace(0, len(source) - 1, num=min(len(source), 32)).astype(int):
         try:
             example = source[int(i)]

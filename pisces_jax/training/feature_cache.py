@@ -26,7 +26,8 @@ from pisces_jax.training.checkpoints import load_part, part_mark
 from pisces_jax.training.programs import to_signal
 from pisces_jax.utils import processes
 from pisces_jax.utils.errors import UserError
-from pisces_jax.weights.folder import is_folder, read_source
+from pisces_jax.weights.folder import read_source
+from pisces_jax.weights.sources import is_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ REQUIRED = [
     "tokenizers>=0.23.1",
     "safetensors>=0.8.0",
     "huggingface_hub>=1.32.0",
+    "einops>=0.8.1",
     "numpy>=2.2.0",
     "pillow>=12.0.0",
     "matplotlib>=3.10.0",

@@ -22,7 +22,7 @@ from pisces_jax.training import checkpoints, input, programs
 from pisces_jax.training import feature_cache as features
 from pisces_jax.training.config import vit_config
 from pisces_jax.utils.errors import UserError
-from pisces_jax.weights.folder import export_part
+from pisces_jax.weights.export import export_part
 
 AUTOENCODER = dict(latent_channels=4, channels=(8, 16), blocks=1, groups=4, scale=0.13, shift=0.06)
 

@@ -28,7 +28,8 @@ from pisces_jax.training.programs.base import CachedInput
 from pisces_jax.training.programs.reconstruction import to_signal
 from pisces_jax.utils import processes
 from pisces_jax.utils.errors import UserError
-from pisces_jax.weights.folder import is_folder, read_source
+from pisces_jax.weights.folder import read_source
+from pisces_jax.weights.sources import is_folder
 
 
 def encoder_of(config: ConfigDict, workdir: Path, kind: CachedInput) -> dict[str, Any]:

@@ -25,9 +25,12 @@ REQUIRED = [
     "tokenizers>=0.23.1",
     "safetensors>=0.8.0",
     "huggingface_hub>=1.32.0",
+    "einops>=0.8.1",
     "numpy>=2.2.0",
     "pillow>=12.0.0",
     "matplotlib>=3.10.0",
+    "scipy>=1.15.0",
+    "jinja2>=3.1.6",
     "jaxtyping>=0.3.3",
     "tqdm>=4.67.0",
 ]
@@ -66,6 +69,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["pisces_jax", "pisces_jax.*"]),
+    package_data={"pisces_jax.evaluation": ["*.jinja"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

@@ -1,4 +1,4 @@
-"""How fast the input is. Each part prints a line or a small table; see docs/data.md for measured ones.
+"""Measures the speed of the input. Each part prints a line or a small table; docs/data.md has results.
 
     python benchmarks/input.py pictures [--torch_python=OTHER_ENV/bin/python]    decoding and resizing to 384
     python benchmarks/input.py cpu                                               the same in CPU time, one thread
@@ -27,8 +27,8 @@ import numpy as np
 SIZE = 384
 SIDES = ((640, 480), (1024, 768), (1600, 1200))
 
-# Run by whichever Python has torch: reads file names, decodes with PIL, resizes as `images.fit` does; normalises, as
-# SigLIP's processor does, or leaves that to the device, as we do.
+# Run by a Python that has torch. Decodes with PIL and resizes as `images.fit` does; normalises as SigLIP's processor
+# does, or leaves that to the device, as we do.
 TORCH = """
 import sys, time
 import numpy as np, torch
@@ -82,24 +82,25 @@ def photographs(folder: Path, n: int) -> list[Path]:
 
 
 class Alone:
-    """Single pictures as items of a batch, nothing else in them: what the torch `DataLoader` is compared with."""
+    """Items with a picture and nothing else (`packing.items.Items`), to compare with the torch `DataLoader`."""
+
+    digest = ""
 
     def __init__(self, source: Any, scaled: bool):
         self.source, self.scaled = source, scaled
-        self.lengths: list[Any] = []
 
     def empty(self) -> dict[str, np.ndarray]:
-        return {"image": np.zeros((SIZE, SIZE, 3), np.uint8)}
+        return {}
 
     def make(self, i: int) -> Any:
-        from pisces_jax.data.packing.rows import Made
+        from pisces_jax.data.packing.items import Made
 
         (picture, *_) = self.source[i % len(self.source)].parts
         return Made({"image": picture.square(SIZE, scaled=self.scaled)}, 1, [])
 
 
 def plain_pil(path: Path) -> np.ndarray:
-    """What the torch data set above does to a picture, up to its tensor."""
+    """The picture that the torch data set above makes a tensor of."""
     from PIL import Image
 
     image = Image.open(path).convert("RGB")
@@ -110,7 +111,7 @@ def plain_pil(path: Path) -> np.ndarray:
 
 
 def cpu(flags: argparse.Namespace) -> None:
-    """CPU time of one picture in one thread, in turns: of use where other work disturbs the clock."""
+    """CPU time per picture in one thread, the ways in turns; for machines that do other work meanwhile."""
     from pisces_jax.data.images import fit, open_image
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -130,11 +131,11 @@ def cpu(flags: argparse.Namespace) -> None:
                     way(path)
                 times[name].append(1000 * (time.process_time() - began) / len(paths))
         for name, each in times.items():
-            print(f"{name:20s} {statistics.median(each):6.2f} ms of CPU a picture (least {min(each):.2f})")
+            print(f"{name:20s} {statistics.median(each):6.2f} ms of CPU per picture (least {min(each):.2f})")
 
 
 def pictures(flags: argparse.Namespace) -> None:
-    from pisces_jax.data.packing.pipeline import BatchIterator, _Batches
+    from pisces_jax.data.packing.pipeline import batches
     from pisces_jax.data.sources import make_source
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -152,16 +153,15 @@ def pictures(flags: argparse.Namespace) -> None:
         ):
 
             def ours(how: dict[str, int] = how, scale: bool = scale) -> float:
-                # As the torch loader: once through to warm up, then timed.
-                batches = len(paths) * flags.repeats // 16
-                items = _Batches(Alone(source, scale), 16, 0, 1, None)
-                reader = BatchIterator(items, prefetch=4, num_batches=None, **how)
-                for _ in range(batches):
+                # One pass to warm up and a timed one, like the torch loader.
+                n = len(paths) * flags.repeats // 16
+                reader = batches(Alone(source, scale), 16, **how)
+                for _ in range(n):
                     next(reader)
                 began = time.perf_counter()
-                for _ in range(batches):
+                for _ in range(n):
                     next(reader)
-                rate = 16 * batches / (time.perf_counter() - began)
+                rate = 16 * n / (time.perf_counter() - began)
                 reader.close()
                 return rate
 
@@ -178,7 +178,7 @@ def pictures(flags: argparse.Namespace) -> None:
                     return float(done.stdout)
 
                 runs[f"torch DataLoader, PIL, {form}"] = torch
-        # In turns, so that whatever else the machine does meets all of them.
+        # In turns, so that other work of the machine slows all of them down.
         rates: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(flags.rounds):
             for name, run in runs.items():
@@ -216,7 +216,7 @@ def packing(flags: argparse.Namespace) -> None:
     each = (time.process_time() - began) / 200
     print(
         f"{n} examples: {took[0]:.1f} s ({took[1]:.1f} s of CPU), peak memory {peak:.2f} GiB with the lengths; "
-        f"{made.per_epoch} groups an epoch, {fill:.1%} of the tokens in use; group of epoch 1000: {1000 * each:.2f} ms"
+        f"{made.per_epoch} groups per epoch, {fill:.1%} of the tokens in use; group of epoch 1000: {1000 * each:.2f} ms"
     )
 
 
@@ -225,8 +225,7 @@ def _stage(config: str, workdir: Path) -> tuple[Any, Any, Any]:
     from pisces_jax.training.programs import make_program
     from pisces_jax.training.tokenizer import load_tokenizer
 
-    path, _, stage = config.partition(":")
-    run = load_stages(config, {})[stage] if stage else list(load_stages(path, {}).values())[-1]
+    run = list(load_stages(config, {}).values())[-1]
     tokenizer = load_tokenizer(run, workdir)
     return run, tokenizer, make_program(run, tokenizer.vocab_size)
 
@@ -235,13 +234,12 @@ def rows(flags: argparse.Namespace) -> None:
     from pisces_jax.training import input as training_input
 
     with tempfile.TemporaryDirectory() as scratch:
-        run, tokenizer, program = _stage(flags.config, Path(scratch))
-        reader = training_input.train_iterator(run, tokenizer, program, Path(scratch))
+        reader = training_input.train_iterator(*_stage(flags.config, Path(scratch)), Path(scratch))
         for _ in range(5):
             next(reader)
         began, n, seen = time.perf_counter(), 0, reader.seen
         while time.perf_counter() - began < flags.seconds:
-            n += len(next(reader)["tokens"]) * run.data.rows
+            n += np.prod(next(reader)["tokens"].shape[:2])  # groups, rows
         took = time.perf_counter() - began
         reader.close()
         print(f"{flags.config}: {n / took:.1f} rows/s, {(reader.seen - seen) / took:.1f} examples/s")
@@ -280,8 +278,8 @@ def step(flags: argparse.Namespace) -> None:
         reader.close()
         without, with_input = (statistics.median(times[name]) for name in ("constant", "input"))
         print(
-            f"{flags.config}: {1000 * with_input:.1f} ms a step with input, {1000 * without:.1f} ms with one constant "
-            f"batch: {with_input / without - 1:+.1%}"
+            f"{flags.config}: {1000 * with_input:.1f} ms per step with input, {1000 * without:.1f} ms with one "
+            f"constant batch: {with_input / without - 1:+.1%}"
         )
 
 

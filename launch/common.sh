@@ -1,11 +1,11 @@
-# What the launch scripts share; sourced by them.
+# Functions of the launch scripts, which source this file.
 # shellcheck shell=bash
 
 set -euo pipefail
 
 DRY_RUN=${DRY_RUN:-0}
 
-# Runs a command, or with --dry-run prints it as it would be typed.
+# Runs a command; with --dry-run, prints it instead, quoted for a shell.
 run() {
   if [ "$DRY_RUN" = 1 ]; then
     local quoted
@@ -21,14 +21,15 @@ fail() {
   exit 1
 }
 
-# The value of --name=value.
+# Prints the value of --name=value.
 value() { echo "${1#*=}"; }
 
+# Fails if program $1 is missing; $2 says how to get it.
 need() {
   [ "$DRY_RUN" = 1 ] || command -v "$1" >/dev/null || fail "$1 is not installed: $2"
 }
 
-# What the scripts start, with the flags behind --: a training, or the cache of features that it reads.
+# The command that the scripts run with the flags after --: training, or writing the feature cache for it.
 module=train
 check_module() {
   case $module in

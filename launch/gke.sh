@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GKE with xpk: builds the image, pushes it, and starts a workload on a cluster's TPU slices.
+# GKE with xpk: builds and pushes the image, and starts a workload on TPU slices of a cluster.
 #
 #   launch/gke.sh --cluster=pods --zone=us-east5-a --project=P --type=v5p-128 --image=REGION-docker.pkg.dev/P/R/pisces \
 #       --workload=stage1 -- --config=configs/text_8b.py --workdir=/gcs/runs
@@ -29,7 +29,7 @@ done
 for name in cluster zone project type image workload; do
   [ -n "${!name}" ] || fail "--$name is missing; $usage"
 done
-[ $# -gt 0 ] || fail "no flags behind --; $usage"
+[ $# -gt 0 ] || fail "no flags after --; $usage"
 check_module
 need docker "https://docs.docker.com/engine/install"
 need xpk "pip install xpk"

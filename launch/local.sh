@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several processes on this machine, each with its share of fake CPU devices: to try what many hosts do.
+# Several processes on this machine that share fake CPU devices, to try out a run of many hosts.
 #
 #   launch/local.sh --processes=4 --devices=8 -- --config=configs/shapes.py --workdir=runs/four --config.mesh.fsdp=4 --config.mesh.tensor=2
 
@@ -21,9 +21,9 @@ while [ $# -gt 0 ]; do
   shift
 done
 check_module
-[ $# -gt 0 ] || fail "no flags behind --: $usage"
+[ $# -gt 0 ] || fail "no flags after --; $usage"
 for number in "$processes" "$devices"; do
-  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "--processes and --devices must be whole numbers from 1, not '$number'"
+  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "--processes and --devices must be whole numbers of at least 1, not '$number'"
 done
 [ $((devices % processes)) = 0 ] || fail "--devices=$devices must be a multiple of --processes=$processes"
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# SLURM, GPUs: one process a GPU; JAX finds the others by SLURM's own variables.
+# SLURM with GPUs: one process per GPU; JAX finds the processes by SLURM's variables.
 #
 #   launch/slurm.sh --nodes=4 --gpus=8 --time=24:00:00 --python=.venv/bin/python -- \
 #       --config=configs/text_8b.py --workdir=/shared/runs
 #
-# A job that is requeued, as after a node's failure or pre-emption, continues by itself. Two minutes before the time limit
-# SIGTERM comes and the run saves: the same command again continues it.
+# A job that SLURM requeues, after a node failure or pre-emption, continues by itself. Two minutes before the time limit,
+# the job gets SIGTERM and saves a checkpoint; run the same command again to continue.
 
 source "$(dirname "$0")/common.sh"
 usage="usage: launch/slurm.sh [--dry-run] [--module=train|cache] --nodes=N --gpus=G [--time=T] [--partition=P] [--account=A] [--python=PY] -- FLAGS"
@@ -28,7 +28,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ -z "$nodes" ] || [ -z "$gpus" ]; then fail "--nodes and --gpus are missing; $usage"; fi
-[ $# -gt 0 ] || fail "no flags behind --; $usage"
+[ $# -gt 0 ] || fail "no flags after --; $usage"
 check_module
 need sbatch "run this on a login node of the cluster"
 

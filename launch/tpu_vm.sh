@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Cloud TPU VMs through queued resources: asks for a slice, waits for it, installs, trains on all its hosts.
+# Cloud TPU VMs by queued resources: requests a slice, waits for it, installs the package and trains on all its hosts.
 #
 #   launch/tpu_vm.sh --name=pisces --zone=us-central2-b --type=v4-128 --runtime=tpu-ubuntu2204-base \
 #       --repository=https://github.com/ME/pisces_jax --flags=tpu -- --config=configs/text_8b.py --workdir=/mnt/runs
 #   launch/tpu_vm.sh --name=pisces --zone=us-central2-b --delete
 #
-# --workdir is a folder that all hosts share, such as a mounted bucket. --spot asks for pre-emptible machines: after one
-# was taken, --delete and the same command again continue the run. --slices=N asks for N slices.
+# --workdir is a folder that all hosts share, such as a mounted bucket. --slices=N requests N slices. --spot requests
+# pre-emptible machines: when they were pre-empted, run with --delete and then the same command again to continue.
 
 source "$(dirname "$0")/common.sh"
 usage="usage: launch/tpu_vm.sh [--dry-run] [--module=train|cache] --name=N --zone=Z (--type=T --repository=URL [--runtime=R] [--project=P] [--slices=N] [--spot] [--flags=G,G] -- FLAGS | --delete)"
@@ -44,7 +44,7 @@ if [ "$delete" = 1 ]; then
   exit
 fi
 if [ -z "$type" ] || [ -z "$repository" ]; then fail "--type and --repository are missing; $usage"; fi
-[ $# -gt 0 ] || fail "no flags behind --; $usage"
+[ $# -gt 0 ] || fail "no flags after --; $usage"
 
 ask=("${queued[@]}" create "$name" "${where[@]}" "--accelerator-type=$type" "--runtime-version=$runtime")
 [ "$spot" = 0 ] || ask+=(--spot)
@@ -65,7 +65,7 @@ if [ "$DRY_RUN" = 1 ]; then
 else
   until [ "$("${state[@]}")" = ACTIVE ]; do
     case $("${state[@]}") in
-      FAILED | SUSPENDED) fail "the request ended as $("${state[@]}"): delete it with --delete and ask again" ;;
+      FAILED | SUSPENDED) fail "the request ended as $("${state[@]}"): remove it with --delete and run this again" ;;
     esac
     sleep 30
   done
@@ -73,7 +73,7 @@ fi
 
 printf -v training '%q ' "$@"
 remote="set -e; test -d pisces_jax || git clone --depth=1 $repository pisces_jax; cd pisces_jax; git pull -q --ff-only"
-# The machines' own Python may be older than what is needed: uv brings one.
+# The Python of the machines may be too old: uv installs one.
 remote+="; test -d .venv || { python3 -m pip install -q --user uv; python3 -m uv venv -q --seed --python=3.12 .venv; }"
 remote+="; .venv/bin/pip install -q -e '.[tpu]' -c constraints.txt"
 remote+="; export LIBTPU_INIT_ARGS=\"\$(.venv/bin/python -m pisces_jax.xla_flags ${groups//,/ })\""

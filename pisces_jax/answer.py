@@ -10,6 +10,8 @@ from pisces_jax.utils.errors import UserError, run_command
 
 
 def main() -> None:
+    from pisces_jax.inference.flags import add_run_flags
+
     parser = cli.Parser(
         "answer",
         "Reads a picture and answers a question about it on standard output; without a question it describes it.",
@@ -18,8 +20,7 @@ def main() -> None:
             "--workdir=runs/shapes --image=picture.png",
         ],
     )
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the model was trained")
-    parser.add_argument("--run", default="", help="the run in it (default: the unified one that was finished last)")
+    add_run_flags(parser)
     parser.add_argument(
         "--image", required=True, type=Path, metavar="F", help="a picture: PNG, JPEG, WebP, GIF, BMP, TIFF"
     )

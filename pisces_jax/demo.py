@@ -15,7 +15,7 @@ def main() -> None:
     rest, overrides = cli.split_overrides(cli.arguments())
     parser = cli.Parser(
         "demo",
-        "Trains all stages of a config of the shapes world (finished ones are skipped, interrupted ones continued), "
+        "Trains all stages of a config of the shapes world (finished stages are skipped, interrupted ones continue), "
         "scores the last, and writes scores.json, samples.png and report.html into the work directory.",
         ["--workdir=runs/shapes", "--workdir=runs/seed1 --config=configs/shapes.py --config.seed=1"],
     )
@@ -30,6 +30,7 @@ def main() -> None:
     from pisces_jax.inference.flags import drawing_choice
     from pisces_jax.inference.model import load_model
     from pisces_jax.inference.samples import make_sampler
+    from pisces_jax.shapes_world.scores import TASKS
     from pisces_jax.training.config_files import load_stages
     from pisces_jax.training.metrics import read_metrics
     from pisces_jax.training.stages import train_stages
@@ -42,10 +43,10 @@ def main() -> None:
     start = time.perf_counter()
     model = load_model(flags.workdir, list(stages.values())[-1].name)
     how = drawing_choice(None, model.config)
-    results = suite.evaluate(model, suite.SHAPES_TASKS, suite.amount(flags), how, both=True)
+    results = suite.evaluate(model, TASKS, suite.amount(flags, both=True), how)
     runs = {name: flags.workdir / config.name for name, config in stages.items()}
     metrics = {name: read_metrics(run) for name, run in runs.items()}
-    files = {"samples.png": png(report.samples_sheet(results))}
+    files = {"samples.png": png(report.samples_sheet(results.outcomes["geneval"].drawn))}
     seconds["evaluation"] = round(time.perf_counter() - start, 1)
     seconds["total"] = round(sum(seconds.values()), 1)
     scores = {**results.scores, "seconds": seconds, "versions": suite.versions()}

@@ -13,7 +13,7 @@ _MOST_ROWS = 100  # of the grid
 
 
 def main() -> None:
-    from pisces_jax.inference.flags import add_drawing_flags, drawing_choice
+    from pisces_jax.inference import flags as shared
 
     parser = cli.Parser(
         "generate",
@@ -22,37 +22,54 @@ def main() -> None:
         [
             '--workdir=runs/shapes --prompt="a photo of a red circle left of a blue square" --out=drawn',
             "--workdir=runs/shapes --prompts_file=prompts.txt --num_images=2 --seed=1 --nodescribe --out=drawn",
+            "--workdir=runs/shapes --geneval=evaluation_metadata.jsonl --out=drawn",
         ],
     )
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the model was trained")
-    parser.add_argument("--run", default="", help="the run in it (default: the unified one that was finished last)")
-    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--prompts_file", type=Path, metavar="F", help="a text file with a prompt on each line")
-    parser.add_argument("--num_images", type=cli.whole_number(1), default=4, help="pictures a prompt (default 4)")
+    shared.add_run_flags(parser)
+    shared.add_prompt_flags(parser)
+    parser.add_argument(
+        "--geneval", type=Path, metavar="F.jsonl", help="draw the prompts of a GenEval metadata file, and write the "
+        "pictures in GenEval's layout (00000/metadata.jsonl, 00000/samples/0000.png), which `evaluate --folder` scores",
+    )  # fmt: skip
+    parser.add_argument("--num_images", type=cli.whole_number(1), default=4, help="pictures per prompt (default 4)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="another seed, other pictures (default 0)")
-    add_drawing_flags(parser)
+    shared.add_drawing_flags(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR2", help="the folder to write into")
     flags = parser.parse()
-    prompts = _prompts(flags.prompt, flags.prompts_file)
-    cli.check_output(flags.out, "--out", folder=True)
 
     from pisces_jax.data.example import Text
     from pisces_jax.data.instructions import draw_instruction
+    from pisces_jax.evaluation import geneval_folder
     from pisces_jax.evaluation.grids import Cell, labelled_grid, png
     from pisces_jax.inference.model import load_model
 
+    prompts = shared.given_prompts(flags)
+    metadata = geneval_folder.read_prompts(flags.geneval) if flags.geneval else []
+    if prompts and flags.geneval:
+        raise UserError("--geneval gives all prompts: leave --prompt and --prompts_file out")
+    prompts += [line["prompt"] for line in metadata]
+    if not prompts:
+        raise UserError("there is nothing to draw: give a prompt by --prompt, --prompts_file or --geneval")
+    cli.check_output(flags.out, "--out", folder=True)
+    if metadata and geneval_folder.prompt_folders(flags.out):
+        raise UserError(f"--out={flags.out} holds pictures in GenEval's layout already: give another folder")
+
     cli.start()
-    asked = [prompt for prompt in prompts for _ in range(flags.num_images)]
-    model = load_model(flags.workdir, flags.run, batch_size=min(64, len(asked)))
-    how = drawing_choice(flags, model.config)
-    drawings = model.draw([(Text(draw_instruction(prompt)),) for prompt in asked], seed=flags.seed, **how)
+    n = flags.num_images
+    model = load_model(flags.workdir, flags.run, batch_size=min(64, n * len(prompts)))
+    how = shared.drawing_choice(flags, model.config)
+    asked = [(Text(draw_instruction(prompt)),) for prompt in prompts for _ in range(n)]
+    drawings = model.draw(asked, seed=flags.seed, **how)
     files: dict[str, bytes] = {}
     lines, rows = [], []
     for p, prompt in enumerate(prompts):
-        own = drawings[p * flags.num_images : (p + 1) * flags.num_images]
-        for i, drawing in enumerate(own):
-            name = f"{p:04d}_{i:02d}.png"
-            files[name] = png(drawing.image)
+        own = drawings[p * n : (p + 1) * n]
+        if metadata:
+            made = geneval_folder.sample_files(p, metadata[p], [drawing.image for drawing in own])
+        else:
+            made = {f"{p:04d}_{i:02d}.png": png(drawing.image) for i, drawing in enumerate(own)}
+        files |= made
+        for name, drawing in zip([name for name in made if name.endswith(".png")], own, strict=True):
             description = drawing.description if how["describe"] else None
             lines.append({"file": name, "prompt": prompt, "description": description, "seed": flags.seed})
         rows.append((prompt, [Cell(drawing.image) for drawing in own]))
@@ -62,33 +79,6 @@ def main() -> None:
     cli.say(f"{len(drawings)} pictures of {len(prompts)} prompts are in {flags.out}, side by side in grid.png")
     if len(rows) > _MOST_ROWS:
         cli.say(f"grid.png shows the first {_MOST_ROWS} prompts")
-
-
-def _prompts(given: list[str], file: Path | None) -> list[str]:
-    """All prompts of the command line and the file.
-
-    Raises:
-        UserError: there is none, one is empty, or the file cannot be read.
-    """
-    for prompt in given:
-        if not prompt.strip():
-            raise UserError("--prompt is empty: say what to draw")
-    prompts = [" ".join(prompt.split()) for prompt in given]
-    if file is not None:
-        try:
-            lines = [" ".join(line.split()) for line in file.read_text("utf-8").splitlines()]
-        except OSError as error:
-            raise UserError(f"--prompts_file={file} cannot be read ({error.strerror}): give a text file") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompts_file={file} is no text in UTF-8: give a file with a prompt on each line"
-            ) from error
-        if not any(lines):
-            raise UserError(f"--prompts_file={file} holds no prompt: write one on each line")
-        prompts += [line for line in lines if line]
-    if not prompts:
-        raise UserError("there is nothing to draw: give --prompt or --prompts_file")
-    return prompts
 
 
 if __name__ == "__main__":

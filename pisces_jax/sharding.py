@@ -1,12 +1,12 @@
-"""The mesh, and the one table from logical to mesh axes.
+"""The mesh, and the table that maps logical axes to mesh axes.
 
-Every parameter names its logical axes where it is declared (`models/`); `RULES` says on which mesh axes each of
-them lies. A dimension that does not divide falls back to as many of its mesh axes as divide it, in order, or to
-replication, and `Fallback` says so.
+Every parameter names its logical axes where it is declared (`models/`), and `RULES` says over which mesh axes each
+logical axis is sharded. A dimension that its mesh axes do not divide is sharded over as many of them, in order, as
+divide it, or replicated, and a `Fallback` records that.
 
-Users give three sizes, `data`, `fsdp` and `tensor`. Inside, `fsdp` is two mesh axes: over one axis that spans a
-whole TPU slice the compiler turns gradients into all-reduces, over a pair of axes into reduce-scatters, which
-send half the bytes.
+Users give three sizes: `data`, `fsdp` and `tensor`. Internally `fsdp` is two mesh axes. Over a single axis that spans
+a whole TPU slice, the compiler turns the reduction of gradients into all-reduces; over two axes, into
+reduce-scatters, which send half the bytes.
 """
 
 import dataclasses
@@ -25,14 +25,15 @@ from pisces_jax.utils.errors import UserError
 MESH_AXES = ("data", "fsdp", "fsdp_inner", "tensor")
 _FSDP = ("fsdp", "fsdp_inner")
 BATCH_AXES = ("data", *_FSDP)
+_AUTO = (AxisType.Auto,) * len(MESH_AXES)
 
-# Parameters: the model's width over fsdp, so that every matrix is sharded once whatever its other axis; that other
-# axis (heads, hidden units, vocabulary) over tensor. Activations: rows over data and fsdp, since fsdp is data
-# parallelism with sharded parameters; their heads, hidden units and vocabulary over tensor; their width whole.
+# Parameters: the width of the model over fsdp, so that every matrix is sharded there once, whatever its other axis; the
+# other axis (heads, hidden units, vocabulary) over tensor. Activations: rows over data and fsdp, because fsdp is data
+# parallelism with sharded parameters; heads, hidden units and vocabulary over tensor; the width is not sharded.
 RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "embed": _FSDP,
-    "embed_half": _FSDP[:1],  # a parameter that is being gathered, halfway
+    "embed_half": _FSDP[:1],  # a parameter that is gathered over one of fsdp's two axes
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -41,19 +42,19 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "layers": (),
     "position": (),
     "patch": (),
-    "embed_out": (),  # the second axis of a square matrix of the width
+    "embed_out": (),  # the output axis of a matrix whose both axes are the width
     "features": (),
     "modulation": (),
     "batch": BATCH_AXES,
     "length": (),
-    "stream": ("tensor",),  # positions of what passes between blocks: it is saved for the backward pass
+    "stream": ("tensor",),  # positions of the residual stream, which is saved for the backward pass
     "width": (),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
-    """A dimension that could not be sharded as `RULES` wants: `wanted` mesh axes, of which only `used` divide it."""
+    """A dimension that is not sharded as `RULES` says: of the `wanted` mesh axes, only `used` divide its size."""
 
     name: str
     dimension: int
@@ -67,10 +68,10 @@ class Fallback:
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices (or of `devices`); one size may be -1: what the others leave.
+    """The mesh of all devices, or of `devices`. One size may be -1: it becomes what the other two leave.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices; the message names sizes that would.
+        UserError: the product of the sizes is not the number of devices; the message names sizes that fit.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -88,23 +89,27 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
             f"mesh {_show(sizes)} takes {'a multiple of ' if free else ''}{rest} devices and there are {total}: "
             f"try {_show(fits)}"
         )
-    inner = _inner_size(sizes["fsdp"])
-    shape = (sizes["data"], sizes["fsdp"] // inner, inner, sizes["tensor"])
-    return Mesh(_lay_out(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_lay_out(devices, _mesh_shape(**sizes)), MESH_AXES, axis_types=_AUTO)
 
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
-    """A mesh of these sizes (none -1) without devices: enough to ask where things would lie."""
-    inner = _inner_size(fsdp)
-    shape = (data, fsdp // inner, inner, tensor)
-    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    """A mesh of these sizes (none of them -1) without devices: enough to compute shardings."""
+    return AbstractMesh(_mesh_shape(data, fsdp, tensor), MESH_AXES, axis_types=_AUTO)
+
+
+def _mesh_shape(data: int, fsdp: int, tensor: int) -> tuple[int, ...]:
+    """The sizes of `MESH_AXES`: the second axis of fsdp is 4 or 2 where that leaves more than 1 for the first."""
+    inner = next(n for n in (4, 2, 1) if fsdp % n == 0 and (n == 1 or fsdp > n))
+    return data, fsdp // inner, inner, tensor
 
 
 def _lay_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices as a mesh of that shape, neighbours on the wires of a TPU slice; slices apart along `data`.
+    """The devices as an array of that shape.
+
+    On TPUs, neighbours in the array are neighbours in the slice's network, and different slices differ in `data`.
 
     Raises:
-        UserError: several slices and a size of `data` that they do not divide.
+        UserError: there are several slices, and `data` is not a multiple of their number.
     """
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
@@ -119,15 +124,11 @@ def _lay_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def user_mesh(mesh: Any) -> dict[str, int]:
-    """The sizes as the user gives them: fsdp is one axis."""
+    """The sizes of a mesh as the user gives them: `data`, `fsdp` (one number) and `tensor`."""
     return {
         "data": mesh.shape["data"], "fsdp": mesh.shape["fsdp"] * mesh.shape["fsdp_inner"],
         "tensor": mesh.shape["tensor"],
     }  # fmt: skip
-
-
-def _inner_size(fsdp: int) -> int:
-    return next(n for n in (4, 2, 1) if fsdp % n == 0 and (n == 1 or fsdp > n))
 
 
 def _show(sizes: Mapping[str, int]) -> str:
@@ -137,10 +138,16 @@ def _show(sizes: Mapping[str, int]) -> str:
 def partition_spec(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Any, *, name: str = "", fallbacks: list | None = None
 ) -> PartitionSpec:
-    """Where an array with these logical axes lies on `mesh` (concrete or abstract).
+    """How an array with these logical axes is sharded on `mesh`, by `RULES`.
+
+    Args:
+        axes: the logical axis of each dimension; None is never sharded.
+        mesh: concrete or abstract.
+        name: of the array, for messages.
+        fallbacks: a list that gets a `Fallback` for each dimension that its mesh axes do not divide.
 
     Raises:
-        ValueError: an unknown logical axis, or two logical axes that would land on one mesh axis.
+        ValueError: an axis is unknown, two of them want one mesh axis, or their number is not that of the dimensions.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{name or 'array'}: axes {tuple(axes)} do not name the dimensions of {tuple(shape)}")
@@ -172,18 +179,18 @@ def partition_spec(
 
 
 def spec_axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
-    """The mesh axes of one dimension."""
+    """The mesh axes over which a dimension is sharded."""
     entry = spec[dimension] if dimension < len(spec) else None
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A tree path as `a/b/c`: how parameters are named everywhere (tables, messages, files)."""
+    """A tree path as `a/b/c`: the name of a parameter in tables, messages and files."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def param_shardings(boxed: Any, mesh: Mesh, fallbacks: list | None = None) -> Any:
-    """Shardings of a tree of Linen's boxed (abstract) parameters, as `jax.eval_shape(model.init, ...)` gives it."""
+    """The shardings of a tree of Linen's boxed parameters, abstract as `jax.eval_shape(model.init, ...)` gives them."""
     axes = nn.get_partition_spec(boxed)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf, spec: NamedSharding(
@@ -199,23 +206,26 @@ def param_shardings(boxed: Any, mesh: Mesh, fallbacks: list | None = None) -> An
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """A batch lies with its leading axis over data and fsdp."""
+    """The sharding of a batch: its leading axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
+    """Number of parts into which a batch is sharded."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def mesh_in_force() -> Any:
-    """The abstract mesh that `jax.set_mesh` set, or None where there is none or it is one device."""
+    """The abstract mesh that `jax.set_mesh` set; None if it set none or a mesh of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def platform() -> str:
-    """What the program that is being traced will run on (cpu, gpu or tpu): the mesh in force says so, since a
-    program may be compiled for devices that are not here; without a mesh it is JAX's default.
+    """The platform that the traced program will run on: "cpu", "gpu" or "tpu".
+
+    It is that of the mesh in force, because a program may be compiled for devices that are not here; without a mesh, it
+    is that of JAX's default backend.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
@@ -223,11 +233,12 @@ def platform() -> str:
 
 
 def batch_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """(i, n): this process loads the i-th of n equal parts of each batch. Processes that hold pieces of one tensor
-    group load the same part.
+    """(i, n): this process loads part i of the n equal parts of each batch.
+
+    Processes that share the rows of a tensor-parallel group load the same part.
 
     Raises:
-        UserError: the process's devices do not hold one run of rows; the message says what would.
+        UserError: the rows of this process's devices are not contiguous.
     """
     rows = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     spans = sorted({index[0].indices(batch_size)[:2] for index in rows if index is not None})
@@ -236,13 +247,13 @@ def batch_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     if sum(b - a for a, b in spans) != size or batch_size % size or start % size:
         raise UserError(
             f"mesh {_show(user_mesh(mesh))}: a process's {len(mesh.local_devices)} devices must hold neighbouring rows "
-            "of the batch: make tensor divide, or be a multiple of, the devices of a process"
+            "of the batch: make tensor a divisor or a multiple of the devices per process"
         )
     return start // size, batch_size // size
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` held to its logical axes on the mesh in force (`jax.set_mesh`); without a mesh, `x` as it is."""
+    """`x` with the sharding of its logical axes on the mesh in force (`jax.set_mesh`); `x` itself without a mesh."""
     mesh = mesh_in_force()
     if mesh is None:
         return x
@@ -250,10 +261,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gathered(x: jax.Array, *axes: str | None) -> jax.Array:
-    """A parameter, whole over fsdp, to compute with: gathered over one of fsdp's two mesh axes after the other.
+    """A parameter gathered over fsdp, to compute with: over the second of fsdp's mesh axes, then over the first.
 
-    Its gradient then travels back as two reduce-scatters over a part of the devices each, which the TPU compiler
-    keeps; gathered at once, it would become an all-reduce that is sliced, twice the bytes.
+    The gradient then takes the way back as two reduce-scatters, each over a part of the devices, and the TPU compiler
+    keeps them. Gathered in one step, the gradient would become an all-reduce and a slice, which send twice the bytes.
     """
     for name in ("embed_half", "width"):
         x = constrain(x, *(name if axis == "embed" else axis for axis in axes))

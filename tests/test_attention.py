@@ -90,7 +90,7 @@ def loss_and_gradients(function, q, k, v, weights, **arguments):
     ],
 )
 def test_backends_equal_the_reference_on_packed_rows(monkeypatch, backend, causal, sizes):
-    """200 positions, no multiple of any block; grouped queries; two key-value heads over four tensor devices, too."""
+    """200 positions, not a multiple of any block; grouped queries; also two key-value heads on four tensor devices."""
     rng = np.random.default_rng(0)
     rows = 2 if sizes is None else 4
     q, k, v, weights = (jnp.asarray(rng.standard_normal((rows, 200, n, 32)), jnp.float32) for n in (4, 2, 2, 4))
@@ -106,14 +106,14 @@ def test_backends_equal_the_reference_on_packed_rows(monkeypatch, backend, causa
 
 @pytest.mark.parametrize("backend", ["blockwise", "splash"])
 def test_backends_pad_what_does_not_divide(backend):
-    """SigLIP's 729 vectors and heads of 72, without masks: nothing sees the padding."""
+    """SigLIP's 729 vectors and heads of width 72, without masks: nothing sees the padding."""
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 729, 2, 72)), jnp.float32) for _ in range(3))
     np.testing.assert_allclose(attention(q, k, v, backend=backend), xla_attention(q, k, v), rtol=2e-5, atol=2e-5)
 
 
 def test_which_backend_runs():
-    """By the platform of the mesh in force: a program may be compiled for devices that are not here."""
+    """The platform of the mesh in force decides, because a program may be compiled for devices that are not here."""
     assert choose_backend("auto", 2048, masked=False) == "xla"
     assert choose_backend("splash", 2048, masked=False) == "splash"
     assert choose_backend("splash", 2048, masked=True) == "xla"
@@ -128,7 +128,7 @@ def test_which_backend_runs():
 
 
 def test_blockwise_attention_holds_no_square():
-    """Temporaries of a gradient at 4,096 positions: less than one head's logits."""
+    """At 4,096 positions, the temporaries of a gradient are smaller than the logits of one head."""
 
     def temporaries(backend):
         def loss(q, k, v):
@@ -142,14 +142,14 @@ def test_blockwise_attention_holds_no_square():
 
 
 def test_attention_over_a_cache_with_rows_of_different_lengths():
-    """Each row's queries stand at their own slots, and see what lies there and before."""
+    """The queries of each row have slots of their own, and see these and the earlier ones."""
     q, k, v = inputs(4, 2, keys=12)
     q = q[:, :3]
     index = np.array([[0, 1, 2], [6, 7, 8]])
     mask = cache_mask(jnp.asarray(index), 12)
     expected = plain.attend(q, k, v, lambda b, t, s: s <= index[b, t])
     np.testing.assert_allclose(attention(*map(jnp.asarray, (q, k, v)), mask=mask), expected, rtol=1e-5, atol=1e-5)
-    # What lies behind is of no consequence at all.
+    # Later slots make no difference at all.
     before = attention(*map(jnp.asarray, (q, k, v)), mask=mask)
     k[0, 3:], v[0, 3:], k[1, 9:], v[1, 9:] = 1e4, -1e4, 1e4, -1e4
     np.testing.assert_array_equal(attention(*map(jnp.asarray, (q, k, v)), mask=mask), before)
@@ -173,7 +173,7 @@ def test_masks():
 
 
 def test_bfloat16_inputs_have_their_softmax_in_float32():
-    """A sum of 4096 equal weights, each 2^-12: in bfloat16 the normaliser would stop growing at 256."""
+    """A sum of 4096 equal weights of 2^-12: in bfloat16, a sum of ones would stop growing at 256."""
     q = jnp.zeros((1, 1, 1, 8), jnp.bfloat16)
     k, v = jnp.zeros((1, 4096, 1, 8), jnp.bfloat16), jnp.ones((1, 4096, 1, 8), jnp.bfloat16)
     got = attention(q, k, v)
@@ -189,7 +189,7 @@ def test_rotary_is_complex_multiplication():
     with jax.enable_x64(True):
         got = apply_rope(jnp.asarray(x), cos_sin(jnp.asarray(positions[..., None] * frequencies)))
         np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
-        # Only distances count: products of turned queries and keys, both moved by 1000.
+        # Only distances matter: products of rotated queries and keys stay the same when both move by 1000.
         moved = apply_rope(jnp.asarray(x), cos_sin(jnp.asarray((positions[..., None] + 1000) * frequencies)))
         products, others = (np.einsum("btnh,bsnh->bnts", a, a) for a in (got, moved))
         np.testing.assert_allclose(products, others, rtol=1e-8, atol=1e-9)
@@ -208,7 +208,7 @@ PUBLISHED = (8.0, 1.0, 4.0, 8192)  # factor, low, high, original: LLaMA 3.1's
 def test_llama3_frequencies_equal_the_published_formula():
     expected = plain.llama3_frequencies(128, 500_000.0, PUBLISHED)
     unscaled = plain.llama3_frequencies(128, 500_000.0)
-    # All three branches are met.
+    # All three cases occur.
     assert (expected == unscaled).any() and (expected == unscaled / 8).any()
     assert ((expected < unscaled) & (expected > unscaled / 8)).sum() > 3
     with jax.enable_x64(True):
@@ -229,9 +229,9 @@ def test_another_scaling_would_be_seen(wrong):
 
 
 def test_frequencies_by_hand():
-    """Four dimensions, base 100: 1 and 0.1 radians a position; wavelengths 6.28 and 62.8."""
+    """Four dimensions, base 100: 1 and 0.1 radians per position; wavelengths 6.28 and 62.8."""
     np.testing.assert_allclose(rope_frequencies(llama(4, base=100.0)), [1, 0.1], rtol=1e-6)
-    # original/high = 20, original/low = 80: the slow one lies between them, original/wavelength = 1.2732.
+    # original/high = 20, original/low = 80: the long wavelength is between them, original/wavelength = 1.2732.
     scaling = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=80)
     smooth = (80 / (2 * np.pi / 0.1) - 1) / 3
     expected = [1, (1 - smooth) * 0.1 / 4 + smooth * 0.1]
@@ -239,7 +239,7 @@ def test_frequencies_by_hand():
 
 
 def test_rotary_over_a_grid_sees_both_axes():
-    """Products of turned queries and keys depend on (dy, dx) and on nothing else."""
+    """Products of rotated queries and keys depend on (dy, dx) only."""
     side, H = 4, 8
     ys, xs = grid_centres(side)
     assert ys[:5].tolist() == [0.5] * 4 + [1.5] and xs[:5].tolist() == [0.5, 1.5, 2.5, 3.5, 0.5]
@@ -259,5 +259,5 @@ def test_rotary_over_a_grid_sees_both_axes():
     for values in by_offset.values():
         np.testing.assert_allclose(values, values[0], atol=1e-5)
     assert len({round(float(v[0]), 4) for v in by_offset.values()}) == 49
-    # A coarse grid over the same square: its centres lie in the fine grid's units.
+    # A coarse grid over the same square, with its centres in units of the fine grid.
     np.testing.assert_allclose(grid_centres(2, 2.0)[1][:2], [1, 3])

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pisces_jax.evaluation.geneval import TAGS
+from pisces_jax.shapes_world import drawing
+from pisces_jax.shapes_world.text import geneval_prompts
 from pisces_jax.training.config_files import load_stages
 from pisces_jax.training.metrics import read_metrics
 from pisces_jax.utils import cli
@@ -100,7 +103,7 @@ def test_demo_leaves_scores_samples_and_a_report(trained):
     assert {"python", "jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy"} == set(scores["versions"])
     assert Image.open(trained / "run/samples.png").width > 500
     page = (trained / "run/report.html").read_text()
-    assert "<polyline" in page and "step 2:" in page and "expected" in page
+    assert "data:image/svg+xml" in page and "step 2:" in page and "expected" in page
     printed = (trained / "run/printed.txt").read_text()
     assert "stage 2 of 3: decoder, 2 steps" in printed and "min of training to come" in printed
     assert f"{scores['reading']['overall']:.3f}" in printed
@@ -156,6 +159,36 @@ def test_evaluate_shows_what_it_drew(trained, call, tmp_path):
     assert Image.open(tmp_path / "drawn.png").width > 500
 
 
+def test_genevals_prompts_are_drawn_into_its_layout_and_scored(trained, call, tmp_path):
+    lines = geneval_prompts(1) + geneval_prompts(1, held_out=True)[:1]
+    prompts, out, results = tmp_path / "metadata.jsonl", tmp_path / "drawn", tmp_path / "new/results.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw = ["generate", f"--workdir={trained / 'run'}", f"--geneval={prompts}", "--num_images=2", f"--out={out}"]
+    status, printed, error = call(*draw)
+    assert (status, error) == (0, "") and "14 pictures of 7 prompts" in printed
+    names = [f"{i:05d}/samples/{k:04d}.png" for i in range(7) for k in range(2)]
+    assert sorted(str(p.relative_to(out)) for p in out.glob("*/samples/*")) == names
+    assert [json.loads((out / f"{i:05d}/metadata.jsonl").read_text()) for i in range(7)] == lines
+    noted = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert [(n["file"], n["prompt"]) for n in noted] == [(n, lines[i // 2]["prompt"]) for i, n in enumerate(names)]
+    assert call(*draw)[0] == 1  # samples of another run would be scored with these
+
+    # One picture is right.
+    true = drawing.true_picture(lines[3], 32)
+    Image.fromarray(true).save(out / names[7])
+    status, printed, error = call("evaluate", f"--folder={out}", "--task=geneval", f"--out={results}")
+    rows = [json.loads(row) for row in results.read_text().splitlines()]
+    assert (status, error) == (0, "") and [row["filename"] for row in rows] == [str(out / name) for name in names]
+    assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    assert rows[7]["correct"] and rows[7]["tag"] == "colors" and "found 0" in rows[0]["reason"]
+    share = {tag: [row["correct"] for row in rows if row["tag"] == tag] for tag in TAGS}
+    shown = dict(line.split() for line in printed.splitlines() if len(line.split()) == 2)
+    assert {tag: float(shown[tag]) for tag in TAGS} == pytest.approx(
+        {tag: sum(right) / len(right) for tag, right in share.items()}, abs=5e-4
+    )
+    assert float(shown["overall"]) == pytest.approx(sum(float(shown[tag]) for tag in TAGS) / 6, abs=1e-3)
+
+
 # What they refuse
 
 
@@ -168,7 +201,10 @@ BAD = [
     ("train --config=TINY --workdir=NEW --config.stepz=3", "did you mean steps?"),
     ("train --config=TINY --workdir=NEW --config.optimizer.learning_rat=1", "did you mean optimizer.learning_rate?"),
     ("train --config=TINY --workdir=NEW --config.learning_rate=1", "did you mean optimizer.learning_rate?"),
-    ("train --config=TINY --workdir=NEW --config.stages.unified.data.row=1", "did you mean stages.unified.data.rows?"),
+    (
+        "train --config=TINY --workdir=NEW --config.stages.unified.data.row_len=1",
+        "mean stages.unified.data.row_length?",
+    ),
     ("train --config=TINY --workdir=NEW --config.model.decoder.widht=1", "did you mean model.decoder.width?"),
     ("train --config=TINY --workdir=NEW --config.steps=many", "must be a whole number, like 2"),
     ("train --config=TINY --workdir=NEW --config.optimizer.learning_rate=fast", "must be a number"),
@@ -187,14 +223,19 @@ BAD = [
     ("generate --workdir=RUN --out=NEW", "there is nothing to draw"),
     ("generate --workdir=RUN --out=NEW --prompt=", "--prompt is empty"),
     ("generate --workdir=RUN --out=NEW --prompts_file=missing.txt", "cannot be read"),
-    ("generate --workdir=RUN --out=NEW --prompts_file=PICTURE", "no text in UTF-8"),
+    ("generate --workdir=RUN --out=NEW --prompts_file=PICTURE", "is not UTF-8 text"),
     ("generate --workdir=RUN --out=NEW --prompts_file=EMPTY", "holds no prompt"),
+    ("generate --workdir=RUN --out=NEW --geneval=missing.jsonl", "cannot be read as GenEval's metadata"),
+    ("generate --workdir=RUN --out=NEW --geneval=SYNTAX", "line 1 is not a GenEval prompt"),
+    ("generate --workdir=RUN --out=NEW --geneval=EMPTY", "there is nothing to draw"),
+    ("generate --workdir=RUN --out=NEW --geneval=PROMPTS --prompt=x", "leave --prompt and --prompts_file out"),
+    ("generate --workdir=RUN --out=SAMPLES --geneval=PROMPTS", "holds pictures in GenEval's layout already"),
     ("generate --workdir=RUN --out=FILE --prompt=x", "is a file"),
     ("generate --workdir=RUN --out=FILE/below --prompt=x", "cannot be written"),
     ("generate --workdir=RUN --out=NEW --prompt=x --num_images=0", "at least 1"),
     ("generate --workdir=NEW --out=NEW --prompt=x", "does not exist"),
     ("generate --workdir=FOREIGN --out=NEW --prompt=x", "holds no finished unified run"),
-    ("generate --workdir=RUN --run=nothing --out=NEW --prompt=x", "holds no run"),
+    ("generate --workdir=RUN --run=nothing --out=NEW --prompt=x", "is not a run"),
     ("generate --workdir=RUN --run=pretrain --out=NEW --prompt=x", "is a pretrain run"),
     ("answer --workdir=RUN --image=missing.png", "cannot be read"),
     ("answer --workdir=RUN --image=SYNTAX", "cannot be read"),
@@ -206,6 +247,11 @@ BAD = [
     ("evaluate --workdir=RUN --task=all --per_kind=-1", "at least 1"),
     ("evaluate --workdir=RUN --task=all --out=FOREIGN", "is a folder"),
     ("evaluate --workdir=NEW --task=all", "does not exist"),
+    ("evaluate --task=all", "one of the arguments --workdir --folder is required"),
+    ("evaluate --workdir=RUN --folder=NEW --task=geneval", "not allowed with argument --workdir"),
+    ("evaluate --folder=NEW --task=reading", "--folder is scored with --task=geneval"),
+    ("evaluate --folder=NEW --task=geneval", "holds no GenEval samples"),
+    ("evaluate --folder=SAMPLES --task=geneval", "must hold one prompt and holds 0"),
     ("demo --workdir=NEW --config=TINY --images=none", "at least 1"),
     ("demo --workdir=FILE --config=TINY", "is a file"),
 ]
@@ -221,6 +267,11 @@ def test_a_mistake_is_one_sentence_and_leaves_no_trace(trained, call, tmp_path, 
     places["FILE"].write_text("a file")
     places["FOREIGN"] = tmp_path / "foreign"
     (places["FOREIGN"] / "photos").mkdir(parents=True)
+    places["PROMPTS"] = tmp_path / "prompts.jsonl"
+    places["PROMPTS"].write_text(json.dumps(geneval_prompts(1)[0]))
+    places["SAMPLES"] = tmp_path / "samples"
+    (places["SAMPLES"] / "00000").mkdir(parents=True)
+    (places["SAMPLES"] / "00000/metadata.jsonl").write_text("")
     for name, place in places.items():
         line = line.replace(f"={name}", f"={place}")
     before = contents(tmp_path), contents(trained)
@@ -253,10 +304,10 @@ def test_a_key_without_a_stage_holds_for_all_that_have_it():
 def test_values_keep_their_types_and_names_of_ones_own_may_be_new():
     run = load_stages(f"{TINY}:decoder", {
         "optimizer.param_groups": "((r'.*', 0.5, 0.1),)", "log.tensorboard": "true", "optimizer.clip": "3",
-        "storage.generation_encoder": "bfloat16",
+        "param_dtype.generation_encoder": "bfloat16",
     })["decoder"]  # fmt: skip
     assert run.optimizer.param_groups == ((".*", 0.5, 0.1),) and run.log.tensorboard is True
-    assert run.optimizer.clip == 3.0 and run.storage.generation_encoder == "bfloat16"
+    assert run.optimizer.clip == 3.0 and run.param_dtype.generation_encoder == "bfloat16"
 
 
 def test_stages_in_a_circle_are_refused(tmp_path):
@@ -266,7 +317,7 @@ def test_stages_in_a_circle_are_refused(tmp_path):
         "def get_config(stage=''):\n    a = run_config(name='a', init_from=dict(x='b'))\n"
         "    b = run_config(name='b', init_from=dict(x='a'))\n    return ConfigDict(dict(stages=dict(a=a, b=b)))\n"
     )
-    with pytest.raises(UserError, match="wait for one another"):
+    with pytest.raises(UserError, match="need one another's weights"):
         load_stages(str(path), {})
 
 

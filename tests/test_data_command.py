@@ -66,9 +66,10 @@ def test_the_page_shows_the_rows(tmp_path):
     ]
     groups = PackedGroups(entries, tokenizer, Layout(4, 2, 64, 2, 8, 8, 6, 4), seed=0)
     numbers = range(groups.per_epoch)
-    page = show.page(groups, numbers, "a title & more")
+    page = show.page(groups, numbers, "a title & more\x1b")
     assert "<b>end" not in page and page.count("&lt;b&gt;end") == 24
-    assert "a title &amp; more" in page and page.count("masked: picture set/5.png") == 2
+    assert page.count("a title &amp; more\N{REPLACEMENT CHARACTER}") == 2 and "\x1b" not in page
+    assert page.count("masked: picture set/5.png") == 2
     # Every picture in a slot is on the page, pixel by pixel.
     shown = {"read": [], "draw": []}
     for role, data in re.findall(r"<img class=(\w+) .*?base64,([^']*)'", page):
@@ -210,10 +211,8 @@ def test_workers_of_the_command_import_no_jax(tmp_path):
 
 def test_the_mixture_of_real_sets_fills_its_rows(data_folder, tmp_path, monkeypatch):
     """CIFAR-10, OpenMoji and shapes, 4 : 3 : 3, as `configs/mixed_small.py` packs them; a tenth of each to be quick."""
-    from pisces_jax.training import input as training_input
     from pisces_jax.training.config_files import load_stages
-    from pisces_jax.training.programs import make_program
-    from pisces_jax.training.tokenizer import load_tokenizer
+    from pisces_jax.training.input import open_items
 
     monkeypatch.setenv("PISCES_DATA", str(data_folder))
     config = load_stages(str(ROOT / "configs/mixed_small.py:stage1"), {})["stage1"]
@@ -221,9 +220,7 @@ def test_the_mixture_of_real_sets_fills_its_rows(data_folder, tmp_path, monkeypa
     for name, spec in config.data.train.items():
         spec.update(dict(split="train[:10%]") if "cifar" in name else {})
         spec.update(dict(num_examples=2000) if "shapes" in name else {})
-    tokenizer = load_tokenizer(config, tmp_path)
-    program = make_program(config, tokenizer.vocab_size)
-    groups = training_input.items(config, tokenizer, program, tmp_path, config.data.train, examples_per_epoch=12_000)
+    groups = open_items(config, tmp_path)
     assert groups.counts == [2400, 2400, 1800, 1800, 1800, 1800]
     made = [groups[i] for i in range(0, groups.per_epoch, 20)]
     shares = np.bincount(

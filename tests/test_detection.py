@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from pisces_jax.shapes_world.detector import ShapesDetector
+from pisces_jax.shapes_world.detector import ShapesDetector, _find_blobs
 from pisces_jax.shapes_world.scene import COLORS, SHAPES, render, sample_scene
 
 # All 10,000 clean and 2,000 spoilt pictures take minutes on two busy cores.
@@ -65,6 +65,24 @@ def test_nearly_exact_on_blurred_and_noisy_pictures():
 def test_other_sizes(spoil):
     assert share_right(25, 64, spoil) == 1
     assert share_right(10, 48, spoil) == 1
+
+
+def test_blobs_are_what_flood_filling_finds():
+    """Also their order, where several are of one size: first the one whose last pixel comes last."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        color, solid = rng.integers(0, 3, (12, 15)), rng.random((12, 15)) < 0.8
+        waiting, blobs = {tuple(place) for place in np.argwhere(solid)}, []
+        while waiting:
+            blob = edge = {max(waiting)}
+            while edge:
+                near = {(r + dr, c + dc) for r, c in edge for dr, dc in ((0, 1), (0, -1), (1, 0), (-1, 0))}
+                edge = {p for p in near & waiting - blob if color[p] == color[min(blob)]}
+                blob = blob | edge
+            waiting -= blob
+            blobs.append(sorted(blob))
+        expected = sorted((blob for blob in blobs if len(blob) >= 3), key=len, reverse=True)
+        assert [list(zip(*map(list, blob), strict=True)) for blob in _find_blobs(color, solid, 2.5)] == expected
 
 
 def test_nothing_is_found_in_nothing():

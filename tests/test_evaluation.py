@@ -1,5 +1,6 @@
 """Scores: perfect fake models get 1, wrong ones 0, and what lies between is counted by hand."""
 
+import base64
 import dataclasses
 import random
 import re
@@ -10,22 +11,22 @@ import pytest
 
 from pisces_jax.data.example import Example, Picture, Text
 from pisces_jax.data.instructions import draw_instruction
-from pisces_jax.evaluation import charts, grids, pictures, report, suite
+from pisces_jax.evaluation import answers, charts, geneval, grids, pictures, report, suite
+from pisces_jax.evaluation.geneval import TAGS, Detection
+from pisces_jax.evaluation.task import Amount, Outcome, Task
 from pisces_jax.shapes_world import drawing, reading, reconstruction, spread
-from pisces_jax.shapes_world.detector import Detection
-from pisces_jax.shapes_world.source import (
-    HELD_OUT_QUESTION_KINDS,
+from pisces_jax.shapes_world.questions import HELD_OUT_QUESTION_KINDS, QUESTION_KINDS, questions
+from pisces_jax.shapes_world.scene import Object, Scene, render
+from pisces_jax.shapes_world.scores import TASKS
+from pisces_jax.shapes_world.text import (
     HELD_OUT_TAGS,
-    QUESTION_KINDS,
-    TAGS,
-    Object,
-    Scene,
     detailed_caption,
     geneval_prompts,
-    questions,
-    render,
+    metadata,
+    prompt_space,
+    scene_for,
 )
-from pisces_jax.shapes_world.text import metadata, prompt_space, scene_for
+from pisces_jax.utils.errors import UserError
 
 SIZE = 32
 
@@ -81,12 +82,12 @@ class Oracle:
         return np.stack([self.blank if self.wrong(i) else image for i, image in enumerate(images)])
 
 
-AMOUNT = suite.Amount(per_task=3, images=2, per_kind=3, held_out=2, spread=0, pictures=6)
+AMOUNT = Amount(per_task=3, images=2, per_kind=3, held_out=2, spread=0, pictures=6)
 HOW = dict(describe=True, max_tokens=8, temperature=1.0, guidance=None)
 
 
 def test_a_perfect_model_scores_one_in_everything():
-    results = suite.evaluate(Oracle(), suite.SHAPES_TASKS, AMOUNT, HOW, both=True)
+    results = suite.evaluate(Oracle(), TASKS, dataclasses.replace(AMOUNT, both=True), HOW)
     geneval, read = results.scores["geneval"], results.scores["reading"]
     assert {tag: geneval[tag] for tag in TAGS} == dict.fromkeys(TAGS, 1.0)
     assert geneval["overall"] == geneval["held_out"] == geneval["direct"]["overall"] == 1
@@ -98,7 +99,7 @@ def test_a_perfect_model_scores_one_in_everything():
 
 
 def test_a_model_that_is_always_wrong_scores_nothing():
-    scores = suite.evaluate(Oracle(lambda i: True), suite.SHAPES_TASKS, AMOUNT, HOW).scores
+    scores = suite.evaluate(Oracle(lambda i: True), TASKS, AMOUNT, HOW).scores
     assert scores["geneval"]["overall"] == scores["geneval"]["held_out"] == 0
     assert scores["reading"]["overall"] == scores["reading"]["held_out"] == 0
     assert scores["reconstruction"]["true_vectors"] == scores["reconstruction"]["predicted_vectors"] == 0
@@ -107,26 +108,48 @@ def test_a_model_that_is_always_wrong_scores_nothing():
 def test_scores_are_means_over_kinds_of_shares_within_them():
     # Wrong: the first 3 of the 6 pictures of the first task, nothing else.
     judged = drawing.draw(Oracle(lambda i: i < 3), per_task=3, images=2, describe=False)
-    scores = drawing.score(judged)
+    scores = geneval.score(judged)
     assert scores["single_object"] == 0.5 and scores["overall"] == pytest.approx((0.5 + 5) / 6)
     assert [j.correct for j in judged[:6]] == [False] * 3 + [True] * 3 and "found 0" in judged[0].reason
     # Wrong: both questions of the first kind.
     asked = reading.ask(Oracle(lambda i: i < 2), per_kind=2, size=SIZE)
-    assert reading.score(asked)["overall"] == pytest.approx(0.8) and reading.score(asked)["colour"] == 0
+    assert answers.score(asked)["overall"] == pytest.approx(0.8) and answers.score(asked)["colour"] == 0
 
 
 def test_held_out_scores_stand_beside_those_of_the_same_tasks():
     judged = drawing.draw(Oracle(lambda i: i < 2), per_task=1, images=2, describe=False)
     held_out = drawing.draw(Oracle(lambda i: i == 0), per_task=1, images=2, describe=False, held_out=True)
-    scores = drawing.score(judged, held_out)
+    scores = geneval.score(judged, held_out)
     assert set(scores["held_out_by_task"]) == set(HELD_OUT_TAGS)
     assert scores["held_out"] == pytest.approx(3.5 / 4) and scores["same_tasks"] == 1 > scores["overall"]
 
 
 def test_how_to_draw_reaches_the_model():
     model = Oracle()
-    suite.evaluate(model, ("geneval",), dataclasses.replace(AMOUNT, held_out=0), HOW, both=True)
-    assert [call["describe"] for call in model.calls] == [True, False] and model.calls[0]["most"] == 8
+    amount = dataclasses.replace(AMOUNT, held_out=0, both=True)
+    suite.evaluate(model, {"geneval": TASKS["geneval"]}, amount, HOW)
+    assert [call["describe"] for call in model.calls] == [True, False] and model.calls[0]["max_tokens"] == 8
+
+
+def test_a_task_of_ones_own_runs_beside_the_others():
+    def run(model, amount, how):
+        return Outcome({"seed": amount.seed}) if amount.pictures else None
+
+    known = {**TASKS, "own": Task(lambda kinds: "parquet" in kinds, run)}
+
+    def config(*kinds):
+        return SimpleNamespace(data=SimpleNamespace(evaluate={k: SimpleNamespace(kind=k) for k in kinds}, train={}))
+
+    assert list(suite.tasks_for("all", known, config("shapes"))) == list(TASKS)
+    assert list(suite.tasks_for("all", known, config("parquet"))) == ["own"]
+    assert list(suite.tasks_for("own", known, config("parquet", "shapes"))) == ["own"]
+    with pytest.raises(UserError, match="--task=own does not fit this run, which saw shapes: try geneval"):
+        suite.tasks_for("own", known, config("shapes"))
+    with pytest.raises(UserError, match="--task=mine is none of geneval, spread, reading, reconstruction, own, all"):
+        suite.check_name("mine", known)
+    own = {"own": known["own"]}
+    assert suite.evaluate(Oracle(), own, Amount(seed=4), HOW).scores["own"] == {"seed": 4}
+    assert suite.evaluate(Oracle(), own, Amount(pictures=0), HOW).scores == {"seconds": {}}
 
 
 def test_spread_of_a_model_that_draws_one_picture_and_of_one_that_draws_as_the_world_does():
@@ -215,14 +238,15 @@ def test_real_pictures_are_read_and_drawn_from_the_sources_that_have_them():
     read = [Example((Picture(i, "read"), Text("caption:"), Text("a photo of a cat", learn=True)), "r") for i in images]
     draw = [Example((Text("draw: a cat"), Picture(i, "draw")), "d") for i in images]
     model = Captioner()
-    scores, shown = pictures.evaluate_pictures(model, [read, draw], pictures=10, size=SIZE)
+    outcome = pictures.evaluate_pictures(model, [read, draw], pictures=10, size=SIZE)
+    scores, shown = outcome.scores, outcome.shown
     assert all(len(parts) == 2 for parts in model.asked)  # the answer is not shown
     assert scores["reading"]["accuracy"] == 1 and scores["reading"]["pictures"] == 10
     rebuilt = scores["reconstruction"]
     assert rebuilt["true_vectors_pixel_error"] == 0
     # Uniform bytes have variance (256² − 1)/12; the mean of ten pictures leaves 9/10 of it.
     assert rebuilt["mean_picture_pixel_error"] == pytest.approx(0.9 * (256**2 - 1) / 12 / 255**2, rel=0.02)
-    assert shown["drawing"]["true"].shape == shown["drawing"]["drawn"].shape == (10, SIZE, SIZE, 3)
+    assert shown["true"].shape == shown["drawn"].shape == (10, SIZE, SIZE, 3) and shown["prompts"] == ["a cat"] * 10
 
 
 def test_what_is_drawn_is_read_and_compared_with_the_training_pictures():
@@ -233,12 +257,13 @@ def test_what_is_drawn_is_read_and_compared_with_the_training_pictures():
     draw = [Example((Text(p), Picture(i, "draw")), "d") for p, i in zip(prompts, images, strict=True)]
     training = [Example((Text("draw: x"), Picture(i, "draw")), "t") for i in rng.permutation(images)]
     model = Captioner()  # draws grey, reads cats everywhere
-    scores, shown = pictures.evaluate_pictures(model, [read, draw], pictures=12, size=SIZE, training=[training])
+    outcome = pictures.evaluate_pictures(model, [read, draw], pictures=12, size=SIZE, training=[training])
+    scores = outcome.scores
     assert scores["drawing"]["read_as_asked"] == dict(true=0.75, true_vectors=0.75, drawn=0.75)
     near = scores["drawing"]["nearest"]
     assert near["distance_true"] < 1e-6 and near["ratio_true"] < 1e-6 and near["training_pictures"] == 12
     assert near["ratio_drawn"] > 0.95  # all are as far from grey
-    sheet = np.asarray(report.pictures_sheet(shown)).reshape(-1, 3)
+    sheet = np.asarray(pictures.sheet(outcome)).reshape(-1, 3)
     assert (sheet == grids.GREEN).all(1).any() and (sheet == grids.RED).all(1).any()
 
 
@@ -255,29 +280,67 @@ def test_nearest_is_what_a_double_loop_finds():
 # What is made of them
 
 
+LINES = [{"step": s, "train/text": 3.0 / s, "val/text": 4.0 / s, "val/text/question": 2.0 / s} for s in (1, 5, 10)]
+
+
 def test_report_and_sheet_show_prompts_reasons_and_curves(tmp_path):
-    results = suite.evaluate(Oracle(lambda i: i % 2 == 1), suite.SHAPES_TASKS, AMOUNT, HOW, both=True)
-    results.drawn["described"][0] = dataclasses.replace(results.drawn["described"][0], description="<b>\0 & so on")
+    results = suite.evaluate(Oracle(lambda i: i % 2 == 1), TASKS, dataclasses.replace(AMOUNT, both=True), HOW)
+    drawn = results.outcomes["geneval"].drawn
+    drawn["described"][0] = dataclasses.replace(drawn["described"][0], description="a \0 red circle")
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/0000010.png").write_bytes(grids.png(np.zeros((4, 4, 3), np.uint8)))
-    lines = [{"step": s, "train/text": 3.0 / s, "val/text": 4.0 / s, "val/text/question": 2.0 / s} for s in (1, 5, 10)]
-    page = report.write_html("A <title>", results.scores, results, {"stage": tmp_path}, {"stage": lines})
-    assert "A &lt;title&gt;" in page and "&lt;b&gt;\N{REPLACEMENT CHARACTER} &amp; so on" in page
-    assert page.count("<polyline") == 3 and "expected" in page and "src=" in page and "http" not in page
-    wrong = sum("found 0" in j.reason for j in results.drawn["described"] if j.metadata["tag"] == "single_object")
+    page = report.write_html("A title", results.scores, results, {"stage": tmp_path}, {"stage": LINES})
+    assert "<h1>A title</h1>" in page and "a \N{REPLACEMENT CHARACTER} red circle" in page
+    assert page.count("data:image/svg+xml") == 1 and "step 10:" in page
+    # One file, without scripts.
+    assert set(re.findall(r'src="(.{15})', page)) == {"data:image/svg+", "data:image/png;"}
+    assert "http" not in page and "<script" not in page and "href" not in page
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "Scores", "Training", "Drawing: described, then drawn", "Drawing: drawn directly",
+        "Drawing: held-out combinations", "Reading", "Reconstruction",
+    ]  # fmt: skip
+    wrong = sum("found 0" in j.reason for j in drawn["described"] if j.metadata["tag"] == "single_object")
     table = page.split("<h3>single_object")[1].split("</table>")[0]
     assert sum(map(int, re.findall(r'number">(\d+)<', table))) == wrong == 3
-    sheet = report.samples_sheet(results)
+    # Beside each drawn picture stands a true one, which the detector's rules accept.
+    assert all((j.truth == drawing.true_picture(j.metadata, SIZE)).all() for j in drawn["described"])
+    card = page.split("<h3>single_object")[1].split('<div class="card ')[1]
+    assert card.count("<img") == 2 and report._embedded_png(drawn["described"][0].truth) in card
+    sheet = report.samples_sheet(drawn)
     assert sheet.width > 1000 and sheet.height > 500
     pixels = np.asarray(sheet).reshape(-1, 3)
     assert (pixels == grids.GREEN).all(1).any() and (pixels == grids.RED).all(1).any()
     assert f"{results.scores['geneval']['described']['overall']:.3f}" in report.summary(results.scores)
 
 
+def test_the_report_escapes_whatever_it_is_given(tmp_path):
+    bad = '<script>alert("&")</script>'
+    image = np.zeros((4, 4, 3), np.uint8)
+    line = {"tag": "colors", "include": [], "prompt": bad}
+    outcome = Outcome(
+        {},
+        drawn={"described": [geneval.Judged(line, bad, image, False, bad)]},
+        asked=[answers.Answered(image, bad, bad, bad, f"no {bad}")],
+        rows={bad: image[None]},
+    )
+    results = suite.Results({bad: {bad: 0.5, "n": {bad: 1}}}, {bad: outcome})
+    metrics = {bad: [{"step": 1, "val/$<script>": 1.0, "val/$<script>/_$x": 1.0}]}
+    page = report.write_html(bad, results.scores, results, {bad: tmp_path}, metrics)
+    assert "<script" not in page.lower() and "alert(&#34;&amp;&#34;)" in page
+    # Title twice, scores four times and in JSON, stage, prompt, description and reason twice; kind, question, answers.
+    assert page.count("&lt;script&gt;") > 15
+    drawings = [base64.b64decode(chart).decode() for chart in re.findall(r"svg\+xml;base64,([^\"]+)", page)]
+    assert len(drawings) == 1 and "$&lt;script&gt;" in drawings[0] and "<script" not in drawings[0]
+    assert "_$x" in drawings[0]
+
+
 def test_confusion_counts_right_answers_down_and_given_ones_across():
     told = [("red", "red"), ("red", "Red."), ("red", "blue"), ("blue", "red"), ("blue", "a dog")]
-    asked = [reading.Answered(np.zeros((2, 2, 3), np.uint8), "colour", "?", *pair) for pair in told]
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in report._confusion(asked).split("<tr>")[1:]]
+    asked = [answers.Answered(np.zeros((2, 2, 3), np.uint8), "colour", "?", *pair) for pair in told]
+    assert report.confusion(asked)[0] == ["blue", "red", "other"]
+    results = suite.Results({}, {"reading": Outcome({}, asked=asked)})
+    table = report.write_html("", {}, results, {}, {}).split("<h3>colour: 2 of 5</h3>")[1].split("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
     assert rows == [
         ["right ↓ given →", "blue", "red", "other"],
         ["blue", "", "1", "1"],
@@ -286,16 +349,21 @@ def test_confusion_counts_right_answers_down_and_given_ones_across():
     ]
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (-0.003, 0.002), (17, 4000), (0.5, 0.5001)])
-def test_ticks_are_round_and_within(low, high):
-    ticks = charts._ticks(low, high)
-    assert 2 <= len(ticks) <= 6 and all(low <= t <= high for t in ticks)
+def test_charts_show_a_curve_for_training_held_out_data_and_its_tasks():
+    lines = [{**line, "train/text/question": 1.0, "train/norm": 2.0} for line in LINES]
+    curves = charts.training_curves(lines)
+    assert list(curves) == ["text"] and list(curves["text"]) == ["training", "held out", "question"]
+    axes = charts.line_chart("text", curves["text"]).axes[0]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [
+        [[s, value / s] for s in (1, 5, 10)] for value in (3.0, 4.0, 2.0)
+    ]
+    assert axes.get_title(loc="left") == "text"
+    assert [line.get_linewidth() for line in axes.lines] == [1, 2, 2]
 
 
-def test_charts_take_constant_and_single_values():
-    assert "<circle" in charts.line_chart("x", {"a": [(3, 0.0)]})
-    assert charts.line_chart("x", {"a": []}) == ""
-    assert "<polyline" in charts.line_chart("x", {"a": [(1, 2.0), (2, 2.0)]})
+@pytest.mark.parametrize("points", [[(3, 0.0)], [(1, 2.0), (2, 2.0)], [(1, 1e-9), (2, -3e7)], [(1, float("nan"))]])
+def test_charts_take_any_values(points):
+    assert charts.svg(charts.line_chart("x", {"a": points})).rstrip().endswith(b"</svg>")
 
 
 def test_every_printed_number_is_in_the_scores():

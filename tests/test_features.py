@@ -22,7 +22,7 @@ from pisces_jax.training import checkpoints, input, programs
 from pisces_jax.training import feature_cache as features
 from pisces_jax.training.config import vit_config
 from pisces_jax.utils.errors import UserError
-from pisces_jax.weights.folder import export_part
+from pisces_jax.weights.export import export_part
 
 AUTOENCODER = dict(latent_channels=4, channels=(8, 16), blocks=1, groups=4, scale=0.13, shift=0.06)
 
@@ -31,7 +31,8 @@ def config_of(stage):
     """Of the tiny stages, or of a decoder that makes latents."""
     config = tiny_config.get_config("decoder" if stage == "latent" else stage)
     if stage == "unified":
-        del config.init_from["decoder"]  # which learns from pictures, and there are none
+        del config.init_from["decoder"]
+        config.train_decoder = False  # it learns from pictures, and there are none
     if stage == "latent":
         config.model.autoencoder = AUTOENCODER
         config.model.decoder.update(size=8, channels=4)
@@ -203,7 +204,10 @@ def test_programs_lose_the_same_with_features_as_with_pictures(run, params, tmp_
             config = run(stage, features=folder)
             program = programs.make_program(config, tokenizer.vocab_size)
             made = input.items(config, tokenizer, program, tmp_path, config.data.train)
-            batch = {name: np.stack([made.make(i).item[name] for i in range(8)]) for name in made.empty()}
+            batch = {
+                name: np.stack([made.make(i).item[name] for i in range(program.batch_items(config))])
+                for name in made.empty()
+            }
             check_batch(program.batch_spec(config), batch, 1)
             if folder:
                 (gone,) = {"decoder": {"features"}, "latent": {"image"}, "unified": {"draw_images"}}[stage]
@@ -243,7 +247,7 @@ def test_features_are_made_once_and_of_what_is_drawn_alone(run, params, tmp_path
     assert sum(group["read_valid"].sum() for group in groups) == 20 and len(found) == 40
     of_each = sorted(map(tuple, np.stack([drawn[0][i] for i in range(20)]).reshape(20, -1)))
     assert sorted(map(tuple, found.reshape(40, -1))) == sorted(of_each * 2)
-    with pytest.raises(UserError, match="no source of the config draws a picture"):
+    with pytest.raises(UserError, match="no source of the config draws pictures"):
         features.open_caches(config, tmp_path, entries[:1])
 
 
@@ -271,6 +275,7 @@ def test_latents_are_the_autoencoders_and_are_kept_apart(run, params, tmp_path):
 
 def test_a_failure_of_the_storage_stops_and_is_not_kept(run, tmp_path):
     class Source:
+        draws, remote, fingerprint, pictures_fingerprint = True, False, "", None
         away = True
 
         def __len__(self):
@@ -297,6 +302,8 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
         raise UnreadablePicture("picture 3 cannot be read: replace it")
 
     class Source:
+        draws, remote, fingerprint, pictures_fingerprint = True, False, "", None
+
         def __len__(self):
             return 20
 
@@ -325,7 +332,7 @@ def test_a_broken_picture_is_masked_with_features_too(run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "stage, words",
-    [("unified", "train_decoder: a decoder learns from pictures"), ("pretrain", "encoder that features are of")],
+    [("unified", "train_decoder: a decoder learns from pictures"), ("pretrain", "trains the encoder that makes them")],
 )
 def test_what_learns_from_pictures_takes_no_features(stage, words):
     config = tiny_config.get_config(stage)

@@ -1,10 +1,10 @@
-"""Flow matching on a Gaussian, where the exact velocity is known, and what its settings promise.
+"""Flow matching on a Gaussian, where the exact velocity is known, and the settings of a flow.
 
 Data ~ N(m, s²), noise ~ N(0, 1), x_t = (1-t)·noise + t·data. Data - noise and x_t are jointly normal, so
 
     E[data - noise | x_t] = m + (t s² - (1-t)) / ((1-t)² + t² s²) · (x_t - t m),
 
-and integrated from noise z at t = 0 this field ends at m + s z.
+and integrating this field from noise z at t = 0 gives m + s z.
 """
 
 import math
@@ -35,7 +35,7 @@ def data(n, width=32):
 
 
 def spied(network, values, condition, keys, config):
-    """The losses, and what the network was given (x, t, condition, keep)."""
+    """The losses, and the arguments of the network (x, t, condition, keep)."""
 
     @jax.jit
     def run(values, condition, keys):
@@ -55,7 +55,7 @@ def losses(field, config, n=4000):
 
 
 def within(values, expected, sigmas=4.0):
-    """The mean of independent `values` is `expected`, as far as chance allows."""
+    """Asserts that the mean of independent `values` is `expected`, within `sigmas` standard errors."""
     values = np.asarray(values, np.float64)
     assert abs(values.mean() - expected) < sigmas * values.std() / math.sqrt(len(values))
 
@@ -63,13 +63,13 @@ def within(values, expected, sigmas=4.0):
 def test_least_loss_is_the_variance_that_remains():
     """Var(data - noise | x_t) = s² / ((1-t)² + t² s²); over uniform t its integral is s π/2."""
     within(losses(exact, FlowConfig()), STD * math.pi / 2)
-    # The remaining variance of a wrong field, x_t taken for data: the test above can fail.
+    # The loss of a wrong field is larger, so the test above can fail.
     wrong = np.asarray(losses(lambda x, t: MEAN - exact(x, t), FlowConfig()))
     assert wrong.mean() > 2 * STD * math.pi / 2
 
 
 def test_exact_velocity_minimises_the_loss():
-    """Around the exact field the loss's slope is zero in each direction a + b x + c t + d x t; elsewhere not."""
+    """At the exact field, the slope of the loss in the directions 1, x, t and x·t is zero; elsewhere it is not."""
     n = 4000
 
     def each(coefficients, field):
@@ -98,7 +98,7 @@ def test_integration_carries_noise_to_the_data():
     assert ends[1600].std() == pytest.approx(STD, rel=0.02)
 
 
-def test_integration_takes_its_steps_at_their_starts():
+def test_each_step_uses_the_velocity_at_its_start():
     times = []
     with jax.disable_jit():
         integrate(lambda x, t: times.append(float(t[0])) or jnp.ones_like(x), jnp.zeros((1, 2)), 4)
@@ -130,12 +130,12 @@ def test_path_and_target():
     noise, picture = jnp.full((3, 2, 2, 1), 2.0), jnp.full((3, 2, 2, 1), 10.0)
     x = interpolate(noise, picture, jnp.array([0.0, 0.25, 1.0]))
     np.testing.assert_allclose(x[:, 0, 0, 0], [2, 4, 10])
-    # Wherever on the path, following the target to the end arrives at the data.
+    # From any point of the path, the target velocity leads to the data.
     values = data(50)
     loss, (x, t, *_) = spied(lambda x, *_: jnp.zeros_like(x), values, jnp.zeros((50, 1)), keys(50), FlowConfig())
     x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
     noise = (x - t[:, None] * values) / (1 - t[:, None])
-    some = t < 0.9  # elsewhere the noise cannot be told from x in float32
+    some = t < 0.9  # beyond, float32 is not precise enough to recover the noise from x
     np.testing.assert_allclose(loss[some], ((values - noise) ** 2).mean(1)[some], rtol=1e-4)
 
 
@@ -189,7 +189,7 @@ def test_share_of_dropped_conditions():
     given, keep, t = map(np.asarray, (given, keep, t))
     np.testing.assert_array_equal(given, condition)
     assert abs((~keep).mean() - 0.1) < 4 * math.sqrt(0.09 / n)
-    # Whether it is dropped has nothing to do with the time.
+    # Dropping does not depend on the time.
     assert abs(t[~keep].mean() - 0.5) < 4 * math.sqrt(1 / 12 / (~keep).sum())
     assert spied(*arguments, FlowConfig(drop=0.0))[1][3].all()
 
@@ -242,5 +242,5 @@ def test_guidance_of_one_costs_no_second_pass():
 
 
 def test_unknown_settings_are_refused():
-    with pytest.raises(ValueError, match="flow.prediction 'noise' is none of velocity, data"):
+    with pytest.raises(ValueError, match="flow.prediction 'noise' is not one of velocity, data"):
         FlowConfig(prediction="noise")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pisces_jax.evaluation import geneval
+from pisces_jax.evaluation import geneval, geneval_folder
+from pisces_jax.evaluation.geneval import Detection
 from pisces_jax.evaluation.relations import relations
-from pisces_jax.shapes_world.detector import Detection
 from pisces_jax.shapes_world.text import geneval_prompts
+from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError
 
 
@@ -141,7 +142,7 @@ def test_official_prompts_are_read_and_ours_have_their_form(data_folder):
     path = data_folder / "geneval" / "evaluation_metadata.jsonl"
     if not path.is_file():
         pytest.skip(f"no {path}")
-    official = geneval.read_prompts(path)
+    official = geneval_folder.read_prompts(path)
     assert len(official) == 553
     tags = [line["tag"] for line in official]
     assert {tag: tags.count(tag) for tag in geneval.TAGS} == dict(
@@ -161,6 +162,8 @@ def test_official_prompts_are_read_and_ours_have_their_form(data_folder):
 
 
 class FixedDetector:
+    labels = ("cross", "ring")
+
     def __init__(self, *detections):
         self.detections = list(detections)
 
@@ -172,8 +175,8 @@ class FixedDetector:
 def test_folder_in_the_official_layout(tmp_path):
     lines = [prompt("single_object", clause("cross")), prompt("colors", clause("ring", color="red"))]
     image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
-    for i, line in enumerate(lines):
-        geneval.write_sample(tmp_path / "out", i, line, [image, image])
+    made = [geneval_folder.sample_files(i, line, [image, image]) for i, line in enumerate(lines)]
+    cli.write_files(tmp_path / "out", {name: content for files in made for name, content in files.items()}, "--out")
     files = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert files == [
         f"{i:05d}/{name}" for i in range(2) for name in ("metadata.jsonl", "samples/0000.png", "samples/0001.png")
@@ -181,40 +184,39 @@ def test_folder_in_the_official_layout(tmp_path):
     assert json.loads((tmp_path / "out/00001/metadata.jsonl").read_text()) == lines[1]
     assert (np.asarray(Image.open(tmp_path / "out/00000/samples/0001.png")) == image).all()
 
-    rows = geneval.score_folder(tmp_path / "out", FixedDetector(found("cross", 0.5)))
+    scores, results = geneval_folder.score_folder(tmp_path / "out", FixedDetector(found("cross", 0.5)))
+    assert scores == {"single_object": 1.0, "colors": 0.0, "overall": 0.5}
+    rows = [json.loads(row) for row in results.decode().splitlines()]
     assert [row["correct"] for row in rows] == [True, True, False, False]
     assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
     assert json.loads(rows[0]["details"]) == {"cross": [[0, 0, 10, 10, 0.5]]}
-    geneval.write_results(tmp_path / "results.jsonl", rows)
-    assert geneval.read_results(tmp_path / "results.jsonl") == rows
-    scores = geneval.scores((row["tag"], row["correct"]) for row in rows)
-    assert scores == {"single_object": 1.0, "colors": 0.0, "overall": 0.5}
+    assert json.loads(rows[3]["metadata"]) == lines[1] and rows[3]["filename"].endswith("00001/samples/0001.png")
 
 
 def test_bad_folders_are_the_users_mistakes(tmp_path):
     detector = FixedDetector()
     with pytest.raises(UserError, match="no GenEval samples"):
-        geneval.score_folder(tmp_path / "missing", detector)
+        geneval_folder.score_folder(tmp_path / "missing", detector)
     with pytest.raises(UserError, match="no GenEval samples"):
-        geneval.score_folder(tmp_path, detector)
+        geneval_folder.score_folder(tmp_path, detector)
     place = tmp_path / "00000"
     place.mkdir()
     with pytest.raises(UserError, match=r"metadata.jsonl cannot be read"):
-        geneval.score_folder(tmp_path, detector)
+        geneval_folder.score_folder(tmp_path, detector)
     (place / "metadata.jsonl").write_text('{"tag": "colors"}\n')
-    with pytest.raises(UserError, match="line 1 is no GenEval prompt"):
-        geneval.score_folder(tmp_path, detector)
+    with pytest.raises(UserError, match="line 1 is not a GenEval prompt"):
+        geneval_folder.score_folder(tmp_path, detector)
     later = prompt("position", clause("dog", position=["left of", 1]), clause("cat"))
     (place / "metadata.jsonl").write_text(json.dumps(later))
     with pytest.raises(UserError, match="earlier clause"):
-        geneval.score_folder(tmp_path, detector)
+        geneval_folder.score_folder(tmp_path, detector)
     (place / "metadata.jsonl").write_text(json.dumps(prompt("single_object", clause("cross"))))
     with pytest.raises(UserError, match="holds no PNG"):
-        geneval.score_folder(tmp_path, detector)
+        geneval_folder.score_folder(tmp_path, detector)
     (place / "samples").mkdir()
     (place / "samples/0000.png").write_text("no picture")
     with pytest.raises(UserError, match="cannot be read as a picture"):
-        geneval.score_folder(tmp_path, detector)
-    (tmp_path / "results.jsonl").write_text("no JSON")
-    with pytest.raises(UserError):
-        geneval.read_results(tmp_path / "results.jsonl")
+        geneval_folder.score_folder(tmp_path, detector)
+    (place / "metadata.jsonl").write_text(json.dumps(prompt("single_object", clause("dog"))))
+    with pytest.raises(UserError, match="is to show 'dog', and the detector finds only cross, ring"):
+        geneval_folder.score_folder(tmp_path, detector)

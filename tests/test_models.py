@@ -41,7 +41,7 @@ def rng(seed=0):
 
 
 def make(module, *inputs, method=None, seed=0, sharpen=()):
-    """Random parameters of a module, none of them at its special start."""
+    """Random parameters of a module, so that none has a special initial value."""
     return plain.randomised(abstract(module, *inputs, method=method), seed, sharpen)
 
 
@@ -51,7 +51,7 @@ def abstract(module, *inputs, method=None):
 
 
 def start(module, *inputs, method=None):
-    """The parameters that a run would start from."""
+    """The initial parameters of a module."""
     init = jax.jit(lambda *a: nn.unbox(module.init(jax.random.key(0), *a, method=method)))
     return init(*inputs)["params"]
 
@@ -89,8 +89,8 @@ def test_norms_and_feed_forward_layers(x64):
     same(bare.apply({}, x), plain.layer_norm(x, eps=1e-3))
 
 
-def test_norms_are_taken_in_float32_and_given_in_the_compute_dtype():
-    x = jnp.asarray(rng().standard_normal((4, 64)) + 30, jnp.bfloat16)  # the mean is large: bfloat16 would lose
+def test_norms_are_computed_in_float32_and_returned_in_the_compute_dtype():
+    x = jnp.asarray(rng().standard_normal((4, 64)) + 30, jnp.bfloat16)  # with such a mean, bfloat16 loses precision
     for module, expected in (
         (layers.LayerNorm(dtype=jnp.bfloat16), plain.layer_norm(np.asarray(x, np.float64))),
         (layers.RMSNorm(dtype=jnp.bfloat16), plain.rms_norm(np.asarray(x, np.float64), {"scale": 1})),
@@ -105,7 +105,7 @@ def test_pooling_equals_the_loops():
     for stride in (1, 2, 3, 6):
         same(layers.pool_2d(jnp.asarray(x), stride), plain.pool(x, stride), 1e-5)
     for shape, stride in (((1, 36, 5), 4), ((1, 35, 5), 1)):
-        with pytest.raises(ValueError, match="no square grid"):
+        with pytest.raises(ValueError, match="not a square grid"):
             layers.pool_2d(jnp.zeros(shape), stride)
 
 
@@ -163,7 +163,7 @@ def test_transformer_equals_numpy(x64, scaling):
     assert cache is None
     same(hidden, expected)
     same(apply(model, p, hidden, method="logits"), expected @ p["head"].T)
-    # The tolerance would show another frequency scaling.
+    # Another scaling of the frequencies would not be within the tolerance.
     other = plain.transformer(p, p["embedding"][tokens], positions, wrong, sees)
     assert np.abs(other - expected).max() > 1e-3 * np.abs(expected).max()
 
@@ -178,7 +178,7 @@ def test_tied_embedding():
 
 
 def test_cache_step_by_step_equals_the_whole_sequence(x64):
-    """Rows of different lengths, left-aligned, first a prompt and then one position at a time."""
+    """Left-aligned rows of different lengths: first a prompt, then one position at a time."""
     model = Transformer(LLAMA, jnp.float64)
     x = rng().standard_normal((3, 12, 24))
     p = make(model, jnp.zeros((1, 4), jnp.int32), method="init_all", sharpen=("query", "key"))
@@ -188,7 +188,7 @@ def test_cache_step_by_step_equals_the_whole_sequence(x64):
     prompts = np.array([2, 5, 4])
     padded = x[:, :5].copy()
     for b in range(3):
-        padded[b, prompts[b] :] = 1e3  # what stands behind a prompt is of no consequence
+        padded[b, prompts[b] :] = 1e3  # what is after a prompt makes no difference
     cache = empty_cache(LLAMA, 3, 14, jnp.float64)
     hidden, cache = apply(model, p, padded, everywhere[:, :5], None, cache)
     for b in range(3):
@@ -205,7 +205,7 @@ def test_cache_step_by_step_equals_the_whole_sequence(x64):
 
 
 def test_a_long_prompt_shows_the_rotary_embedding(x64):
-    """At position 5000, computed in float32 angles, the state is still that of the exact ones."""
+    """At position 5000, the state with float32 angles is still that with exact angles."""
     model = Transformer(dataclasses.replace(LLAMA, layers=1), jnp.float64)
     p = make(model, jnp.zeros((1, 4), jnp.int32), method="init_all", sharpen=("query", "key"))
     x, positions = rng().standard_normal((1, 6, 24)), np.arange(5000, 5030, 5)[None]
@@ -242,7 +242,7 @@ def test_vision_transformer_equals_numpy(config, expected):
 
 
 def test_positions_that_start_as_sines():
-    """Rows in the first half, columns in the second; neighbours 2 radians apart in the fastest pair."""
+    """Rows in the first half, columns in the second; neighbours are 2 radians apart at the highest frequency."""
     config = dataclasses.replace(SIGLIP, image_size=12, patch_size=4, width=24, positions="sines")
     start = nn.unbox(jax.jit(ViT(config).init)(jax.random.key(0), jnp.zeros((1, 12, 12, 3), jnp.uint8)))["params"]
     expected = np.zeros((9, 24))
@@ -258,10 +258,10 @@ def test_positions_that_start_as_sines():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(stem=(5, 6, 7)), "patch_size 4 is no multiple of 8"),
+        (dict(stem=(5, 6, 7)), "patch_size 4 is not a multiple of 8"),
         (dict(positions="cosines"), "neither 'normal' nor 'sines'"),
-        (dict(positions="sines", class_token=True), "of patches alone"),
-        (dict(positions="sines", width=26), "four divides"),
+        (dict(positions="sines", class_token=True), "no class token"),
+        (dict(positions="sines", width=26), "a multiple of 4"),
     ],
 )
 def test_settings_of_the_vision_transformer_that_do_not_fit(changes, message):
@@ -270,7 +270,7 @@ def test_settings_of_the_vision_transformer_that_do_not_fit(changes, message):
 
 
 def test_pixels_beyond_the_last_whole_patch_are_left_out():
-    """As SigLIP-so400m-patch14-384 does: 27 x 14 of 384 pixels."""
+    """As in SigLIP-so400m-patch14-384, which uses 27 × 14 of 384 pixels."""
     model, images = ViT(SIGLIP), rng().integers(0, 256, (1, 12, 12, 3)).astype(np.uint8)
     larger = ViT(dataclasses.replace(SIGLIP, image_size=14))
     p = make(model, images)
@@ -324,7 +324,7 @@ def dit_inputs(config=DIT, B=3):
 
 
 def plain_dit(p, config, x, t, condition, keep):
-    """Lumina-Next's block as BLIP3-o has it, written out."""
+    """The block of Lumina-Next as BLIP3-o uses it, in NumPy."""
     D, E, side, coarse = config.width, config.heads, config.side, config.condition_side
     H = D // E
 
@@ -332,7 +332,7 @@ def plain_dit(p, config, x, t, condition, keep):
         return x @ w["kernel"] + w.get("bias", 0.0)
 
     def rotary(z, side, scale):
-        """Half of each head's pairs turn with y, half with x."""
+        """Half of the pairs of each head rotate with y, half with x."""
         frequencies = np.array([config.rope_theta ** (-4 * i / H) for i in range(H // 4)])
         places = [((i + 0.5) * scale, (j + 0.5) * scale) for i in range(side) for j in range(side)]
         out = np.zeros(z.shape)
@@ -426,7 +426,7 @@ def test_diffusion_transformer_starts_at_zero_and_with_closed_gates():
     assert not np.asarray(apply(model, p, *inputs)).any()
     assert not np.asarray(p["layers"]["attention"]["gate"]).any()
     assert not np.asarray(p["layers"]["modulation"]["kernel"]).any()
-    # With everything but the gates of cross-attention random, the test can fail.
+    # With random parameters the output is not zero, so the test can fail.
     assert np.asarray(apply(model, make(model, *inputs), *inputs)).any()
 
 
@@ -458,7 +458,7 @@ def test_parameter_counts():
     def pictures(size):
         return jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
 
-    # SigLIP-so400m-patch14-384 without its pooling head: 4 D² + 2 D F with biases a layer, F = 4304.
+    # SigLIP-so400m-patch14-384 without its pooling head: 4 D² + 2 D F and biases per layer, F = 4304.
     D, F = 1152, 4304
     siglip = ViTConfig(image_size=384, patch_size=14, width=D, layers=27, heads=16, mlp_hidden=F)
     got = count(abstract(ViT(siglip), pictures(384)))
@@ -528,7 +528,7 @@ def test_unrolled_and_rematerialised_layers_give_the_same_gradients(x64, name):
 
 
 def test_rematerialisation_computes_again():
-    """The policies differ in what the backward pass recomputes: in products of matrices that it takes."""
+    """The policies differ in how many matrix products the backward pass computes."""
     model, images = EVA, jnp.zeros((2, 12, 12, 3), jnp.uint8)
 
     def products(remat):
@@ -538,12 +538,12 @@ def test_rematerialisation_computes_again():
         return str(jax.make_jaxpr(loss)(p)).count("dot_general")
 
     assert products("none") <= products("dots") < products("full")
-    with pytest.raises(ValueError, match="unknown rematerialisation policy 'some'; known: everything, nothing"):
+    with pytest.raises(ValueError, match="unknown rematerialisation policy 'some'; known: none, full, attention, dots"):
         products("some")
 
 
 def test_parameters_are_float32_and_outputs_are_wide():
-    """bfloat16 is the compute dtype alone; where numbers leave for a loss they are float32."""
+    """Only computation is in bfloat16; what a loss receives is float32."""
     inputs = dit_inputs()
     dit = DiT(DIT, jnp.bfloat16)
     p = abstract(dit, *inputs)
@@ -561,14 +561,14 @@ def test_parameters_are_float32_and_outputs_are_wide():
 @pytest.mark.parametrize(
     "make_config, message",
     [
-        (lambda: dataclasses.replace(LLAMA, kv_heads=3), "4 query heads are no multiple of 3"),
+        (lambda: dataclasses.replace(LLAMA, kv_heads=3), "4 query heads are not a multiple of 3"),
         (lambda: dataclasses.replace(SIGLIP, norm="middle"), "neither 'pre' nor 'post'"),
         (lambda: dataclasses.replace(SIGLIP, patch_size=13), "patch_size 13 is larger than image_size 12"),
-        (lambda: dataclasses.replace(DIT, patch_size=3), "size 8 is no multiple of patch_size 3"),
-        (lambda: dataclasses.replace(DIT, heads=8), "must give head widths that 4 divides"),
-        (lambda: dataclasses.replace(DIT, local_condition=True, condition_vectors=9), "no grid over 4² patches"),
+        (lambda: dataclasses.replace(DIT, patch_size=3), "size 8 is not a multiple of patch_size 3"),
+        (lambda: dataclasses.replace(DIT, heads=8), "width 16 must be a multiple of 4 times the 8 heads"),
+        (lambda: dataclasses.replace(DIT, local_condition=True, condition_vectors=9), "not a grid over 4² patches"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(make_config, message):
+def test_settings_that_do_not_fit_are_refused(make_config, message):
     with pytest.raises(ValueError, match=message):
         make_config()

@@ -1,4 +1,4 @@
-"""The losses against arithmetic written out as loops in float64."""
+"""The losses against loops in float64."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_cross_entropy_in_chunks_has_the_same_gradients(text):
 
 
 def test_cross_entropy_holds_no_more_logits_than_a_chunk():
-    """The compiled step's temporaries with and without: 64 positions of 4096 logits against 256 each."""
+    """Temporaries of the compiled gradient for 64 positions: 4096 logits each, or 256 each."""
 
     def temporaries(chunk):
         def loss(h, m):
@@ -77,7 +77,7 @@ def test_cross_entropy_holds_no_more_logits_than_a_chunk():
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=2, tensor=4), dict(data=2, fsdp=2, tensor=2)])
 def test_cross_entropy_with_a_sharded_matrix(sizes):
-    """Rows over the batch axes, vocabulary over tensor: the loss and gradients of one device; 2 entries are padding."""
+    """Rows over the batch axes, vocabulary over tensor: loss and gradients as in NumPy; 2 of the rows are padding."""
     rng = np.random.default_rng(2)
     hidden, matrix = rng.standard_normal((8, 6, 16)), rng.standard_normal((32, 16))
     targets, weights = rng.integers(0, 30, (8, 6)), rng.standard_normal((8, 6))
@@ -99,9 +99,9 @@ def test_cross_entropy_with_a_sharded_matrix(sizes):
 
 
 def test_targets_of_a_packed_row():
-    """Each position's target is the next token of its own segment, where that is learned."""
+    """The target of each position is the next token of its own segment, if it is in the loss mask."""
     tokens = [[1, 7, 8, 2, 1, 9, 6, 2, 0, 0], [1, 5, 5, 5, 5, 5, 5, 5, 5, 2]]
-    # The first tokens of the segments are marked as learned: nothing may predict them.
+    # The first tokens of segments are in the mask, but nothing may predict them.
     learn = [[0, 0, 1, 1, 1, 0, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0, 0, 1]]
     segments = [[1, 1, 1, 1, 2, 2, 2, 2, 0, 0], [1] * 10]
     counted = [[0, 1, 1, 0, 0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 1, 0]]
@@ -111,7 +111,7 @@ def test_targets_of_a_packed_row():
 
 
 def test_packed_text_loss_against_the_loop():
-    """All together: the mean over the learned tokens of all rows, each predicted within its segment."""
+    """Everything together: the mean over the masked tokens of all rows, each predicted within its segment."""
     rng = np.random.default_rng(3)
     B, T, D, V = 3, 14, 4, 11
     hidden, matrix = rng.standard_normal((B, T, D)), rng.standard_normal((V, D))
@@ -139,7 +139,7 @@ def test_vector_error_is_the_mean_over_dimensions():
         for j in range(3):
             expected = sum((predicted[i, j, c] - target[i, j, c]) ** 2 for c in range(5)) / 5
             np.testing.assert_allclose(got[i, j], expected, rtol=1e-5)
-    # In float32 whatever comes in: in bfloat16 this difference would be 0.
+    # In float32 for any input: in bfloat16 this difference would be 0.
     one = jnp.ones((1, 4), jnp.bfloat16)
     assert float(objectives.vector_error(one, jnp.full((1, 4), 1 + 1e-3))[0]) == pytest.approx(1e-6, rel=1e-3)
 
@@ -161,7 +161,7 @@ def test_sigmoid_contrastive_equals_the_double_loop():
     arguments = [jnp.asarray(a) for a in (pictures, texts, log_scale, bias)]
     got = objectives.sigmoid_contrastive(*arguments, jnp.asarray(valid), jnp.asarray(same))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-    # What the pairs that take no part hold is of no consequence.
+    # The content of pairs that do not count makes no difference.
     pictures[2], texts[4] = 1e3, -1e3
     changed = jnp.asarray(pictures), jnp.asarray(texts), *arguments[2:]
     again = objectives.sigmoid_contrastive(*changed, jnp.asarray(valid), jnp.asarray(same))
@@ -194,14 +194,14 @@ def test_softmax_contrastive_equals_the_double_loop():
 
 
 def test_words_of_pictures_equals_the_loops():
-    """For each picture, the vocabulary's words that some text of the batch has, its own or another's."""
+    """For each picture, the sum goes over the tokens that any text of the batch contains."""
     rng = np.random.default_rng(0)
     B, N, V = 4, 3, 9
     scores = 2 * rng.standard_normal((B, N, V))
     tokens = np.array([[1, 3, 3, 2], [1, 4, 2, 0], [1, 5, 6, 2], [1, 3, 7, 2]])
     real = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]], bool)
     valid = np.array([1, 1, 0, 1], bool)
-    texts = [{1, 2, 3}, {1, 2, 4}, set(), {1, 2, 3, 7}]  # the third takes no part; 0 is padding
+    texts = [{1, 2, 3}, {1, 2, 4}, set(), {1, 2, 3, 7}]  # the third does not count; 0 is padding
     expected = np.zeros(B)
     for i in range(B):
         for word in set().union(*texts):
@@ -221,7 +221,7 @@ def test_masked_averages_are_normalised_over_everything():
     values, mask = np.arange(12.0), np.array([1] * 5 + [0] * 3 + [1] + [0] * 3, bool)
     parts = [{"loss": objectives.masked_average(*map(jnp.asarray, half))} for half in
              ((values[:6], mask[:6]), (values[6:], mask[6:]))]  # fmt: skip
-    expected = (0 + 1 + 2 + 3 + 4 + 8) / 6  # the mean of the parts' means would be (2 + 8) / 2
+    expected = (0 + 1 + 2 + 3 + 4 + 8) / 6  # the mean of the means of the parts would be (2 + 8) / 2
     assert merge(parts)["loss"] == pytest.approx(expected)
 
 
@@ -238,7 +238,7 @@ def test_averages_of_nothing_are_left_out():
 
 
 def test_cross_entropy_leaves_out_the_rows_of_padding(text):
-    """Equal to the loop over the real vocabulary, and no gradient reaches the padding."""
+    """Equal to the loop over the real vocabulary, and padding gets no gradient."""
     hidden, matrix, targets = text
     padded = jnp.asarray(np.concatenate([matrix, 9.0 * np.ones((3, 5))]))
 

@@ -7,16 +7,18 @@ import pickle
 import numpy as np
 import pytest
 import tiny
+from safetensors import SafetensorError
 
 from pisces_jax.data.example import TRANSIENT, BrokenExample, Example, Picture, Text, identity
 from pisces_jax.data.images import UnreadablePicture
+from pisces_jax.data.packing import arrays as arrays_module
 from pisces_jax.data.packing import epochs, lengths
 from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.packing.binning import pack
-from pisces_jax.data.packing.layout import Layout, lay_out
+from pisces_jax.data.packing.layout import Entry, Layout, lay_out
 from pisces_jax.data.packing.lengths import Lengths, scan_lengths
-from pisces_jax.data.packing.mixture import Mixture, shuffled
-from pisces_jax.data.packing.rows import Entry, PackedGroups
+from pisces_jax.data.packing.mixture import Mixture, mixture_counts, shuffled
+from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.shapes_world.source import ShapesSource
 from pisces_jax.utils.errors import UserError
 
@@ -52,6 +54,8 @@ def unreadable():
 
 class Words:
     """Examples of all forms, with texts of uneven lengths; those in `broken` have a picture that fails."""
+
+    draws, remote, fingerprint, pictures_fingerprint = True, False, "", None
 
     def __init__(self, name, n, forms=("read", "draw", "text", "edit", "described"), broken=()):
         self.name, self.n, self.forms, self.broken = name, n, forms, broken
@@ -228,8 +232,10 @@ def test_shuffled_is_a_permutation():
 
 def test_mixture_shares_and_passes():
     usable = [np.arange(0, 100), np.arange(500, 530), np.array([7])]
-    mixture = Mixture(["a", "b", "c"], [5.0, 4.0, 1.0], usable, seed=0, examples_per_epoch=40)
-    assert mixture.counts == [20, 16, 4]
+    names, sizes = ["a", "b", "c"], [len(each) for each in usable]
+    counts = mixture_counts(names, [5.0, 4.0, 1.0], sizes, examples_per_epoch=40)
+    assert counts == [20, 16, 4]
+    mixture = Mixture(names, counts, usable, seed=0)
     taken = [[], [], []]
     for epoch in range(15):
         source, index = mixture.at(epoch, np.arange(40))
@@ -247,15 +253,17 @@ def test_mixture_shares_and_passes():
         assert len(set(taken[0][start : start + 100])) == 100
     assert taken[0][:100] != taken[0][100:200]
     with pytest.raises(UserError, match="same name"):
-        Mixture(["a", "a"], [1, 1], usable[:2], 0)
+        mixture_counts(["a", "a"], [1, 1], sizes[:2])
     with pytest.raises(UserError, match="weights"):
-        Mixture(["a", "b"], [0, 0], usable[:2], 0)
+        mixture_counts(["a", "b"], [0, 0], sizes[:2])
+    with pytest.raises(UserError, match="no example of source b can be used"):
+        mixture_counts(["a", "b"], [1, 1], [3, 0])
     with pytest.raises(UserError, match="examples_per_epoch"):
-        Mixture(["a", "b", "c"], [1, 1, 1], usable, 0, examples_per_epoch=1)
+        mixture_counts(names, [1, 1, 1], sizes, examples_per_epoch=1)
 
 
 def test_unshuffled_mixture_is_in_order_and_even():
-    mixture = Mixture(["a", "b"], [3.0, 1.0], [np.arange(60), np.arange(20)], 0, shuffle=False)
+    mixture = Mixture(["a", "b"], [60, 20], [np.arange(60), np.arange(20)], 0, shuffle=False)
     source, index = mixture.at(0, np.arange(80))
     assert index[source == 0].tolist() == list(range(60)) and index[source == 1].tolist() == list(range(20))
     assert np.bincount(source[:8]).tolist() == [6, 2]
@@ -288,18 +296,21 @@ def test_left_out_examples_are_counted_by_reason(caplog):
             return super().__getitem__(i)
 
     groups = PackedGroups([Entry("odd", 1, Odd("odd", 20))], Letters(), LAYOUT, seed=0)
-    assert groups.left_out == {"odd": (1, 1, 1)}
-    assert "of 20 examples 1 are longer" in caplog.text
+    assert groups.left_out == {"odd": {"too_long": 1, "too_many_pictures": 1, "unreadable": 1}}
+    assert (
+        "source odd: left out of 20 examples: 1 longer than 40 tokens, 1 with more pictures than a group has slots, "
+        "1 unreadable (unreadable: 1)"
+    ) in caplog.text
     members = np.concatenate([groups.members(i).example for i in range(groups.per_epoch)])
     assert sorted(members.tolist()) == sorted(set(range(20)) - {3, 4, 5})
 
 
 def test_a_layout_that_fits_nothing_is_a_users_mistake():
     short = Layout(5, 3, 6, 1, 4, 4, 8, 6)
-    with pytest.raises(UserError, match="row length to at least"):
+    with pytest.raises(UserError, match="10 longer than 6 tokens.*: set data.row_length to at least 1[0-9]$"):
         PackedGroups([Entry("a", 1, Words("a", 10))], Letters(), short, seed=0)
     no_slots = Layout(5, 3, 40, 1, 4, 0, 8, 6)
-    with pytest.raises(UserError, match="draw_slots to 1"):
+    with pytest.raises(UserError, match="draw_slots to 1 or more$"):
         PackedGroups([Entry("a", 1, Words("a", 10, ("draw",)))], Letters(), no_slots, seed=0)
 
 
@@ -389,8 +400,22 @@ def test_stored_arrays_are_shared_by_name(tmp_path):
     assert len(pickle.dumps(stored["a"])) < 300  # the file's name
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(stored["a"])), arrays["a"])
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(stored["a"][5:])), arrays["a"][5:])
+    with pytest.raises(ValueError, match="read-only"):
+        stored["a"][0] = 1
     (tmp_path / "y").write_text("something else")
-    assert read_arrays(tmp_path / "y") is None and read_arrays(tmp_path / "z") is None
+    (tmp_path / "w").write_bytes((tmp_path / "x").read_bytes()[:-1])
+    assert [read_arrays(tmp_path / name) for name in "yzw"] == [None] * 3
+
+
+def test_a_failure_to_write_arrays_leaves_what_was_there(tmp_path, monkeypatch):
+    def full(arrays, path, metadata):
+        raise SafetensorError("No space left on device")
+
+    write_arrays(tmp_path / "x", {}, {"a": np.arange(3)})
+    monkeypatch.setattr(arrays_module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_arrays(tmp_path / "x", {}, {"a": np.arange(4)})
+    assert len(read_arrays(tmp_path / "x")[1]["a"]) == 3 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_scanning_with_processes_is_the_same(tmp_path, monkeypatch):
@@ -504,6 +529,25 @@ def test_the_caption_is_dropped_at_its_rate_and_nothing_moves():
                     dropped[Letters().decode(full)] += 1
     # 480 draws at 0.25: 120 +- 4 standard deviations of 9.5; not the same ones in every epoch.
     assert 82 < sum(dropped.values()) < 158 and len(dropped) > 45 and max(dropped.values()) < 8
+
+
+def test_an_example_that_is_longer_without_its_caption_is_masked_in_its_place():
+    class Growing(Words):
+        def __getitem__(self, i):
+            example = super().__getitem__(i)
+            longer = (Text("d" * 25), example.parts[1])
+            return dataclasses.replace(example, drop=1.0, dropped=longer) if i == 3 else example
+
+    whole = PackedGroups([Entry("a", 1, Words("a", 20, ("draw",)))], Letters(), LAYOUT, seed=0)
+    groups = PackedGroups([Entry("a", 1, Growing("a", 20, ("draw",)))], Letters(), LAYOUT, seed=0)
+    messages = []
+    for i in range(groups.per_epoch):
+        made, expected = groups.make(i), whole[i]
+        messages += [one.message for one in made.broken]
+        for name in ("segment_ids", "positions", "source"):  # nothing moves
+            np.testing.assert_array_equal(made.item[name], expected[name])
+        assert expected["draw_valid"].sum() - made.item["draw_valid"].sum() == len(made.broken)
+    assert messages == ["a/3 is longer without its caption than with it"]
 
 
 def test_a_long_text_is_cut_only_where_the_example_allows():

@@ -22,8 +22,9 @@ from pisces_jax.data.images import fit
 from pisces_jax.models import layers
 from pisces_jax.models.layers import apply
 from pisces_jax.models.transformer import Transformer, empty_cache
-from pisces_jax.weights import architecture
-from pisces_jax.weights.folder import Folder, export_part, part_shapes, read_part
+from pisces_jax.weights import config_json
+from pisces_jax.weights.export import export_part
+from pisces_jax.weights.folder import Folder, part_shapes, read_part
 
 CASES = parity.tiny()
 LLAMA = dict(
@@ -299,7 +300,7 @@ def test_eva_clip_equals_timm(data_folder, tmp_path):
 )  # fmt: skip
 def test_what_files_leave_out_is_what_their_libraries_take(family, kind):
     theirs = AutoencoderKL().config if kind is AutoencoderKL else kind().to_dict()
-    for key, value in architecture.DEFAULTS[family].items():
+    for key, value in config_json.DEFAULTS[family].items():
         assert theirs[key] == value, key
     if family == "llama":
         assert theirs["rope_parameters"] == {"rope_theta": 10_000.0, "rope_type": "default"}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pisces_jax.data.packing import pipeline
 from pisces_jax.data.packing.layout import Layout
 from pisces_jax.data.packing.pairs import Pairs
-from pisces_jax.data.packing.pipeline import packed_iterator, pairs_iterator
 from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import train_sentencepiece
@@ -41,13 +41,11 @@ def entries():
 def open_iterator(request, entries, tokenizer):
     """Opens an iterator over batches of 4 whose tenth batch is well into the second epoch."""
     if request.param == "packed":
-        items, iterator = PackedGroups(entries, tokenizer, LAYOUT, seed=0), packed_iterator
-        per_epoch = items.per_epoch
+        items = PackedGroups(entries, tokenizer, LAYOUT, seed=0)
     else:
-        items, iterator = Pairs(entries, tokenizer, 48, 16, seed=0, examples_per_epoch=30), pairs_iterator
-        per_epoch = items.per_epoch
-    assert per_epoch < 40
-    return lambda **options: iterator(items, 4, **options)
+        items = Pairs(entries, tokenizer, 48, 16, seed=0, examples_per_epoch=30)
+    assert items.per_epoch < 40
+    return lambda **options: pipeline.batches(items, 4, **options)
 
 
 def take(iterator, n):
@@ -84,21 +82,20 @@ def test_a_state_of_other_data_is_refused(open_iterator, entries, tokenizer):
     iterator.set_state({"next_batch": 5})  # as checkpoints had it before there was a digest
     assert iterator.get_state() == {**state, "next_batch": 5}
     # One example of 120 that cannot be read moves all others.
-    items = iterator._batches.items
+    items = iterator._source.items
     broken = copy.copy(items)
     tokens = np.array(items.lengths[1].tokens)
     tokens[17] = -1
     broken.lengths = [items.lengths[0], items.lengths[1]._replace(tokens=tokens), items.lengths[2]]
-    make = packed_iterator if isinstance(items, PackedGroups) else pairs_iterator
     with pytest.raises(UserError, match="not those of the checkpoint.*start anew in another --workdir"):
-        make(broken, 4).set_state(state)
-    make(items, 4).set_state(state)
+        pipeline.batches(broken, 4).set_state(state)
+    pipeline.batches(items, 4).set_state(state)
 
 
 def test_worker_processes_give_the_same_batches(entries, tokenizer, tmp_path):
     groups = PackedGroups(entries, tokenizer, LAYOUT, seed=0, folder=tmp_path)
-    whole = take(packed_iterator(groups, 4, threads=0), 9)
-    iterator = packed_iterator(groups, 4, workers=2)
+    whole = take(pipeline.batches(groups, 4, threads=0), 9)
+    iterator = pipeline.batches(groups, 4, workers=2)
     iterator.set_state({"next_batch": 4})
     assert_same(take(iterator, 5), whole[4:])
     assert iterator.get_state()["next_batch"] == 9
@@ -122,16 +119,16 @@ def test_killed_at_every_tenth_position_the_tail_is_the_same(tmp_path, tokenizer
     ]
     groups = PackedGroups(entries, tokenizer, LAYOUT, seed=3, examples_per_epoch=77)
     assert groups.per_epoch < 40  # the tail goes through several epochs
-    whole = take(packed_iterator(groups, 2, threads=0, max_broken=1), 30)
+    whole = take(pipeline.batches(groups, 2, threads=0, max_broken=1), 30)
     other = PackedGroups(entries, tokenizer, LAYOUT, seed=3, examples_per_epoch=77)
     for position in range(0, 30, 10):
-        first = packed_iterator(groups, 2, threads=2, max_broken=1)
+        first = pipeline.batches(groups, 2, threads=2, max_broken=1)
         take(first, position)
         state = json.loads(json.dumps(first.get_state()))
         first.close()
         for workers, hosts in ((0, 1), (0, 2), (1, 1), (4, 1)):
             readers = [
-                packed_iterator(other, 2, workers=workers, process_index=h, process_count=hosts, max_broken=1)
+                pipeline.batches(other, 2, workers=workers, process_index=h, process_count=hosts, max_broken=1)
                 for h in range(hosts)
             ]
             for reader in readers:
@@ -158,7 +155,7 @@ def test_a_run_stops_with_the_counts_when_too_much_is_broken(tmp_path, tokenizer
     (tmp_path / "metadata.jsonl").write_text(lines)
     entry = make_source(dict(kind="image_folder", path=str(tmp_path), recipe="caption"))
     groups = PackedGroups([entry], tokenizer, LAYOUT, seed=0)
-    iterator = packed_iterator(groups, 1, threads=2)
+    iterator = pipeline.batches(groups, 1, threads=2)
     # A share of the first thousand may always be broken, or the first broken one would stop the run.
     with pytest.raises(UserError, match=r"^1[0-9] of \d+ examples are broken: .*(decoded|missing) \(") as error:
         take(iterator, 1000)
@@ -167,7 +164,7 @@ def test_a_run_stops_with_the_counts_when_too_much_is_broken(tmp_path, tokenizer
         "a picture cannot be decoded",
         "a picture is missing",
     }
-    take(packed_iterator(groups, 1, threads=0, max_broken=1.0), 3 * groups.per_epoch)
+    take(pipeline.batches(groups, 1, threads=0, max_broken=1.0), 3 * groups.per_epoch)
     # The same where texts are broken: known before the first batch.
     (tmp_path / "metadata.jsonl").write_text(lines + "{\n" * 30)
     entry = make_source(dict(kind="image_folder", path=str(tmp_path), recipe="caption"))
@@ -191,7 +188,7 @@ def test_hosts_share_every_batch(open_iterator):
 
 def test_batches_are_stacked_groups(entries, tokenizer):
     groups = PackedGroups(entries, tokenizer, LAYOUT, seed=0)
-    for b, batch in enumerate(take(packed_iterator(groups, 4), 3)):
+    for b, batch in enumerate(take(pipeline.batches(groups, 4), 3)):
         for g in range(4):
             for name, value in groups[4 * b + g].items():
                 np.testing.assert_array_equal(batch[name][g], value)
@@ -199,25 +196,25 @@ def test_batches_are_stacked_groups(entries, tokenizer):
 
 def test_one_pass_for_evaluation(entries, tokenizer):
     groups = PackedGroups(entries, tokenizer, LAYOUT, seed=0, shuffle=False)
-    iterator = packed_iterator(groups, 4, one_pass=True)
+    iterator = pipeline.batches(groups, 4, one_pass=True)
     batches = list(iterator)
     assert len(batches) == len(iterator) == -(-groups.per_epoch // 4)
     starts = sum(int(((b["positions"] == 0) & (b["segment_ids"] > 0)).sum()) for b in batches)
     assert starts == sum(groups.counts) == 120
     beyond = 4 * len(batches) - groups.per_epoch
     assert not batches[-1]["segment_ids"][4 - beyond :].any()
-    assert len(list(packed_iterator(groups, 4, one_pass=True, num_batches=2))) == 2
+    assert len(list(pipeline.batches(groups, 4, one_pass=True, num_batches=2))) == 2
 
     pairs = Pairs(entries, tokenizer, 48, 16, seed=0, examples_per_epoch=30, shuffle=False)
-    batches = list(pairs_iterator(pairs, 4, one_pass=True))
+    batches = list(pipeline.batches(pairs, 4, one_pass=True))
     assert sum(int(batch["valid"].sum()) for batch in batches) == pairs.per_epoch
 
 
 def test_pairs_hold_their_examples(entries, tokenizer):
     pairs = Pairs(entries, tokenizer, 48, 16, seed=0)
-    source, index = pairs.mixture.at(1, np.arange(20))
     for i in range(20):
-        example = entries[source[i]].source[int(index[i])]
+        source, index = pairs.member(pairs.per_epoch + i)
+        example = entries[source].source[index]
         pair = pairs[pairs.per_epoch + i]
         words = " ".join(part.text for part in example.parts if hasattr(part, "text"))
         (image,) = [part.array() for part in example.parts if hasattr(part, "role")]
@@ -231,9 +228,9 @@ def test_pairs_hold_their_examples(entries, tokenizer):
 
 def test_long_texts_are_left_out_of_pairs(entries, tokenizer):
     pairs = Pairs(entries[:2], tokenizer, 12, 16, seed=0)
-    assert sum(pairs.left_out.values()) > 0
+    assert all(left_out["too_long"] > 0 and not left_out["no_picture"] for left_out in pairs.left_out.values())
     assert all(pairs[i]["text_mask"].sum() <= 12 for i in range(20))
-    with pytest.raises(UserError, match="greater length"):
+    with pytest.raises(UserError, match="longer than 3 tokens.*: set data.text_length to at least"):
         Pairs(entries, tokenizer, 3, 16, seed=0)
 
 
@@ -242,10 +239,10 @@ def test_unreadable_pictures_are_counted_wherever_they_are_read(tmp_path, tokeni
     (tmp_path / "metadata.jsonl").write_text(lines)  # and no picture at all
     spec = dict(kind="image_folder", path=str(tmp_path), split="all", recipe="caption")
     groups = PackedGroups([make_source(spec)], tokenizer, LAYOUT, seed=0)
-    iterator = packed_iterator(groups, 1, one_pass=True)
+    iterator = pipeline.batches(groups, 1, one_pass=True)
     for batch in iterator:
         assert not batch["loss_mask"].any() and not batch["read_valid"].any() and batch["segment_ids"].any()
     assert len(iterator.broken) == 8 and set(iterator.broken.values()) == {1}
-    iterator = pairs_iterator(Pairs([make_source(spec)], tokenizer, 48, 16, seed=0), 8, num_batches=1)
+    iterator = pipeline.batches(Pairs([make_source(spec)], tokenizer, 48, 16, seed=0), 8, num_batches=1)
     (batch,) = iterator
     assert not batch["valid"].any() and not batch["text_mask"].any() and len(iterator.broken) == 8

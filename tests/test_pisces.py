@@ -11,7 +11,8 @@ import plain
 import pytest
 import tiny
 
-from pisces_jax.data.packing.rows import Entry, PackedGroups
+from pisces_jax.data.packing.layout import Entry
+from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.losses import objectives
 from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.dit import DiT, DiTConfig
@@ -311,7 +312,7 @@ def test_packed_examples_have_the_losses_they_have_alone(params):
 def test_rows_of_the_data_layer_give_the_same_losses(params):
     """What `PackedGroups` makes of examples means to the model what packing by hand does."""
     examples = [tiny.EDIT, tiny.DRAW, tiny.CHAT, tiny.CAPTION, tiny.TWO, tiny.DRAW]
-    groups = PackedGroups([Entry("a", 1.0, examples)], tiny.Letters(), LAYOUT, seed=0)
+    groups = PackedGroups([Entry("a", 1.0, tiny.Listed(examples))], tiny.Letters(), LAYOUT, seed=0)
     program = UnifiedProgram(Pisces(tiny.PISCES), {"text": 1.0, "vectors": 1.0}, 0, ("a",))
     run = jax.jit(lambda b: program.losses(params, b, jax.random.key(0))[0])
     packed = merge([run(tiny.batch(groups[i])) for i in range(groups.per_epoch)])

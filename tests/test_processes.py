@@ -1,5 +1,6 @@
-"""One run over several local processes: the same losses as in one."""
+"""Runs of several processes: the same losses as in one, and how the processes find each other."""
 
+import http.server
 import json
 import os
 import pathlib
@@ -7,11 +8,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
+import types
 
 import numpy as np
 import pytest
 from array_record.python import array_record_module
-from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 
 from pisces_jax.utils import processes
 from pisces_jax.utils.errors import UserError
@@ -144,29 +147,118 @@ def test_incomplete_arguments_are_refused():
         processes.start("127.0.0.1:1234", 2, 2)
 
 
-def test_whether_there_are_others(monkeypatch):
-    for name in ("SLURM_NTASKS", "SLURM_PROCID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+ENVIRONMENT = ("SLURM_NTASKS", "SLURM_PROCID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "TPU_SKIP_MDS_QUERY")
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """An environment that says nothing, on a machine without TPUs, and no metadata server to wait for."""
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes, "_on_tpu_vm", lambda: False)
+    monkeypatch.setattr(processes, "METADATA_SECONDS", 0.2)
+    return monkeypatch
+
+
+@pytest.fixture
+def metadata(bare):
+    """A TPU VM with a metadata server: what it holds (a number is an HTTP status), and which attributes were asked."""
+    held, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            folder, _, name = self.path.rpartition("/")
+            asked.append(name)
+            value = held.get(name, 404)
+            right = folder == "/computeMetadata/v1/instance/attributes" and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(403 if not right else value if isinstance(value, int) else 200)
+            self.end_headers()
+            self.wfile.write(b"<html>no</html>" if isinstance(value, int) else value.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        bare.setattr(processes, "_on_tpu_vm", lambda: True)
+        bare.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        bare.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody listens: the server is asked directly
+        yield types.SimpleNamespace(held=held, asked=asked)
+        server.shutdown()
+
+
+def test_whether_there_are_others(bare):
+    bare.setattr(processes, "_metadata", lambda attribute: pytest.fail("no metadata server is here"))
     assert not processes._several()
-    # A Cloud TPU VM says it in its metadata alone, which JAX reads.
-    monkeypatch.setattr(GceTpuCluster, "is_env_present", lambda: True)
-    for hosts in (1, 4):
-        monkeypatch.setattr(GceTpuCluster, "_get_worker_list_in_slice", lambda hosts=hosts: ["10.0.0.1"] * hosts)
-        assert processes._several() == (hosts > 1)
-    monkeypatch.undo()
-    for name in ("SLURM_NTASKS", "SLURM_PROCID", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
+    bare.setenv("MEGASCALE_NUM_SLICES", "2")
     assert processes._several()
-    monkeypatch.delenv("MEGASCALE_NUM_SLICES")
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    bare.delenv("MEGASCALE_NUM_SLICES")
+    bare.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     assert not processes._several()
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "t1v-0,t1v-1")
+    bare.setenv("TPU_WORKER_HOSTNAMES", "t1v-0,t1v-1")
     assert processes._several()
-    monkeypatch.delenv("TPU_WORKER_HOSTNAMES")
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setenv("SLURM_PROCID", "0")
+    bare.delenv("TPU_WORKER_HOSTNAMES")
+    bare.setenv("SLURM_NTASKS", "4")
+    assert not processes._several()  # an allocation, outside srun
+    bare.setenv("SLURM_PROCID", "0")
     assert processes._several()
+
+
+@pytest.mark.parametrize(
+    "held, hosts",
+    [
+        ({}, 1),  # a Google Cloud VM without TPUs
+        ({"worker-network-endpoints": ""}, 1),
+        ({"worker-network-endpoints": "unknown:unknown:10.164.0.4"}, 1),
+        ({"worker-network-endpoints": "a:0:10.164.0.4,b:1:10.164.0.5,c:2:10.164.0.6,d:3:10.164.0.7"}, 4),
+        ({"worker-network-endpoints": "t1v-n-0.c.p.internal,t1v-n-1.c.p.internal"}, 2),
+        ({"worker-network-endpoints": "10.0.0.4", "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n"}, 2),
+        ({"worker-network-endpoints": "10.0.0.4,10.0.0.5", "tpu-env": "MEGASCALE_NUM_SLICES: 3"}, 6),
+        ({"worker-network-endpoints": "10.0.0.4", "tpu-env": "ACCELERATOR_TYPE: 'v4-8'\nWORKER_ID: '0'"}, 1),
+    ],
+)
+def test_hosts_of_a_tpu_vm(metadata, held, hosts):
+    """The list of workers has two forms: name:id:address triples, and host names alone."""
+    metadata.held.update(held)
+    assert processes._tpu_hosts() == hosts
+    assert processes._several() == (hosts > 1)
+    assert set(metadata.asked) == {"worker-network-endpoints", "tpu-env"}
+
+
+def test_a_metadata_server_that_does_not_answer(metadata, monkeypatch):
+    """Going on alone would be wrong, and so would waiting: three attempts of a fifth of a second, and pauses."""
+    metadata.held["tpu-env"] = 503
+    with pytest.raises(UserError, match="503.*give --coordinator, --processes and --process, or set TPU_SKIP_MDS"):
+        processes.start()
+    assert metadata.asked == ["tpu-env"] * 3
+    with socket.socket() as silent:  # it takes the connection and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{silent.getsockname()[1]}")
+        begin = time.monotonic()
+        with pytest.raises(UserError, match="timed out"):
+            processes.start()
+    assert time.monotonic() - begin < 10
+
+
+def test_which_machines_are_asked_for_metadata(monkeypatch, tmp_path):
+    """Those with a Google device and libtpu."""
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/usr/lib/libtpu.so")
+    monkeypatch.setattr(processes, "PCI_DEVICES", tmp_path)
+    assert not processes._on_tpu_vm()
+    for name, vendor in ("0000:00:01.0", "0x8086"), ("0000:00:05.0", "0x10de"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+    assert not processes._on_tpu_vm()
+    (tmp_path / "0000:00:01.0/vendor").write_text("0x1ae0\n")
+    assert processes._on_tpu_vm()
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert not processes._on_tpu_vm()
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    monkeypatch.delenv("TPU_LIBRARY_PATH")
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    assert not processes._on_tpu_vm()
 
 
 def test_dry_run_tries_everything_and_leaves_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""The mesh and its rules; and that a batch has the same losses and gradients on one device and on eight."""
+"""The mesh and its rules; the same losses and gradients on one device and on eight."""
 
 import functools
 from typing import Any, NamedTuple
@@ -67,14 +67,14 @@ def test_dimensions_that_do_not_divide_fall_back_to_a_part_of_the_axes():
             (fallback,) = fallbacks
             assert (fallback.name, fallback.dimension, fallback.size) == ("a/kernel", 0, size)
             assert (fallback.wanted, fallback.used) == (("fsdp", "fsdp_inner"), used)
-    # 12 divides by 4 and not by 8; only the first axes in order are used, here of size 2.
+    # 12 is a multiple of 4, but not of 8: only the first axis is used, of size 2.
     assert partition_spec(("embed",), (12,), mesh) == P("fsdp")
 
 
 def test_two_axes_on_one_mesh_axis_are_refused():
     with pytest.raises(ValueError, match="x/kernel: logical axes 'heads' and 'mlp' both want mesh axis 'tensor'"):
         partition_spec(("heads", "mlp"), (8, 8), make_mesh(fsdp=1, tensor=8), name="x/kernel")
-    # Also where the first of them could not have it.
+    # Also if the first of them does not divide.
     with pytest.raises(ValueError, match="both want mesh axis 'tensor'"):
         partition_spec(("heads", "mlp"), (3, 8), make_mesh(fsdp=1, tensor=8))
     assert partition_spec(("heads", "mlp"), (8, 8), make_mesh(fsdp=8)) == P()
@@ -114,7 +114,7 @@ def test_meshes_that_do_not_fit_name_one_that_does():
     assert "takes 4 devices and there are 8" in refusal(fsdp=4)
     for sizes in (dict(fsdp=0), dict(tensor=-2), dict(data=-1, fsdp=-1)):
         assert "sizes are positive, and at most one of them is -1" in refusal(**sizes)
-    # What is named does fit.
+    # The sizes that a message names do fit.
     for sizes in (dict(fsdp=64), dict(tensor=3), dict(data=3, tensor=2), dict(tensor=6)):
         named = refusal(**sizes).split("try ")[1]
         make_mesh(**{k: int(v) for k, v in (word.split("=") for word in named.split(","))})
@@ -135,7 +135,7 @@ def test_constrain():
 
 
 def unified(width, grad_accum_steps=1):
-    """A config whose first train step leaves its gradient in the optimizer's first moments: 0.1 of it."""
+    """A config whose first train step leaves 0.1 of the gradient in the optimizer's first moments."""
     model = tiny.model_settings(width)
     return tiny.config(
         program="unified", batch_size=8, model=model, data=dict(train={"a": {}, "b": {}}), loss=dict(chunk=8),
@@ -147,7 +147,7 @@ def unified(width, grad_accum_steps=1):
 
 
 GROUPS = [
-    # Very different numbers of learned tokens and of drawn pictures, some groups with nothing of a kind at all.
+    # Very different numbers of learned tokens and drawn pictures; some groups have none.
     [[tiny.CAPTION, tiny.CHAT], [tiny.CAPTION, tiny.CHAT]],
     [[tiny.DRAW]],
     [[tiny.TWO], [tiny.EDIT]],
@@ -178,13 +178,13 @@ def pairs_batch(size):
 
 class Step(NamedTuple):
     trainer: Trainer
-    start: Any  # the state before, on the host
+    start: Any  # the state before the step, on the host
     losses: dict[str, float]
     gradient: dict[str, np.ndarray]
 
 
 def one_step(config, mesh, batch, start=None):
-    """A first step, as a trainer with its real shardings takes it, from `start` or its own random one."""
+    """The first step of a trainer with its real shardings, from `start` or a random initial state."""
     trainer = make_trainer(make_program(config, 32), config, mesh)
     if start is None:
         start = jax.device_get(trainer.init(jax.random.key(0)))
@@ -196,12 +196,12 @@ def one_step(config, mesh, batch, start=None):
 
 
 def far_off(got, expected, tolerance=1e-5):
-    """The parameters whose gradients differ by more than `tolerance`, relative to the norm of the parameter's own."""
+    """Parameters whose gradients differ by more than `tolerance`, relative to the norm of the expected gradient."""
     assert got.keys() == expected.keys()
     far = {}
     for name, truth in expected.items():
         if name.endswith("attention/key/bias"):
-            # A softmax does not change when all its keys move alike: what is there is rounding.
+            # A bias of keys does not change the softmax, so its gradient is only rounding.
             assert np.linalg.norm(truth) < 1e-5 * np.linalg.norm(expected[name.replace("key", "query")])
             continue
         distance = np.linalg.norm(got[name] - truth) / np.linalg.norm(truth)
@@ -216,7 +216,7 @@ def single_device():
 
 @pytest.fixture(scope="module")
 def alone():
-    """A step of the unified model on one device, by width."""
+    """A step of the unified model of a given width on one device."""
     return functools.cache(lambda width: one_step(unified(width), single_device(), packed_batch()))
 
 
@@ -228,18 +228,18 @@ def test_unified_model_on_eight_devices(alone, mesh, width):
     assert got.losses == pytest.approx(expected.losses, rel=1e-5)
     assert not far_off(got.gradient, expected.gradient)
     assert any(s.spec != P() for s in jax.tree.leaves(got.trainer.shardings.trained))
-    # Widths of 36 and heads by three do not divide; nor do two key-value heads over four or eight devices.
+    # A width of 36 and three heads do not divide; nor do two key-value heads over four or eight devices.
     assert bool(got.trainer.fallbacks) == (width == 36 or MESHES[mesh].get("tensor", 1) > 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["pretrain", "decoder"])
 def test_picture_programs_on_eight_devices(program):
-    """Contrast over the whole batch, and noise that belongs to the example and not to the device."""
+    """The contrastive loss sees the whole batch, and noise depends on the example, not on the device."""
     config = tiny.config(
         program=program, batch_size=8, model=tiny.model_settings(32), data=dict(text_length=12),
         flow=dict(drop=0.3, zero_share=0.2), loss=dict(feature_noise=0.1, same_text=True, words=0.3),
-        # Adam's first update is each gradient over its own size: `eps` keeps the rounding of near zeros out of it.
+        # Adam's first update divides each gradient by its size; `eps` suppresses the rounding of tiny gradients.
         optimizer=dict(b1=0.9, eps=1e-3, clip=0.0, param_groups=((".*", 1.0, 0.0),)),
     )  # fmt: skip
     batch = pairs_batch(16)
@@ -253,10 +253,10 @@ def test_picture_programs_on_eight_devices(program):
 
 
 def random_start(config):
-    """The decoder's output starts at zero, and with it nearly all gradients: everything is moved a little from there.
+    """A state a little away from the initial one, where the output of the decoder and nearly all gradients are zero.
 
-    A little, because among biases as large as the weights what attention's query and key receive is what is left
-    after cancellation, and its rounding alone is 1e-5 of it.
+    Only a little: with biases as large as the weights, the gradients of query and key are small differences of large
+    numbers, and rounding alone would be 1e-5 of them.
     """
     start = jax.device_get(make_trainer(make_program(config, 32), config, single_device()).init(jax.random.key(0)))
     rng = np.random.default_rng(0)
@@ -266,7 +266,7 @@ def random_start(config):
 
 @pytest.mark.slow
 def test_a_decoder_that_learns_on_is_the_same_on_eight_devices():
-    """There in two parts: which pictures give true vectors, and their noise, belongs to the pictures."""
+    """There with two accumulation steps: noise and the choice of true vectors depend on the picture only."""
 
     def config(accumulate):
         config = unified(32, accumulate)
@@ -285,7 +285,7 @@ def test_a_decoder_that_learns_on_is_the_same_on_eight_devices():
 
 @pytest.mark.slow
 def test_random_start_does_not_depend_on_the_mesh(alone):
-    """It is made in place, already sharded."""
+    """The initial state is created sharded."""
     config = unified(32)
     trainer = make_trainer(make_program(config, 32), config, make_mesh(**MESHES["all"]))
     state = trainer.init(jax.random.key(0))
@@ -312,7 +312,7 @@ def test_accumulated_gradients_equal_whole_ones(alone, accumulate, devices, size
 
 @pytest.mark.slow
 def test_parts_normalised_each_by_itself_would_be_seen(alone):
-    """The mean of the gradients of halves, each divided by its own counts, is something else."""
+    """The mean of the gradients of two halves, each divided by its own counts, is different."""
     trainer, start, _, gradient = alone(32)
     step = jax.jit(lambda state, batch: trainer._gradient(state, batch)[0])
     halves = [

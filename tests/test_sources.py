@@ -22,11 +22,9 @@ import pytest
 import tiny
 from PIL import Image, ImageOps
 
-from pisces_jax.data import storage
+from pisces_jax.data import sources, storage
 from pisces_jax.data.example import BrokenExample, Picture, Text
-from pisces_jax.data.formats import json_files as jsonfiles
-from pisces_jax.data.formats import parquet, webdataset
-from pisces_jax.data.formats import record_files as recordfiles
+from pisces_jax.data.formats import parquet, record_files, webdataset
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
 from pisces_jax.data.packing import lengths
 from pisces_jax.data.packing.layout import Layout
@@ -119,7 +117,7 @@ def test_folder_mistakes_are_named(folder, tmp_path):
         image_folder(folder, caption_format="{label}")
     for line, message in (
         ('{"file_name": "0.png", "te', "not JSON"),
-        ("[1]", "no JSON object"),
+        ("[1]", "not a JSON object"),
         ('{"text": "x"}', "a field is missing"),
         ('{"file_name": "../a.png", "text": "x"}', "a name outside its folder"),
         ('{"file_name": "/a.png", "text": "x"}', "a name outside its folder"),
@@ -187,20 +185,20 @@ def test_a_missing_dataset_is_named_without_asking_the_network(tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(caption_format="{text"), "'{text' is no format (expected '}' before end of string): mend its braces"),
-        (dict(caption_format=("{text}", "}")), "'}' is no format"),
-        (dict(caption_format=()), "caption_format=() is no format"),
-        (dict(caption_format=3), "caption_format=3 is no format"),
-        (dict(caption_format=("{text}", 3)), "is no format: give one"),
-        (dict(caption_format=None), "caption_format=None is no format"),
+        (dict(caption_format="{text"), "'{text' is not a format (expected '}' before end of string): fix its braces"),
+        (dict(caption_format=("{text}", "}")), "'}' is not a format"),
+        (dict(caption_format=()), "caption_format=() is not a format"),
+        (dict(caption_format=3), "caption_format=3 is not a format"),
+        (dict(caption_format=("{text}", 3)), "is not a format: give one"),
+        (dict(caption_format=None), "caption_format=None is not a format"),
         (dict(caption_format="a {} b"), "braces without a field's name"),
         (dict(caption_format="{0}"), "braces without a field's name"),
         (dict(answer_format="{[1]}"), "answer_format='{[1]}' has braces without"),
-        (dict(drop="0.1"), "drop='0.1' is no rate"),
-        (dict(drop=None), "drop=None is no rate"),
-        (dict(val_share="x"), "val_share='x' is no share"),
-        (dict(weight="x"), "weight='x' is no number"),
-        (dict(recipe=["caption"]), "no recipe ['caption']"),
+        (dict(drop="0.1"), "drop='0.1' is not a rate"),
+        (dict(drop=None), "drop=None is not a rate"),
+        (dict(val_share="x"), "val_share='x' is not a share"),
+        (dict(weight="x"), "weight='x' is not a number"),
+        (dict(recipe=["caption"]), "unknown recipe ['caption']"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_named(folder, change, words):
@@ -388,10 +386,10 @@ def test_conversations(pictures, form):
     [
         (dict(conversations=[{"from": "human", "value": "<image><image>?"}]), "marks and pictures differ"),
         (dict(conversations=[]), "no conversation"),
-        (dict(conversations=[{"from": "tool", "value": "x"}]), "a turn of no known form"),
-        (dict(conversations=["x"]), "a turn of no known form"),
-        (dict(conversations=[LLAVA["conversations"][0], {"from": "gpt", "value": None}]), "a turn of no known form"),
-        (dict(conversations=LLAVA["conversations"][:1]), "nothing that the model says"),
+        (dict(conversations=[{"from": "tool", "value": "x"}]), "a turn of an unknown form"),
+        (dict(conversations=["x"]), "a turn of an unknown form"),
+        (dict(conversations=[LLAVA["conversations"][0], {"from": "gpt", "value": None}]), "a turn of an unknown form"),
+        (dict(conversations=LLAVA["conversations"][:1]), "the model says nothing"),
         (dict(image="../red.png"), "a name outside its folder"),
         (dict(image="\ud800.png"), "not UTF-8"),
         (dict(conversations=[{"from": "human", "value": "?"}, {"from": "gpt", "value": "\ud83d"}]), "not UTF-8"),
@@ -436,9 +434,9 @@ def test_a_caption_that_is_missing_is_no_word(pictures, nothing):
         assert texts(source[0]) == [(said, False)]
         assert problems(source) == ({broken: "a field is missing"} if broken else {})
     recipe = Recipe("caption", "{a}")  # what TensorFlow Datasets gives
-    assert recipe.text(Record("key", {"a": np.int64(0)}, []), "{a}") == "0"
+    assert recipe.text(Record("key", {"a": np.int64(0)}, [])) == "0"
     with pytest.raises(BrokenExample, match="a field is missing"):
-        recipe.text(Record("key", {"a": np.array([], object)}, []), "{a}")
+        recipe.text(Record("key", {"a": np.array([], object)}, []))
 
 
 def test_json_that_breaks_off(pictures):
@@ -484,7 +482,7 @@ def test_an_object_around_the_array_is_named(pictures):
     path = pictures / "a.json"
     for text in (json.dumps({"info": {}, "annotations": [LLAVA]}, indent=1), '{"info": {},\n"annotations": []}\n'):
         path.write_text(text)
-        with pytest.raises(UserError, match="is one object, of the fields info, annotations: write the array in it"):
+        with pytest.raises(UserError, match="is one object with the fields info, annotations: write only its array"):
             source_of("json", path=str(path), recipe="conversation")
     path.write_text('{"half": \n' + json.dumps(LLAVA))  # a line that is cut is no such thing
     source = source_of("json", path=str(path), recipe="conversation")
@@ -551,7 +549,7 @@ def test_webdataset(tmp_path):
     assert len(make_source({**spec, "path": f"{tmp_path}/s*[01].tar"}).source) == 10
     train, val = (make_source({**spec, "split": split, "val_share": 0.2}).source for split in ("train", "val"))
     last = [f"webdataset/s00{s}.tar/j{s}" for s in range(3)]
-    assert [val.records[i].key for i in (4, 9, 14)] == last
+    assert [val.records.read(i).key for i in (4, 9, 14)] == last
     assert (
         len(train) == 12
         and len(val) == 3
@@ -612,7 +610,7 @@ def test_broken_shards(tmp_path):
         "a field is missing": [("x.jpg", picture), ("x.json", b'{"text": null}')],
         "not UTF-8": [("x.jpg", picture), ("x.txt", b"\xff\xfe\xfa")],
         "not JSON": [("x.jpg", picture), ("x.json", b'{"text": "x')],
-        "no JSON object": [("x.jpg", picture), ("x.json", b"[1]")],
+        "not a JSON object": [("x.jpg", picture), ("x.json", b"[1]")],
         "an empty text": [("x.jpg", picture), ("x.txt", b" ")],
         "a name outside its folder": [("../x.jpg", picture), ("../x.txt", b"x")],
         "duplicate key": [*good[:0], ("00001.jpg", picture), ("00001.txt", b"x")],
@@ -638,7 +636,7 @@ def test_broken_shards(tmp_path):
     headers = [m.offset for m in tarfile.open(whole[0])]
     assert problems(open_shard(members, headers[3] + 1024)) == {1: "the shard is cut off"}
     for data, message in (
-        (b"", "hold no sample"), (b"no tar" * 1000, "no tar file"), (gzip.compress(bytes(9999)), "is compressed")
+        (b"", "hold no sample"), (b"no tar" * 1000, "not a tar file"), (gzip.compress(bytes(9999)), "is compressed")
     ):  # fmt: skip
         (tmp_path / "x.tar").write_bytes(data)
         with pytest.raises(UserError, match=message):
@@ -720,6 +718,49 @@ def test_shards_are_indexed_in_parallel_and_anywhere(tmp_path):
     assert len(list((tmp_path / "work").iterdir())) == 3 and not list(tmp_path.glob("*.index"))
 
 
+NEW_FORMAT = """
+from pisces_jax.data import storage
+from pisces_jax.data.formats.records import labels, picture_file
+from pisces_jax.data.recipes import Record
+
+
+class Tabbed:
+    names, remote = ("text",), False
+
+    def __init__(self, path, folder="pictures", name="tabbed"):
+        (self.path,) = storage.expand(path)
+        self.folder, (self.label,) = folder, labels(name, [self.path])
+        self.lines = storage.read(self.path).decode().splitlines()
+        self.fingerprint = f"{storage.digest([self.path, storage.signature(self.path)])}/{folder}"
+
+    def __len__(self):
+        return len(self.lines)
+
+    def read(self, i, fields=None):
+        file, text = self.lines[i].split("\\t")
+        key = f"{self.label}/{i}"
+        return Record(key, {"text": text}, [picture_file(file, self.folder, key)])
+"""
+
+
+def test_a_new_format_is_one_file_and_a_line_of_the_table(pictures, monkeypatch):
+    """With what the protocol asks for, and nothing else: recipe, splits, names and misspelt keys come with it."""
+    (pictures / "tabbed_format.py").write_text(NEW_FORMAT)
+    monkeypatch.syspath_prepend(pictures)
+    monkeypatch.setitem(sources.READERS, "tabbed", "tabbed_format:Tabbed")
+    (pictures / "a.tsv").write_text("red.png\tone\nblue.png\ttwo\ngone.png\tthree\n../red.png\tfour\n")
+    spec = dict(kind="tabbed", path=f"{pictures}/*.tsv", folder=str(pictures), recipe="pair", name="mine")
+    source = pickle.loads(pickle.dumps(make_source(spec).source))
+    assert [shape_of(source[i]) for i in range(2)] == [[RED, ("one", False)], [BLUE, ("two", False)]]
+    assert problems(source) == {2: "a picture is missing", 3: "a name outside its folder"}
+    assert source[1].key == "mine/a.tsv/1"
+    assert texts(make_source({**spec, "split": "val", "val_share": 0.5}).source[0]) == [("two", False)]
+    with pytest.raises(UserError, match="source mine: tabbed takes no 'foldr' .did you mean 'folder'"):
+        make_source({**spec, "foldr": "x"})
+    with pytest.raises(UserError, match="'caption', but the fields are text"):
+        make_source({**spec, "caption_format": "{caption}"})
+
+
 # Fingerprints: what is kept of a source (lengths, features) belongs to its files and its choice of pictures
 
 
@@ -772,17 +813,17 @@ def test_many_record_files_are_read_with_few_descriptors(tmp_path):
         writer.close()
         return path
 
-    n = 3 * recordfiles.OPEN_READERS
+    n = 3 * record_files.OPEN_READERS
     paths = [write(f, f"a{f}", f"b{f}") for f in range(n)]
     source = source_of("array_record", path=f"{tmp_path}/*.array_record", recipe="caption")
-    recordfiles._reader.cache_clear()
+    record_files._reader.cache_clear()
     before = len(os.listdir("/proc/self/fd"))
     copied = pickle.loads(pickle.dumps(source))
     assert len(copied) == 2 * n
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: texts(copied[i])[1][0], [*range(2 * n), *range(2 * n)]))
     assert found == 2 * [f"{letter}{f}" for f in range(n) for letter in "ab"]
-    assert len(os.listdir("/proc/self/fd")) - before <= recordfiles.OPEN_READERS
+    assert len(os.listdir("/proc/self/fd")) - before <= record_files.OPEN_READERS
     # One that is replaced is opened again; damage is told from what is gone.
     os.replace(write(999, "new", "newer"), paths[1])
     assert texts(copied[2])[1][0] == "new"
@@ -798,7 +839,7 @@ def test_many_record_files_are_read_with_few_descriptors(tmp_path):
         except BrokenExample as error:
             found[i] = error.reason
     assert found == {4: "a damaged record"} | dict.fromkeys(range(6, 10), "the file is gone or cannot be read")
-    with pytest.raises(UserError, match=r"003\.array_record cannot be read as ArrayRecord: mend or remove"):
+    with pytest.raises(UserError, match=r"003\.array_record cannot be read as ArrayRecord: fix or remove"):
         source_of("array_record", path=f"{tmp_path}/*.array_record", recipe="caption")
 
 
@@ -873,7 +914,7 @@ def test_every_example_of_a_mixture_has_a_key_of_its_own(tmp_path):
             for name, folders in ("both", ("cc", "laion")), ("cc", ("cc",)), ("laion", ("laion",)):
                 path = [f"{root}/{folder}/train/{file}" for folder in folders]
                 records = make_source(dict(kind=kind, name=name, path=path, recipe="pair", **more)).source.records
-                found += [records[i].key for i in range(len(records))]
+                found += [records.read(i).key for i in range(len(records))]
         return found
 
     found = keys(tmp_path)
@@ -919,7 +960,7 @@ def test_the_full_size_configs_read_what_the_docs_lay_out(tmp_path, monkeypatch)
     }  # fmt: skip
     root = Path(__file__).parents[1] / "configs"
     for size in ("pisces_8b", "pisces_1b"):
-        for stage, sources in expected.items():
+        for stage, wanted in expected.items():
             (config,) = load_stages(str(root / size / f"{stage}.py"), {}).values()
             for split, count in (config.data.train, 99), (config.data.evaluate, 1):
                 found = {}
@@ -931,7 +972,7 @@ def test_the_full_size_configs_read_what_the_docs_lay_out(tmp_path, monkeypatch)
                     ]
                     found[entry.name] = parts
                     assert entry.source.draws == ("draw" in parts)
-                assert found == sources
+                assert found == wanted
 
 
 # Buckets
@@ -981,18 +1022,21 @@ def test_remote_metadata_is_read_once(bucket, requests, folder):
         bucket.pipe(f"/folder/{path.name}", path.read_bytes())
     bucket.pipe("/talk/a.jsonl", b"\n".join(json.dumps({**LLAVA, "image": None}).encode() for _ in range(50)))
     bucket.pipe("/talk/b.json", json.dumps([{"text": "b"}] * 50).encode())
-    for make, files, length in (
-        (lambda: image_folder("memory://folder", recipe="caption"), 1, 200),
-        (lambda: source_of("json", path="memory://talk/*", recipe="pair").records, 2, 100),
-    ):
+    for make, key, files, length in (
+        (lambda: image_folder("memory://folder", recipe="caption"), lambda source, i: source[i].key, 1, 200),
+        (
+            lambda: source_of("json", path="memory://talk/*", recipe="pair").records,
+            lambda records, i: records.read(i).key, 2, 100,
+        ),
+    ):  # fmt: skip
         requests.clear()
         source = make()
         assert len(source) == length and len(requests) == files
-        first = [source[i].key for i in range(length)]
+        first = [key(source, i) for i in range(length)]
         assert len(requests) == files
         copied = pickle.loads(pickle.dumps(source))  # a worker process
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(lambda i: copied[i].key, range(length))) == first  # noqa: B023
+            assert list(pool.map(lambda i: key(copied, i), range(length))) == first  # noqa: B023
         assert len(requests) == 2 * files
 
 
@@ -1096,13 +1140,14 @@ def test_a_large_file_comes_in_blocks(bucket, monkeypatch, tmp_path):
     assert max(asked) == 1000
 
 
-def test_lines_are_found_in_blocks(pictures, monkeypatch):
+def test_lines_are_found(pictures):
     path = jsonl(pictures / "talk.jsonl", *({**LLAVA, "id": "x" * i} for i in range(40)))
-    whole = source_of("json", path=path, recipe="conversation").records._spans
-    assert [len(line) for line in Path(path).read_bytes().splitlines()] == whole[:, 1].tolist()
-    for block in (1, 7, 1000):
-        monkeypatch.setattr(jsonfiles, "BLOCK", block)
-        np.testing.assert_array_equal(source_of("json", path=path, recipe="conversation").records._spans, whole)
+    for cut in (0, 1):  # with and without a line feed at its end
+        whole = Path(path).read_bytes()
+        Path(path).write_bytes(whole[: len(whole) - cut])
+        spans = source_of("json", path=path, recipe="conversation").records._spans
+        assert [len(line) for line in whole.splitlines()] == spans[:, 1].tolist()
+        assert [whole[start : start + length] for start, length in spans.tolist()] == whole.splitlines()
 
 
 def test_patterns(tmp_path):
@@ -1129,7 +1174,7 @@ def test_every_kind_of_picture_becomes_rgb():
     for mode, value in ("I", 200), ("F", 0.5):  # what is white in them is not known
         file = io.BytesIO()
         Image.new(mode, (4, 4), value).save(file, "TIFF")
-        with pytest.raises(UnreadablePicture, match="neither of 8 nor of 16 bits"):
+        with pytest.raises(UnreadablePicture, match="neither 8 nor 16 bits"):
             load_image(file.getvalue())
     assert colour(png("RGBA", (200, 0, 0, 0))) == [255] * 3
     half = colour(png("RGBA", (200, 0, 0, 128)))

@@ -25,7 +25,7 @@ from pisces_jax.training.loop import train
 from pisces_jax.training.stages import check_stages
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError, run_command
-from pisces_jax.weights.folder import export_part
+from pisces_jax.weights.export import export_part
 from pisces_jax.weights.sizes import settings
 
 LLAMA, SIGLIP, EVA, AUTOENCODER = (PARTS[name] for name in ("llama", "siglip", "eva", "autoencoder"))
@@ -196,7 +196,7 @@ def test_mistakes_are_told_before_anything_runs(trained, tmp_path):
         merge(config, changes)
         check_stages({stage: config}, tmp_path / "run")
 
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="is not a directory"):
         check("decoder", dict(init_from=dict(autoencoder=f"{folder}/nowhere")))
     with pytest.raises(UserError, match=r"language_model does not fit .*the kind"):
         check("stage1", dict(init_from=dict(language_model=f"{folder}/siglip")))

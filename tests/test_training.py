@@ -295,7 +295,7 @@ def test_averages_of_bfloat16_parameters_are_float32():
         state, _ = step(state, trainer.put(batch))
         assert jax.tree.map(lambda x: x.dtype, state) == dtypes
     assert state.trained["a"]["w"].dtype == jnp.bfloat16 and state.ema["a"]["w"].dtype == jnp.float32
-    with pytest.raises(UserError, match="storage.c: the model's parts are a, b"):
+    with pytest.raises(UserError, match="param_dtype.c: the model's parts are a, b"):
         make_trainer(Toy(), run_config(batch_size=4, param_dtype=dict(c="bfloat16")), trainer.mesh)
 
 
@@ -372,7 +372,7 @@ def test_settings_are_checked_by_what_they_are_for():
         with pytest.raises(UserError) as error:
             build(ViTConfig, settings, "model.x")
         assert str(error.value) == message
-    with pytest.raises(UserError, match="config flow: flow.times 'sometimes' is none of uniform, logit_normal"):
+    with pytest.raises(UserError, match="config flow: flow.times 'sometimes' is not one of uniform, logit_normal"):
         flow_config(run_config(flow=dict(times="sometimes")))
 
 

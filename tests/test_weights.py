@@ -23,20 +23,10 @@ from pisces_jax.sharding import make_mesh
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights import sizes as published
 from pisces_jax.weights import tensors
-from pisces_jax.weights.folder import (
-    TOKENIZER,
-    Folder,
-    View,
-    export_part,
-    import_folder,
-    is_folder,
-    new_folder,
-    part_shapes,
-    read_part,
-    read_source,
-    resolve,
-)
+from pisces_jax.weights.export import export_part, import_folder, new_folder
+from pisces_jax.weights.folder import Folder, View, part_shapes, read_part, read_source
 from pisces_jax.weights.layout import Entry
+from pisces_jax.weights.sources import TOKENIZER, is_folder, resolve
 
 LLAMA = TransformerConfig(
     vocab_size=37, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_hidden=24,
@@ -95,24 +85,24 @@ def assert_same(got, expected):
 def test_a_pattern_is_read_in_both_directions():
     theirs = np.arange(2 * 3 * 5).reshape(6, 5)  # (heads × width of a head), in
     entry = Entry("ours", "theirs", "(N H) D -> D N H")
-    ours = entry.to_ours(theirs, (5, 2, 3), {})
+    ours = entry.to_ours(theirs, (5, 2, 3))
     for n, h, d in np.ndindex(2, 3, 5):
         assert ours[d, n, h] == theirs[3 * n + h, d]
     assert np.shares_memory(ours, theirs)  # a view: nothing is read until it is used
-    assert entry.published_shape((5, 2, 3), {}) == (6, 5)
-    np.testing.assert_array_equal(entry.to_theirs(ours, {}), theirs)
+    assert entry.published_shape((5, 2, 3)) == (6, 5)
+    np.testing.assert_array_equal(entry.to_theirs(ours), theirs)
 
     fused = np.arange(3 * 2 * 4).reshape(6, 4)
     second = Entry("ours", "theirs", "O I -> I O", part=(1, 3))
-    np.testing.assert_array_equal(second.to_ours(fused, (4, 2), {}), fused[2:4].T)
-    assert second.published_shape((4, 2), {}) == (6, 4)
+    np.testing.assert_array_equal(second.to_ours(fused, (4, 2)), fused[2:4].T)
+    assert second.published_shape((4, 2)) == (6, 4)
 
     conv = np.arange(7 * 3 * 2 * 2).reshape(7, 3, 2, 2)
-    patch = Entry("ours", "theirs", "O C P Q -> (P Q C) O")
-    got = patch.to_ours(conv, (12, 7), {"P": 2, "Q": 2, "C": 3})
+    patch = Entry("ours", "theirs", "O C P Q -> (P Q C) O", {"P": 2, "Q": 2, "C": 3})
+    got = patch.to_ours(conv, (12, 7))
     for o, c, p, q in np.ndindex(7, 3, 2, 2):
         assert got[(2 * p + q) * 3 + c, o] == conv[o, c, p, q]
-    np.testing.assert_array_equal(patch.to_theirs(got, {"P": 2, "Q": 2, "C": 3}), conv)
+    np.testing.assert_array_equal(patch.to_theirs(got), conv)
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -296,9 +286,9 @@ def test_sources():
     assert not is_folder("stage1")
     for source in ("./weights", "/data/llama/", "weights/llama", "hf://org/name", "hf://org/name/vae@main"):
         assert is_folder(source)
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="is not a directory"):
         resolve("./nowhere")
-    with pytest.raises(UserError, match="hf://ORGANISATION/NAME"):
+    with pytest.raises(UserError, match="does not name a repository: write hf://ORGANISATION/NAME"):
         resolve("hf://name")
 
 
@@ -313,7 +303,7 @@ def test_repositories_of_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: sorted(files))
-    with pytest.raises(UserError, match=r"hf://org/name/vae@r1 holds only pickles \(diffusion_pytorch_model.bin\)"):
+    with pytest.raises(UserError, match=r"hf://org/name/vae@r1 has only pickles \(diffusion_pytorch_model.bin\)"):
         resolve("hf://org/name/vae@r1")
     assert asked == [("org/name", "r1", ["vae/*.json", "vae/*.safetensors"])]
     assert resolve("hf://org/name", TOKENIZER) == tmp_path
@@ -457,9 +447,9 @@ def test_truncated_files_are_named(tmp_path, cut):
     path = tmp_path / "a/model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:cut])
-    with pytest.raises(UserError, match="model.safetensors is (truncated|no safetensors file)") as error:
+    with pytest.raises(UserError, match="model.safetensors is truncated, damaged or not a safetensors file") as error:
         import_folder(f"{tmp_path}/a", tmp_path / "out")
-    assert "truncated" in str(error.value) or cut in (0, 5)
+    assert "download it again" in str(error.value) and "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -473,7 +463,7 @@ def test_headers_that_point_nowhere_are_refused(tmp_path):
         header = json.dumps({"x": dict(entry, dtype="F32")}).encode()
         content = len(header).to_bytes(8, "little") + header + 64 * b"\0"
         (tmp_path / "a/model.safetensors").write_bytes(content)
-        with pytest.raises(UserError, match="x lies nowhere"):
+        with pytest.raises(UserError, match="not a safetensors file .*(invalid offset|invalid value)"):
             Folder.open(f"{tmp_path}/a")
 
 
@@ -484,7 +474,7 @@ def test_files_that_are_no_safetensors(tmp_path):
     wrong_size = len(header).to_bytes(8, "little") + header + 4 * b"\0"
     for content in (b"PK\x03\x04" + b"x" * 100, b"\x08" + 7 * b"\0" + b"not json", wrong_size):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="no safetensors file|truncated"):
+        with pytest.raises(UserError, match="truncated, damaged or not a safetensors file"):
             Folder.open(f"{tmp_path}/a")
 
 
@@ -498,7 +488,7 @@ def test_pickles_and_quantized_tensors_are_refused(tmp_path):
     weights = load_file(tmp_path / "b/model.safetensors")
     weights["model.norm.weight"] = np.zeros(16, np.int8)
     save_file(weights, tmp_path / "b/model.safetensors")
-    with pytest.raises(UserError, match=r"quantized values \(I8\)"):
+    with pytest.raises(UserError, match=r"has quantized values \(I8\)"):
         import_folder(f"{tmp_path}/b", tmp_path / "out")
     for i in range(2):
         save_file(weights, tmp_path / f"b/part{i}.safetensors")
@@ -519,7 +509,7 @@ def test_nothing_that_looks_finished_is_left_by_a_killed_import(tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "tensors._write_file = write\n"
         "from pathlib import Path\n"
-        "from pisces_jax.weights.folder import import_folder\n"
+        "from pisces_jax.weights.export import import_folder\n"
         "import_folder(sys.argv[1], Path(sys.argv[2]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, f"{tmp_path}/a", f"{tmp_path}/out"], env=dict(os.environ))
@@ -561,7 +551,8 @@ def test_importing_takes_no_more_memory_than_a_tensor(tmp_path):
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from pisces_jax.weights.folder import import_folder, part_shapes, Folder\n"
+        "from pisces_jax.weights.export import import_folder\n"
+        "from pisces_jax.weights.folder import Folder, part_shapes\n"
         "part_shapes(Folder.open(sys.argv[1]).settings)\n"  # what JAX itself takes
         "data = int(next(l for l in open('/proc/self/status') if l.startswith('VmData')).split()[1]) * 1024\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (data + 300 * 2**20,) * 2)\n"

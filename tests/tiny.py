@@ -45,6 +45,12 @@ class Letters:
         return "".join(chr(i - 6 + ord("a")) for i in map(int, ids) if i >= 6)
 
 
+class Listed(list):
+    """A list of examples as a source."""
+
+    draws, remote, fingerprint, pictures_fingerprint = True, False, "", None
+
+
 def picture(role, seed):
     size = LAYOUT.read_size if role == "read" else LAYOUT.draw_size
     return Picture(np.random.default_rng(seed).integers(0, 256, (size, size, 3)).astype(np.uint8), role)

@@ -2,7 +2,7 @@
 
 Captioning is `read picture, learned text`; text to image is `text, drawn picture`; question answering, chat,
 interleaved documents and editing (`read, text, draw`) are other sequences of the same two parts. Everything
-upstream makes examples; everything downstream (`packing.py`) sees packed rows.
+upstream (`sources.py`) makes examples; everything downstream (`packing/`) sees packed rows.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Role = Literal["read", "draw"]
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A piece of text; with `learn` its tokens are predicted (next-token cross-entropy)."""
+    """A piece of text; with `learn`, its tokens are predicted (next-token cross-entropy)."""
 
     text: str
     learn: bool = False
@@ -38,12 +38,12 @@ class Picture:
     role: Role
 
     def array(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Decoded."""
+        """The decoded picture."""
         return self.image() if callable(self.image) else self.image
 
     def square(self, size: int, stretch: bool = False, scaled: bool = False) -> UInt8[np.ndarray, "size size 3"]:
-        """Decoded and fitted (`images.fit`); `scaled` lets a JPEG be decoded smaller first (`images.open_image`)."""
-        if isinstance(self.image, EncodedImage):  # one that never becomes an array at its full size
+        """Decoded and fitted (`images.fit`). With `scaled`, a JPEG may be decoded smaller (`images.open_image`)."""
+        if isinstance(self.image, EncodedImage):  # without an array of the full size
             return fit(self.image.open(size if scaled else 0), size, stretch)
         return fit(self.array(), size, stretch)
 
@@ -53,9 +53,9 @@ Part = Text | Picture
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Parts in order, and a `key` that names this example in messages and seeds its noise.
+    """Parts in order, and a `key` that names the example in messages and seeds its noise.
 
-    At the rate `drop`, decided anew in every epoch, packing takes `dropped` in place of `parts`: the same pictures
+    At the rate `drop`, packing takes `dropped` in place of `parts`, decided anew in every epoch: the same pictures
     without their caption, for guidance. `dropped` must not be longer than `parts`. With `cut`, an example that is
     longer than a row loses the end of its last text instead of being left out.
     """
@@ -67,38 +67,38 @@ class Example:
     cut: bool = False
 
     def of_epoch(self, seed: int, epoch: int) -> "Example":
-        """As it is in that epoch: with its caption or without."""
+        """The example as it is in that epoch, with its caption or without."""
         if self.drop and identity(seed, epoch, self.key, "drop")[0] < self.drop * 2**32:
             return dataclasses.replace(self, parts=self.dropped)
         return self
 
 
 class BrokenExample(UserError):
-    """An example that cannot be used: its key, a `reason` of a few words to count by, and what exactly was found."""
+    """An example that cannot be used: its `key`, a `reason` of a few words to count by, and what exactly was found."""
 
     def __init__(self, key: str, reason: str, found: str = ""):
         super().__init__(f"example {key}: {reason}{f' ({found})' if found else ''}")
         self.key, self.reason = key, reason
         self._words = key, reason, found
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:  # exceptions pickle by what they print otherwise
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:  # by default exceptions pickle only their message
         return type(self), self._words
 
 
 SHARD_GONE = "the shard is gone or cannot be read"
 SHARD_CHANGED = "the shard changed since it was indexed"
 FILE_GONE = "the file is gone or cannot be read"
-# Reasons that lie in the storage and not in the example: it may be whole another time, so what is found out under
-# them is not kept.
+# Failures of the storage, not of the example, which may be readable another time: lengths and features that were
+# made meanwhile are not kept.
 TRANSIENT = frozenset({SHARD_GONE, SHARD_CHANGED, FILE_GONE})
 
 
 def reason_of(error: UserError) -> str:
-    """What a broken example is counted by."""
+    """The words that a broken example is counted by."""
     return getattr(error, "reason", "unreadable")
 
 
 def identity(*words: object) -> UInt32[np.ndarray, "2"]:
-    """A stable 64-bit hash of `words`, as two numbers: what an example's noise is keyed by on the device."""
+    """A stable 64-bit hash of `words`, as two numbers. On the device, it keys an example's noise."""
     digest = hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).digest()
     return np.frombuffer(digest, dtype="<u4").astype(np.uint32)

@@ -1,9 +1,9 @@
-"""Cached features of pictures, in ArrayRecord shards: what a frozen encoder makes of them, read in their place. It is
-the generation encoder, or the autoencoder whose latents a decoder learns to make.
+"""Cached features of pictures, in ArrayRecord shards: the output of a frozen encoder, read in place of the pictures.
+The encoder is the generation encoder, or the autoencoder whose latents a decoder learns to make.
 
-One record an example, by its number in the source: the features of the picture that the example draws, or where it
-draws none of its first. An example without a readable picture has an empty record; how many of them a shard has stands
-in a file beside it, where it has any.
+There is one record per example, by its number in the source: the features of the picture that the example draws, or
+else of its first picture. An example without a readable picture has an empty record. If a shard has any of these, a
+file beside it has their number.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import replacing, write_atomic
 
 SHARD = 4096  # records
-# NumPy has no bfloat16: its bits are kept.
+# NumPy has no bfloat16, so its bits are kept.
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 
 
 def cached_picture(example: Example) -> Picture:
-    """The picture whose features are kept.
+    """The picture whose features are cached.
 
     Raises:
         BrokenExample: the example has no picture.
@@ -40,24 +40,19 @@ def cached_picture(example: Example) -> Picture:
     pictures = [part for part in example.parts if isinstance(part, Picture)]
     drawn = [picture for picture in pictures if picture.role == "draw"]
     if len(drawn) > 1:
-        raise UserError(f"example {example.key} draws {len(drawn)} pictures: features are kept of one alone")
+        raise UserError(f"example {example.key} draws {len(drawn)} pictures: features are cached of one only")
     if not pictures:
         raise BrokenExample(example.key, "a picture is missing")
     return (drawn or pictures)[0]
 
 
-def draws(source: Source) -> bool:
-    """Whether a source's examples draw pictures; one that does not say so may."""
-    return getattr(source, "draws", True)
-
-
 class FeatureCache:
-    """A source's features, whole or being written. `encoder` says what they are from: any JSON, compared as a whole.
+    """A source's features, complete or being written. `encoder` describes what made them: any JSON.
 
     Sources of the same pictures have the same folder, whatever their names and texts.
 
     Raises:
-        UserError: the folder holds features of another encoder.
+        UserError: the folder has features of another encoder.
     """
 
     def __init__(self, folder: str | os.PathLike, entry: Entry, encoder: Mapping[str, Any]):
@@ -85,42 +80,46 @@ class FeatureCache:
         return [self.folder / f"{shard:05d}-of-{n:05d}.array_record" for shard in range(n)]
 
     def todo(self, process_index: int, process_count: int) -> list[int]:
-        """Shards that are still to be written by this process."""
+        """The shards that this process still has to write."""
         return [s for s, path in enumerate(self.shards) if s % process_count == process_index and not path.exists()]
 
     def describe(self, shape: Sequence[int], dtype: str) -> None:
-        """Says of what form the records are, before the first shard."""
+        """Sets the shape and dtype of the records, before the first shard is written.
+
+        Raises:
+            UserError: the shards that are there have another form.
+        """
         about = {"encoder": self.encoder, "shape": list(shape), "dtype": dtype}
         if self._about is not None and self._about != about:
             raise UserError(
                 f"{self.folder} was begun as {self._about['dtype']} {self._about['shape']} and not as {dtype} "
-                f"{list(shape)}: remove it or go on as it was begun"
+                f"{list(shape)}: remove it or continue as it was begun"
             )
         self._about = about
         write_atomic(self.folder / "about.json", json.dumps(about))
 
     def write(self, shard: int, records: Sequence[bytes]) -> None:
-        """A whole shard or none of it."""
+        """Writes a shard atomically."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
         path = self.shards[shard]
         if empty := sum(not record for record in records):
             write_atomic(_count_of(path), str(empty))
         else:
-            _count_of(path).unlink(missing_ok=True)  # of a shard that was removed since
+            _count_of(path).unlink(missing_ok=True)  # left over from a shard that was removed
         with replacing(path) as temporary:
-            writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record is read at a time
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")  # records are read one at a time
             for record in records:
                 writer.write(record)
             writer.close()
 
     def empty(self) -> int:
-        """How many pictures could not be read, in the shards that are written."""
+        """How many pictures of the written shards could not be read."""
         counts = (_count_of(path) for path in self.shards if path.exists())
         return sum(int(path.read_text()) for path in counts if path.exists())
 
     def open(self) -> "FeatureCache":
-        """To be called before reading.
+        """Returns the cache itself, ready to be read.
 
         Raises:
             UserError: it is missing or not finished.
@@ -140,10 +139,10 @@ class FeatureCache:
         return tuple(self._about["shape"])
 
     def __getitem__(self, i: int) -> Float32[np.ndarray, "..."]:
-        """The features of example `i`.
+        """The features of example `i`, of shape `shape`.
 
         Raises:
-            BrokenExample: its picture could not be read when they were made, or the record cannot be read now.
+            BrokenExample: the picture could not be read when it was cached, or the record cannot be read now.
         """
         assert self._about is not None
         key = f"{self.name}[{i}]"
@@ -165,5 +164,5 @@ def _count_of(shard: Path) -> Path:
 
 def picture_words(source: Source) -> list[Any]:
     """What the features of a source depend on: not its texts, where the source knows its pictures apart from them."""
-    known = getattr(source, "pictures_fingerprint", None)
+    known = source.pictures_fingerprint
     return fingerprint_words(source) if known is None else [len(source), known]

@@ -1,6 +1,7 @@
 """From a record (a key, fields, pictures) to an example: what is read, what is learned, what is drawn."""
 
 import dataclasses
+import functools
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ Image = Callable[[], np.ndarray]
 
 
 class Record(NamedTuple):
-    """What a file holds of one example: `pictures` in order, each decoded when it is called."""
+    """What a file holds of one example. `pictures` are in order, and each is decoded when it is called."""
 
     key: str
     fields: Mapping[str, Any]
@@ -44,11 +45,12 @@ class Recipe:
     | edit | read the first picture; caption as the instruction; draw the second |
     | pair | picture and caption, for encoders |
 
-    Formats are Python's, over the record's fields ("{text}"). A format that is a tuple is one of several wordings: an
-    example keeps the one that its key chooses. `drop` is the rate at which drawing goes without its caption.
+    Formats are Python's, over the record's fields ("{text}"). A tuple of formats is several wordings, of which the
+    example's key chooses one. `drop` is the rate at which a picture is drawn without its caption, for guidance. With
+    `cut`, an example that is longer than a row is cut at the end of its last text instead of being left out.
 
     Raises:
-        UserError: an unknown recipe, a missing format, or a format or a rate that is none.
+        UserError: an unknown recipe, a missing format, or an invalid format or rate.
     """
 
     recipe: str
@@ -60,49 +62,46 @@ class Recipe:
     cut: bool = False
 
     def __post_init__(self) -> None:
-        if self.recipe not in tuple(MAKERS):
-            raise UserError(f"no recipe {self.recipe!r}: choose one of {', '.join(MAKERS)}")
-        if self.recipe in NEED_DETAILS and self.detailed_format is None:
+        if self.recipe not in tuple(RECIPES):
+            raise UserError(f"unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}")
+        if self.detailed_format is None and "detailed" in RECIPES[self.recipe].formats:
             raise UserError(
                 f"the recipe {self.recipe!r} needs a detailed text: set detailed_format, such as '{{text}}: {{tags}}'"
             )
         for name in ("caption_format", "detailed_format", "question_format", "answer_format"):
             _check_format(name, getattr(self, name))
         if not isinstance(self.drop, (int, float)) or not 0 <= self.drop < 1:
-            raise UserError(f"drop={self.drop!r} is no rate: give a number from 0 to below 1")
+            raise UserError(f"drop={self.drop!r} is not a rate: give a number from 0 to below 1")
         if self.drop and not self.draws:
-            raise UserError(f"drop={self.drop} is for drawing and {self.recipe!r} draws nothing: remove it")
+            raise UserError(f"drop={self.drop} is for drawing, but {self.recipe!r} draws nothing: remove it")
 
     @property
-    def formats(self) -> list[str]:
-        """All formats that this recipe uses."""
-        used: Sequence[str | Sequence[str] | None] = (self.caption_format,)
-        if self.recipe == "question":
-            used = self.question_format, self.answer_format
-        elif self.recipe == "conversation":
-            used = ()
-        elif self.recipe in NEED_DETAILS:
-            used = self.caption_format, self.detailed_format
-            if self.recipe != "draw_described":
-                used = (self.detailed_format,)
-        return [one for wordings in used for one in _wordings(wordings)]
+    def _used(self) -> list[Any]:
+        return [getattr(self, f"{name}_format") for name in RECIPES[self.recipe].formats]
+
+    @functools.cached_property
+    def fields(self) -> frozenset[str] | None:
+        """The fields that are used; None if the formats do not tell, as in "{text:{width}}" or for conversations."""
+        formats = [one for wordings in self._used for one in _wordings(wordings)]
+        nested = any("{" in (inner or "") for one in formats for _, _, inner, _ in string.Formatter().parse(one))
+        return None if nested or not formats else frozenset(name for one in formats for name in _names(one))
 
     @property
     def draws(self) -> bool:
-        return self.recipe in DRAWING
+        return RECIPES[self.recipe].draws
 
     @property
     def pictures(self) -> str:
-        """Which picture of a record features are cached of (`features.cached_picture`)."""
+        """The picture of a record that features are cached of (`feature_cache.cached_picture`)."""
         return "second" if self.recipe == "edit" else "first"
 
     def check(self, fields: Sequence[str]) -> None:
-        """Raises `UserError` where a format names a field that the records do not have."""
-        for text_format in self.formats:
-            for first in _names(text_format):
-                if first not in fields:
+        """Raises `UserError` if a format names a field that the records do not have."""
+        for text_format in (one for wordings in self._used for one in _wordings(wordings)):
+            for name in _names(text_format):
+                if name not in fields:
                     raise UserError(
-                        f"{text_format!r} names the field {first!r}, but the fields are "
+                        f"{text_format!r} names the field {name!r}, but the fields are "
                         f"{', '.join(sorted(fields))}: change the format"
                     )
 
@@ -111,17 +110,19 @@ class Recipe:
         Raises:
             BrokenExample: a field or a picture is missing, or a field does not fit its format.
         """
-        parts, dropped = MAKERS[self.recipe](self, record)
+        parts, dropped = RECIPES[self.recipe].make(self, record)
         return Example(parts, record.key, self.drop if dropped else 0.0, dropped, self.cut)
 
-    def text(self, record: Record, text_format: str | Sequence[str] | None) -> str:
-        """One field's wording; no caption is empty."""
-        if text_format is None:
-            raise ValueError("no format")
-        if not isinstance(text_format, str):
-            text_format = text_format[int(identity(record.key, "wording")[0]) % len(text_format)]
+    def text(self, record: Record, number: int = 0) -> str:
+        """The record in the wording of one of the formats that the recipe uses.
+
+        Raises:
+            BrokenExample: a field is missing or does not fit the format, or the text is empty.
+        """
+        wordings = _wordings(self._used[number])
+        chosen = int(identity(record.key, "wording")[0]) % len(wordings) if len(wordings) > 1 else 0
         try:
-            text = _FORMATTER.vformat(text_format, (), record.fields).strip()
+            text = _FORMATTER.vformat(wordings[chosen], (), record.fields).strip()
         except (KeyError, IndexError) as error:
             raise BrokenExample(record.key, "a field is missing", str(error.args[0])) from error
         except UnicodeDecodeError as error:
@@ -133,33 +134,33 @@ class Recipe:
         return sound(text, record.key)
 
 
-def _wordings(text_format: str | Sequence[str] | None) -> Sequence[str]:
-    return [text_format] if isinstance(text_format, str) else text_format or ()
+def _wordings(text_format: str | Sequence[str]) -> Sequence[str]:
+    return [text_format] if isinstance(text_format, str) else text_format
 
 
 def _names(text_format: str) -> list[str]:
-    """The fields that a format takes: of `{answers[0]}` and `{answers.first}` it is `answers`."""
+    """The fields that a format takes: `answers` for `{answers[0]}` and `{answers.first}`."""
     return [re.split(r"[.\[]", name)[0] for _, name, _, _ in string.Formatter().parse(text_format) if name is not None]
 
 
 def _check_format(name: str, given: Any) -> None:
-    """Raises `UserError` for what no record could be worded by."""
+    """Raises `UserError` if `given` is not a format or several of them."""
     if given is None and name == "detailed_format":
         return
     if not isinstance(given, (str, list, tuple)) or not given or not all(isinstance(one, str) for one in given):
-        raise UserError(f"{name}={given!r} is no format: give one such as '{{text}}', or several in a tuple")
+        raise UserError(f"{name}={given!r} is not a format: give one such as '{{text}}', or several in a tuple")
     for one in _wordings(given):
         try:
             names = _names(one)
         except ValueError as error:
-            raise UserError(f"{name}={one!r} is no format ({error}): mend its braces") from error
-        if any(not first or first.isdigit() for first in names):
+            raise UserError(f"{name}={one!r} is not a format ({error}): fix its braces") from error
+        if any(not field or field.isdigit() for field in names):
             raise UserError(f"{name}={one!r} has braces without a field's name: write one there, as in '{{text}}'")
 
 
 class _Formatter(string.Formatter):
-    """`str.format` for what records hold: a null or an empty list is no text ("None" or "[]" would be learned), and
-    bytes are UTF-8.
+    """`str.format` for the values of records: bytes are UTF-8, and a null or an empty list counts as a missing field
+    (else "None" or "[]" would be learned).
     """
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -174,7 +175,7 @@ _FORMATTER = _Formatter()
 
 
 def sound(text: str, key: str) -> str:
-    """Raises `BrokenExample` for what no tokenizer takes: JSON can spell halves of characters."""
+    """Returns `text`. Raises `BrokenExample` if it has lone surrogates, which JSON can spell and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -183,6 +184,7 @@ def sound(text: str, key: str) -> str:
 
 
 Parts = tuple[Part, ...]
+_NO_PROMPT = Text(draw_instruction(""))
 
 
 def _picture(record: Record, number: int, role: Role) -> Picture:
@@ -192,40 +194,34 @@ def _picture(record: Record, number: int, role: Role) -> Picture:
 
 
 def _caption(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    details = recipe.recipe == "describe"
-    learned = recipe.text(record, recipe.detailed_format if details else recipe.caption_format)
-    instruction = Text(DESCRIBE_INSTRUCTION if details else CAPTION_INSTRUCTION)
-    return (_picture(record, 0, "read"), instruction, Text(learned, learn=True)), ()
+    learned = Text(recipe.text(record), learn=True)
+    instruction = DESCRIBE_INSTRUCTION if recipe.recipe == "describe" else CAPTION_INSTRUCTION
+    return (_picture(record, 0, "read"), Text(instruction), learned), ()
 
 
 def _draw(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    details = recipe.recipe == "draw_details"
-    prompt = recipe.text(record, recipe.detailed_format if details else recipe.caption_format)
+    prompt = Text(draw_instruction(recipe.text(record)))
     picture = _picture(record, 0, "draw")
-    return (Text(draw_instruction(prompt)), picture), (Text(draw_instruction("")), picture)
+    return (prompt, picture), (_NO_PROMPT, picture)
 
 
 def _draw_described(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    prompt = Text(draw_instruction(recipe.text(record, recipe.caption_format)))
-    picture = _picture(record, 0, "draw")
-    description = Text(recipe.text(record, recipe.detailed_format), learn=True)
-    return (prompt, description, picture), (Text(draw_instruction("")), picture)
+    (prompt, picture), dropped = _draw(recipe, record)
+    return (prompt, Text(recipe.text(record, 1), learn=True), picture), dropped
 
 
 def _edit(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
     before, after = _picture(record, 0, "read"), _picture(record, 1, "draw")
-    wanted = recipe.text(record, recipe.caption_format)
-    return (before, Text(draw_instruction(wanted)), after), (before, Text(draw_instruction("")), after)
+    return (before, Text(draw_instruction(recipe.text(record))), after), (before, _NO_PROMPT, after)
 
 
 def _question(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    pictures = tuple(_picture(record, i, "read") for i in range(len(record.pictures)))
-    question = Text(recipe.text(record, recipe.question_format))
-    return (*pictures, question, Text(recipe.text(record, recipe.answer_format), learn=True)), ()
+    pictures = (_picture(record, i, "read") for i in range(len(record.pictures)))
+    return (*pictures, Text(recipe.text(record)), Text(recipe.text(record, 1), learn=True)), ()
 
 
 def _pair(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    return (_picture(record, 0, "read"), Text(recipe.text(record, recipe.caption_format))), ()
+    return (_picture(record, 0, "read"), Text(recipe.text(record))), ()
 
 
 MARK = "<image>"
@@ -236,7 +232,7 @@ def _conversation(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
     marks = sum(turn.text.count(MARK) for turn in turns)
     pictures = list(range(len(record.pictures)))
     parts: list[Part] = []
-    if not marks:  # LLaVA's older files leave the mark out
+    if not marks:  # as in LLaVA's older files
         parts += [_picture(record, i, "read") for i in pictures]
     elif marks != len(pictures):
         raise BrokenExample(record.key, "marks and pictures differ", f"{marks} {MARK}, {len(pictures)} pictures")
@@ -244,7 +240,7 @@ def _conversation(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
     for turn in turns:
         spoken = bool(parts) and isinstance(parts[-1], Text) and parts[-1].learn
         if spoken and not turn.model and turn.text.lstrip().startswith(MARK):
-            parts.append(Text(""))  # a picture alone would not end the model's turn before it
+            parts.append(Text(""))  # a picture alone would not end the model's turn
         for i, piece in enumerate(turn.text.split(MARK)):
             if i:
                 parts.append(_picture(record, taken, "read"))
@@ -252,7 +248,7 @@ def _conversation(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
             if piece.strip():
                 parts.append(Text(piece.strip(), learn=turn.model))
     if not any(isinstance(part, Text) and part.learn for part in parts):
-        raise BrokenExample(record.key, "nothing that the model says")
+        raise BrokenExample(record.key, "the model says nothing")
     return tuple(parts), ()
 
 
@@ -260,11 +256,11 @@ _SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assis
 
 
 def turns_of(record: Record) -> list[Turn]:
-    """LLaVA's and ShareGPT's `conversations` (from, value), `messages` (role, content), or the Cauldron's `texts`
-    (user, assistant).
+    """The turns of LLaVA's and ShareGPT's `conversations` (from, value), of `messages` (role, content), or of the
+    Cauldron's `texts` (user, assistant).
 
     Raises:
-        BrokenExample: neither is there, or a turn is of another form.
+        BrokenExample: the record has none of these, or a turn has another form.
     """
     turns = record.fields.get("conversations") or record.fields.get("messages")
     if turns is None and isinstance(record.fields.get("texts"), list):
@@ -284,20 +280,26 @@ def turns_of(record: Record) -> list[Turn]:
                 raise TypeError(f"its text is {content!r}")
             told.append(Turn(_SPEAKERS[speaker], sound(str(content), record.key)))
         except (KeyError, TypeError) as error:
-            raise BrokenExample(record.key, "a turn of no known form", repr(error)) from error
+            raise BrokenExample(record.key, "a turn of an unknown form", repr(error)) from error
     return told
 
 
-MAKERS: dict[str, Callable[[Recipe, Record], tuple[Parts, Parts]]] = {
-    "caption": _caption,
-    "describe": _caption,
-    "draw_caption": _draw,
-    "draw_details": _draw,
-    "draw_described": _draw_described,
-    "question": _question,
-    "conversation": _conversation,
-    "edit": _edit,
-    "pair": _pair,
+class _Kind(NamedTuple):
+    """`make` gives the parts of an example, and those without its caption if it draws; `formats` are those it uses."""
+
+    make: Callable[[Recipe, Record], tuple[Parts, Parts]]
+    formats: Sequence[str]
+    draws: bool = False
+
+
+RECIPES = {
+    "caption": _Kind(_caption, ["caption"]),
+    "describe": _Kind(_caption, ["detailed"]),
+    "draw_caption": _Kind(_draw, ["caption"], draws=True),
+    "draw_details": _Kind(_draw, ["detailed"], draws=True),
+    "draw_described": _Kind(_draw_described, ["caption", "detailed"], draws=True),
+    "question": _Kind(_question, ["question", "answer"]),
+    "conversation": _Kind(_conversation, []),
+    "edit": _Kind(_edit, ["caption"], draws=True),
+    "pair": _Kind(_pair, ["caption"]),
 }
-NEED_DETAILS = ("describe", "draw_details", "draw_described")
-DRAWING = ("draw_caption", "draw_details", "draw_described", "edit")

@@ -1,6 +1,5 @@
-"""The kinds of sources that a config names, and how its words become one."""
+"""The kinds of sources that a config can name, and how its keys become one."""
 
-import dataclasses
 import difflib
 import importlib
 import inspect
@@ -24,62 +23,61 @@ READERS = {
 }
 SOURCES = {
     "shapes": "pisces_jax.shapes_world.source:ShapesSource",
-    "image_folder": "pisces_jax.data.formats.json_files:ImageFolder",
+    "image_folder": "pisces_jax.data.formats.image_folder:ImageFolder",
 }
-KINDS = (*SOURCES, *READERS)
-
-
-def _class_of(kind: str) -> Any:
-    module, _, name = {**READERS, **SOURCES}[kind].partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def make_source(spec: Mapping[str, Any]) -> Entry:
-    """A mixture's entry from a config's: `kind`, `name`, `weight` (1), and the arguments of its reader and recipe.
+    """One source of a mixture, from a config's `kind`, `name`, `weight` (1) and the arguments of its class and recipe.
 
-    Kinds are those of `KINDS`; all but "shapes" take the fields of `Recipe`, and readers also `split` and `val_share`
-    (`Examples`), unless they have a `split` of their own. `name` is what reports call it, by default its kind, and what
-    the keys of examples in plain files begin with.
+    `kind` is one of `SOURCES` or `READERS`; all but "shapes" take the fields of `Recipe`. Readers also take `split` and
+    `val_share` (`Examples`), unless they have a `split` of their own. `name` is how reports call the source, by default
+    its kind; the keys of examples in plain files begin with it.
 
     Raises:
-        UserError: an unknown kind or argument, or as the reader and the recipe themselves do.
+        UserError: an unknown kind or argument, or as the class and the recipe themselves do.
     """
     given = dict(spec)
     kind = given.pop("kind", None)
-    if kind not in KINDS:
-        raise UserError(f"no kind of source {kind!r}: choose one of {', '.join(KINDS)}")
+    kinds = SOURCES | READERS
+    if kind not in kinds:
+        raise UserError(f"unknown kind of source {kind!r}: choose one of {', '.join(kinds)}")
     name, weight = given.pop("name", kind), given.pop("weight", 1.0)
     try:
         weight = float(weight)
     except (TypeError, ValueError) as error:
-        raise UserError(f"source {name}: weight={weight!r} is no number: give one such as 1.0") from error
-    made = _class_of(kind)
-    reader = inspect.signature(made).parameters
-    takes_recipe = kind in READERS or "recipe" in reader
-    ways: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe) if takes_recipe}
-    splits = inspect.signature(Examples).parameters
-    split = {n: splits[n].default for n in ("split", "val_share") if kind in READERS and "split" not in reader}
-    known = {n: p.default for n, p in reader.items() if n != "recipe"} | ways | split
+        raise UserError(f"source {name}: weight={weight!r} is not a number: give one such as 1.0") from error
+    module, _, class_name = kinds[kind].partition(":")
+    made = getattr(importlib.import_module(module), class_name)
+    own = dict(inspect.signature(made).parameters)
+    of_recipe = inspect.signature(Recipe).parameters if kind in READERS or "recipe" in own else {}
+    of_split = {} if kind in SOURCES or "split" in own else inspect.signature(Examples).parameters
+    of_split = {key: of_split[key] for key in ("split", "val_share") if key in of_split}
+    known = own | dict(of_recipe) | of_split
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, list(known), 1, 0.0)[0]
             raise UserError(
                 f"source {name}: {kind} takes no {key!r} (did you mean {near!r}?): choose among {', '.join(known)}"
             )
-    for key, default in known.items():
-        if key not in given and default in (inspect.Parameter.empty, dataclasses.MISSING):
+    for key, parameter in known.items():
+        if key not in given and parameter.default is inspect.Parameter.empty:
             raise UserError(f"source {name}: {kind} needs {key!r}: set it")
     if isinstance(given.get("images"), str):  # one name, which would be taken letter by letter
         given["images"] = (given["images"],)
-    if "name" in reader:
+    if "name" in own:
         given["name"] = name
+
+    def take(keys: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: given.pop(key) for key in list(given) if key in keys}
+
     try:
-        if not takes_recipe:
+        if not of_recipe:
             return Entry(name, weight, made(**given))
-        recipe = Recipe(**{key: given.pop(key) for key in list(given) if key in ways})
+        recipe = Recipe(**take(of_recipe))
         if kind in SOURCES:
             return Entry(name, weight, made(recipe=recipe, **given))
-        chosen = {key: given.pop(key) for key in split if key in given}
+        chosen = take(of_split)
         return Entry(name, weight, Examples(made(**given), recipe, **chosen))
     except UserError as error:
         raise UserError(f"source {name}: {error}") from error

@@ -7,31 +7,25 @@ from typing import Any
 import numpy as np
 
 from pisces_jax.data.example import Picture, reason_of
+from pisces_jax.data.packing.items import Items
 from pisces_jax.data.packing.layout import Entry
 from pisces_jax.data.packing.lengths import Lengths
 from pisces_jax.data.packing.mixture import shuffled
-from pisces_jax.data.packing.pairs import Pairs
-from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.utils.errors import UserError
 
 
-def of_items(items: PackedGroups | Pairs, pictures: int) -> dict[str, Any]:
+def of_items(items: Items, pictures: int) -> dict[str, Any]:
     """All that `python -m pisces_jax.data stats` prints; `pictures` of each source are decoded, chosen at random."""
-    counts = items.counts if isinstance(items, PackedGroups) else items.mixture.counts
-    sources = {}
-    for entry, length, count in zip(items.entries, items.lengths, counts, strict=True):
-        sources[entry.name] = {
-            **of_lengths(length),
+    sources = {
+        entry.name: {
+            **of_lengths(lengths),
             "examples_per_epoch": count,
             "pictures_seen": of_pictures(entry, pictures),
+            "left_out": items.left_out[entry.name],
         }
-        left_out = items.left_out[entry.name]
-        sources[entry.name]["left_out"] = left_out._asdict() if isinstance(left_out, tuple) else left_out
-    whole: dict[str, Any] = {"sources": sources, "examples_per_epoch": sum(counts)}
-    if isinstance(items, PackedGroups):
-        whole["groups_per_epoch"] = items.per_epoch
-        whole["fill"] = {name: round(share, 4) for name, share in items.fill()._asdict().items()}
-    return whole
+        for entry, lengths, count in zip(items.entries, items.lengths, items.counts, strict=True)
+    }
+    return {"sources": sources, "examples_per_epoch": sum(items.counts), **items.summary()}
 
 
 def of_lengths(lengths: Lengths) -> dict[str, Any]:
@@ -49,7 +43,7 @@ def of_lengths(lengths: Lengths) -> dict[str, Any]:
 
 
 def of_pictures(entry: Entry, n: int) -> dict[str, Any]:
-    """Sides of up to `n` pictures (one an example), how long decoding took, and what cannot be decoded."""
+    """Sides of the first pictures of up to `n` examples, the time to decode them, and what cannot be decoded."""
     chosen = shuffled(np.arange(min(n, len(entry.source))), len(entry.source), "stats", entry.name)
     sizes, reasons, seconds = [], collections.Counter[str](), 0.0
     for i in chosen.tolist():
@@ -63,19 +57,35 @@ def of_pictures(entry: Entry, n: int) -> dict[str, Any]:
         except UserError as error:
             reasons[reason_of(error)] += 1
     found: dict[str, Any] = {"decoded": len(sizes), "broken": dict(reasons)}
+    for name, sides in zip(("short_side", "long_side"), np.sort(np.array(sizes), axis=-1).T, strict=False):
+        found[name] = [int(sides.min()), int(np.median(sides)), int(sides.max())]
     if sizes:
-        short, long = np.sort(np.array(sizes), axis=1).T
-        found["short_side"] = [int(short.min()), int(np.median(short)), int(short.max())]
-        found["long_side"] = [int(long.min()), int(np.median(long)), int(long.max())]
         found["milliseconds_each"] = round(1000 * seconds / len(sizes), 3)
     return found
 
 
+def of_shards(path: str, index_dir: str | None, workers: int | None) -> list[str]:
+    """Indexes tar shards where it is due (`formats.webdataset`); lines that say what they hold."""
+    from pisces_jax.data import storage
+    from pisces_jax.data.formats.webdataset import PROBLEMS, WebDataset
+
+    shards = WebDataset(path, index_dir=index_dir, index_workers=workers)
+    lines = [f"{len(shards)} samples in {len(shards.paths)} shards"]
+    counts = zip(PROBLEMS[1:], shards.problems()[1:], strict=True)
+    lines += [f"  {problem}: {n}" for problem, n in counts if n]
+    if index_dir is None and any(map(storage.is_remote, shards.paths)):
+        lines.append(
+            "the indices are in this host's cache, which other hosts do not see: give --index_dir a folder that all "
+            "share, and set the same index_dir in the source"
+        )
+    return lines
+
+
 def table(stats: dict[str, Any]) -> str:
-    """The same to read."""
+    """The same numbers as lines of text."""
     lines = []
     for name, s in stats["sources"].items():
-        lines.append(f"{name}: {s['examples']} examples, {s['examples_per_epoch']} of them an epoch")
+        lines.append(f"{name}: {s['examples']} examples, {s['examples_per_epoch']} per epoch")
         if s["tokens"]:
             least, median, mean, most95, most = s["tokens"]
             lines.append(f"  tokens     {least:g} to {most:g}, median {median:g}, mean {mean:g}, 95 % up to {most95:g}")
@@ -84,18 +94,16 @@ def table(stats: dict[str, Any]) -> str:
             lines.append(
                 f"  pictures   short side {p['short_side'][0]} to {p['short_side'][2]}, long side "
                 f"{p['long_side'][0]} to {p['long_side'][2]}; {p['milliseconds_each']} ms to decode one "
-                f"({p['decoded']} looked at)"
+                f"({p['decoded']} decoded)"
             )
-        left = s["left_out"]
-        shown = ", ".join(f"{reason} {n}" for reason, n in left.items()) if isinstance(left, dict) else left
-        lines.append(f"  left out   {shown}")
+        lines.append(f"  left out   {', '.join(f'{reason} {n}' for reason, n in s['left_out'].items())}")
         for label, reasons in ("texts", s["broken"]), ("pictures", p["broken"]):
             lines += [f"  broken {label}: {reason}: {n}" for reason, n in reasons.items()]
         lines += [f"    {message}" for message in s["broken_first"]]
     if "fill" in stats:
         fill = stats["fill"]
         lines.append(
-            f"packing: {stats['groups_per_epoch']} groups an epoch; in use {fill['tokens']:.1%} of the tokens, "
+            f"packing: {stats['groups_per_epoch']} groups per epoch, which use {fill['tokens']:.1%} of the tokens, "
             f"{fill['read_slots']:.1%} of the slots to read, {fill['draw_slots']:.1%} of the slots to draw"
         )
     return "\n".join(lines)

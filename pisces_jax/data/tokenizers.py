@@ -1,7 +1,7 @@
 """Text to token ids and back, and the special tokens of the unified model.
 
-Special tokens can never come out of text: a user who writes "[IMG]" gets the pieces of those five characters. What a
-published tokenizer lacks of them is appended behind its vocabulary: for LLaMA 3 `<pad>` is 128256, `[IMG]` 128257,
+Text never becomes a special token: a user who writes "[IMG]" gets the pieces of those five characters. The special
+tokens that a published tokenizer lacks are appended to its vocabulary: with LLaMA 3, `<pad>` is 128256, `[IMG]` 128257,
 `[/IMG]` 128258 and `<image>` 128259.
 """
 
@@ -26,11 +26,11 @@ Speaker = Literal["user", "assistant"]
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the data layer and inference need of a tokenizer.
+    """What data and inference need of a tokenizer.
 
     `image` stands for one visual vector; `begin_image` and `end_image` enclose those of a drawn picture.
-    `fingerprint` changes whenever the ids of some text may change. `end_of_turn` ends a turn of a conversation that
-    another one follows; None where there are no turns. `special` are the ids that no text has.
+    `fingerprint` changes whenever the ids of some text may change. `end_of_turn` ends a turn of a conversation, except
+    the last; it is None if the tokenizer has no turns. `special` are the ids that never come from text.
     """
 
     vocab_size: int
@@ -45,15 +45,15 @@ class Tokenizer(Protocol):
     special: frozenset[int]
 
     def header(self, speaker: Speaker) -> list[int]:
-        """The ids that open a turn; none where there are no turns."""
+        """The ids that open a turn of `speaker`; empty if the tokenizer has no turns."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`: no special tokens are added, and none can occur in the result."""
+        """The ids of `text`, without special tokens."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens are left out."""
+        """The text of `ids`, without special tokens."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     """A tokenizer from its file, or from a published folder that holds it.
 
     Raises:
-        UserError: there is none that can be read.
+        UserError: there is no readable tokenizer.
     """
     if not path.is_dir():
         return LlamaTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
@@ -81,7 +81,7 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     return SentencePieceTokenizer(model)
 
 
-# LLaMA 3's turns as transformers writes them.
+# LLaMA 3's turns, for transformers.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
     "{{ message['content'] }}<|eot_id|>{% endfor %}"
@@ -90,9 +90,10 @@ CHAT_TEMPLATE = (
 
 
 class LlamaTokenizer:
-    """LLaMA 3's `tokenizer.json`, with its chat template: what is learned or drawn is the assistant's turn.
+    """LLaMA 3's `tokenizer.json` with its chat template, in which learned texts and drawn pictures are the assistant's.
 
-    Raises `UserError` if `path` is missing, is no such file, or lacks LLaMA 3's special tokens.
+    Raises:
+        UserError: `path` is missing, is not such a file, or lacks LLaMA 3's special tokens.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -107,7 +108,7 @@ class LlamaTokenizer:
         self._text = text
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in APPENDED])
-        self._tokenizer.encode_special_tokens = True  # in a text they are ordinary characters
+        self._tokenizer.encode_special_tokens = True  # within text they are ordinary characters
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.pad, self.begin_image, self.end_image, self.image = map(self._id, APPENDED)
@@ -135,7 +136,7 @@ class LlamaTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json` with the appended tokens, and what transformers needs to know of it."""
+        """Writes `tokenizer.json` with the appended tokens, and the `tokenizer_config.json` that transformers needs."""
         self._tokenizer.save(str(folder / "tokenizer.json"))
         bos, eos, pad = map(self._tokenizer.id_to_token, (self.bos, self.eos, self.pad))
         described = dict(
@@ -152,9 +153,10 @@ class LlamaTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model: one made by `train_sentencepiece`, or a published one such as LLaMA 2's.
+    """A SentencePiece model, made by `train_sentencepiece` or published, such as LLaMA 2's.
 
-    Raises `UserError` if `path` is missing or is no SentencePiece model with begin and end of sequence.
+    Raises:
+        UserError: `path` is missing, or not a SentencePiece model with begin and end of sequence.
     """
 
     end_of_turn: int | None = None
@@ -183,12 +185,12 @@ class SentencePieceTokenizer:
 
     def _control(self, piece: str) -> int:
         i = self._processor.PieceToId(piece)
-        if not self._processor.IsControl(i):  # an unknown piece gets the id of <unk>, which is no control symbol
+        if not self._processor.IsControl(i):  # an unknown piece gets the id of <unk>, which is not a control symbol
             raise KeyError(piece)
         return i
 
     def _special(self, piece: str) -> int:
-        """The model's own, or else the next one behind its pieces."""
+        """The model's own id, or else the next one after its pieces."""
         try:
             return self._control(piece)
         except KeyError:
@@ -209,7 +211,7 @@ class SentencePieceTokenizer:
         """Writes `tokenizer.model` as it was read."""
         write_atomic(folder / "tokenizer.model", self._model)
 
-    # The processor's own pickling is not promised by SentencePiece; data workers need ours.
+    # For data workers: SentencePiece does not promise that its processor can be pickled.
     def __getstate__(self) -> bytes:
         return self._model
 
@@ -226,18 +228,19 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Trains a tokenizer on `texts`, writes it to `path` (atomically) and returns it.
 
-    The same texts in the same order give the same file. With "bpe" a small closed language ends with every
-    word a single piece, as long as `vocab_size` allows; it is an upper limit, fewer pieces are no error. With
-    `byte_fallback` (256 of the pieces) any text survives encoding and decoding, except for repeated spaces.
+    The same texts in the same order give the same file. `vocab_size` is an upper limit. With "bpe", every word of a
+    small closed language becomes a single piece if the limit allows. With `byte_fallback` (256 of the pieces), any
+    text survives encoding and decoding, except for repeated spaces.
 
-    Raises `UserError` when there are no texts or `vocab_size` is too small for the characters in them.
+    Raises:
+        UserError: there are no texts, or `vocab_size` is too small for their characters.
     """
     seen = False
 
     def lines() -> Iterable[str]:
         nonlocal seen
         for text in texts:
-            # SentencePiece takes a line break for the end of a sentence.
+            # SentencePiece ends a sentence at a line break.
             for line in text.splitlines():
                 if line.strip():
                     seen = True
@@ -266,6 +269,6 @@ def train_sentencepiece(
     except RuntimeError as error:
         if not seen:
             raise UserError("no text to train a tokenizer on: give a source that holds text") from error
-        raise UserError(f"vocab_size={vocab_size} does not fit these texts ({error}): change it") from error
+        raise UserError(f"vocab_size={vocab_size} does not suit these texts ({error}): change it") from error
     write_atomic(Path(path), model.getvalue())
     return SentencePieceTokenizer(path)

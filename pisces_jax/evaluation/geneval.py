@@ -1,23 +1,18 @@
-"""GenEval's rules for whether a picture shows what its prompt asks for, and its folder layout.
+"""GenEval's rules for whether a picture shows what its prompt asks for.
 
 Ghosh et al. 2023, "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment". The official detector
-is Mask2Former with CLIP for colours; the rules here take the detections of any `Detector`. `write_sample` makes the
-folders that the official scorer reads, so that it can run on them unchanged.
+is Mask2Former, with CLIP for colours; the rules here take the detections of any `Detector`.
 """
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
 
-from pisces_jax.evaluation.relations import RELATIONS, relations
-from pisces_jax.shapes_world.detector import Detection, Detector
+from pisces_jax.evaluation.relations import Box, relations
 from pisces_jax.utils.errors import UserError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -26,18 +21,57 @@ THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection counts above this score
 MOST_OF_A_CLASS = 16
 
 Metadata = dict[str, Any]
+"""One line of GenEval's metadata: tag, include, perhaps exclude, prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+    """An object: its class, box in pixels, score in 0..1 and colour (one of `COLORS`, or None)."""
+
+    label: str
+    box: Box
+    score: float
+    color: str | None = None
+
+
+class Detector(Protocol):
+    """Anything that finds objects of the classes `labels` in a picture."""
+
+    @property
+    def labels(self) -> Collection[str]: ...
+
+    def detect(self, image: UInt8[np.ndarray, "H W 3"]) -> list[Detection]:
+        """The objects in `image`, the highest score first."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Whether a picture is right; `reason` says, a line each, what is wrong with it."""
+    """Whether a picture is right; `reason` says what is wrong with it, one fault per line."""
 
     correct: bool
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A drawn picture, uint8 [S, S, 3], with GenEval's judgement.
+
+    Attributes:
+        description: what the model wrote before drawing; "" if nothing.
+        truth: a picture that the prompt is true of, to show beside it.
+    """
+
+    metadata: Metadata
+    description: str
+    image: np.ndarray
+    correct: bool
+    reason: str
+    truth: np.ndarray | None = None
+
+
 def keep(detections: Iterable[Detection], tag: str) -> dict[str, list[Detection]]:
-    """The detections that count for prompts of this kind, by class, the surest first."""
+    """The detections that count for prompts of this kind, by class, the highest score first."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     kept: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
@@ -49,9 +83,9 @@ def keep(detections: Iterable[Detection], tag: str) -> dict[str, list[Detection]
 def judge(detections: Iterable[Detection], metadata: Metadata) -> Judgement:
     """Applies GenEval's rules to one picture.
 
-    Each `include` clause needs `count` of its class, and only the `count` surest are looked at further: at least
-    `count` of them must have the colour, and every one must stand in the relation to every object of the target
-    clause. An `exclude` clause fails at `count` of its class.
+    Each `include` clause needs `count` objects of its class. Only the `count` with the highest scores are looked at
+    further: at least `count` of them must have the colour, and every one must stand in the relation to every object of
+    the target clause. An `exclude` clause fails if there are `count` objects of its class.
     """
     kept = keep(detections, metadata["tag"])
     wrong: list[str] = []
@@ -104,9 +138,10 @@ def _lacks_position(
 
 
 def scores(judged: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """From (tag, correct) per picture, the mean of each kind in GenEval's order, and their mean as "overall".
+    """From (tag, correct) per picture, the mean of each kind in GenEval's order, and the mean of these as "overall".
 
-    Raises `UserError` if there is no picture at all.
+    Raises:
+        UserError: there is no picture.
     """
     by_tag: dict[str, list[bool]] = {}
     for tag, correct in judged:
@@ -118,115 +153,21 @@ def scores(judged: Iterable[tuple[str, bool]]) -> dict[str, float]:
     return means | {"overall": sum(means.values()) / len(means)}
 
 
-# Files
+def score(judged: Sequence[Judged], held_out: Sequence[Judged] = ()) -> dict[str, Any]:
+    """Share of right pictures: `overall` (mean over tasks, as in GenEval), per task, and counts.
 
-
-def read_prompts(path: Path) -> list[Metadata]:
-    """The prompts of a metadata file: one JSON object a line.
-
-    Raises `UserError` if the file cannot be read, or a line lacks what the rules need.
+    With `held_out`, pictures of combinations that were held out of training: `held_out` is the mean over their tasks,
+    and `same_tasks` the mean of the other pictures over the same tasks, for comparison.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as GenEval's metadata: give another file") from error
-    return [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    means: dict[str, Any] = {**_means(judged), "pictures": len(judged)}
+    if held_out:
+        by_task = _means(held_out)
+        means["held_out"] = by_task.pop("overall")
+        means["same_tasks"] = float(np.mean([means[tag] for tag in by_task]))
+        means["held_out_by_task"] = by_task
+        means["held_out_pictures"] = len(held_out)
+    return means
 
 
-def _parse(line: str, where: str) -> Metadata:
-    try:
-        metadata = json.loads(line)
-        if not all(isinstance(metadata[key], str) for key in ("tag", "prompt")):
-            raise ValueError("no text")
-        include = metadata["include"]
-        for i, clause in enumerate([*include, *metadata.get("exclude", ())]):
-            if not isinstance(clause["class"], str) or not isinstance(clause["count"], int):
-                raise ValueError("no class or count")
-            if "position" in clause:
-                relation, target = clause["position"]
-                if relation not in RELATIONS or target not in range(min(i, len(include))):
-                    raise ValueError("no such relation or target")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{where} is no GenEval prompt: it must be a JSON object with tag, prompt and include clauses of class "
-            "and count, whose positions name a relation and an earlier clause"
-        ) from error
-    return metadata
-
-
-def write_sample(folder: Path, prompt: int, metadata: Metadata, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Path:
-    """Writes the pictures of one prompt as `folder/00000/metadata.jsonl` and `folder/00000/samples/0000.png`, …
-
-    `prompt` is the prompt's number. Returns the prompt's folder.
-    """
-    place = Path(folder) / f"{prompt:05d}"
-    (place / "samples").mkdir(parents=True, exist_ok=True)
-    (place / "metadata.jsonl").write_text(json.dumps(metadata) + "\n", encoding="utf-8")
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(place / "samples" / f"{i:04d}.png")
-    return place
-
-
-def read_samples(folder: Path) -> Iterator[tuple[Path, Metadata]]:
-    """Every picture of a folder in the official layout, with its prompt, in order.
-
-    Raises `UserError` if the folder, a prompt's metadata or all of its pictures are missing.
-    """
-    folder = Path(folder)
-    places = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
-    if not places:
-        raise UserError(f"{folder} holds no GenEval samples: give a folder with 00000/metadata.jsonl and 00000/samples")
-    for place in places:
-        prompts = read_prompts(place / "metadata.jsonl")
-        if len(prompts) != 1:
-            raise UserError(f"{place / 'metadata.jsonl'} must hold one prompt and holds {len(prompts)}")
-        pictures = sorted((place / "samples").glob("*.png"))
-        if not pictures:
-            raise UserError(f"{place / 'samples'} holds no PNG: generate that prompt's pictures again")
-        for picture in pictures:
-            yield picture, prompts[0]
-
-
-def score_folder(folder: Path, detector: Detector) -> list[dict[str, Any]]:
-    """Judges every picture of a folder in the official layout; a row each, as the official results have them."""
-    rows = []
-    for path, metadata in read_samples(folder):
-        try:
-            with Image.open(path) as picture:
-                image = np.asarray(picture.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"{path} cannot be read as a picture: generate it again") from error
-        rows.append(result(str(path), metadata, detector.detect(image)))
-    return rows
-
-
-def result(filename: str, metadata: Metadata, detections: Sequence[Detection]) -> dict[str, Any]:
-    """One row of results: judgement, the prompt's line, and the boxes (x0, y0, x1, y1, score) that counted."""
-    judgement = judge(detections, metadata)
-    kept = keep(detections, metadata["tag"])
-    boxes = {label: [[*d.box, d.score] for d in found] for label, found in kept.items()}
-    return {
-        "filename": filename,
-        "tag": metadata["tag"],
-        "prompt": metadata["prompt"],
-        "correct": judgement.correct,
-        "reason": judgement.reason,
-        "metadata": json.dumps(metadata),  # text within text, as the official scorer writes both
-        "details": json.dumps(boxes),
-    }
-
-
-def write_results(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes results as JSON lines."""
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Reads results. Raises `UserError` if the file is missing or a line is no result."""
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as GenEval results: score the pictures again") from error
-    if not all(isinstance(row, dict) and {"tag", "correct"} <= row.keys() for row in rows):
-        raise UserError(f"{path} holds lines that are no GenEval results: score the pictures again")
-    return rows
+def _means(judged: Sequence[Judged]) -> dict[str, float]:
+    return scores((j.metadata["tag"], j.correct) for j in judged)

@@ -1,25 +1,33 @@
-"""Flags of the commands that draw, and what a run's config says where they are silent."""
+"""Flags of the commands that draw."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from pisces_jax.utils.cli import Parser, number
+from pisces_jax.utils.errors import UserError
+
+
+def add_run_flags(parser: Parser) -> None:
+    """Which run to use."""
+    parser.add_argument("--workdir", type=Path, metavar="DIR", required=True, help="where the model was trained")
+    parser.add_argument("--run", default="", help="the run in it (default: the unified one that finished last)")
 
 
 def add_drawing_flags(parser: Parser) -> None:
-    """How to draw; what is not given is as the run's config says."""
+    """How to draw; the run's config decides what is not given."""
     parser.add_argument(
         "--describe", action="store_true", default=None, help="let the model write a description of its own first"
     )
-    parser.add_argument("--nodescribe", action="store_false", dest="describe", help="draw at once")
+    parser.add_argument("--nodescribe", action="store_false", dest="describe", help="draw directly")
     parser.add_argument("--temperature", type=number(0), help="of the descriptions; 0: the likeliest words")
-    parser.add_argument("--guidance", type=number(0), help="of the decoder; 1 is none")
+    parser.add_argument("--guidance", type=number(0), help="scale of the decoder's guidance; 1: none")
 
 
 def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict[str, Any]:
-    """Arguments of `Model.draw`, from the flags and where they are silent from the run's config."""
+    """Arguments of `Model.draw`, from the flags and, where they are not given, from the run's config."""
     chosen = config.sampling
     flag = {name: getattr(given, name, None) for name in ("describe", "temperature", "guidance")}
     return {
@@ -28,3 +36,33 @@ def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict
         "temperature": chosen.temperature if flag["temperature"] is None else flag["temperature"],
         "guidance": flag["guidance"],
     }
+
+
+def add_prompt_flags(parser: Parser) -> None:
+    """What to draw."""
+    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
+    parser.add_argument("--prompts_file", type=Path, metavar="F", help="a text file with a prompt on each line")
+
+
+def given_prompts(flags: argparse.Namespace) -> list[str]:
+    """All prompts of `--prompt` and `--prompts_file`.
+
+    Raises:
+        UserError: a prompt is empty, or the file cannot be read or holds none.
+    """
+    if not all(prompt.strip() for prompt in flags.prompt):
+        raise UserError("--prompt is empty: say what to draw")
+    prompts = flags.prompt
+    if (file := flags.prompts_file) is not None:
+        try:
+            lines = file.read_text("utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"--prompts_file={file} cannot be read ({error.strerror}): give a text file") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--prompts_file={file} is not UTF-8 text: give a file with a prompt on each line"
+            ) from error
+        if not any(line.strip() for line in lines):
+            raise UserError(f"--prompts_file={file} holds no prompt: write one on each line")
+        prompts = prompts + [line for line in lines if line.strip()]
+    return [" ".join(prompt.split()) for prompt in prompts]

@@ -1,1 +1,1 @@
-"""Flow matching and the other objectives."""
+"""Flow matching, and the other losses."""

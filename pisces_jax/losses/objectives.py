@@ -1,7 +1,7 @@
-"""The losses: each a sum over its own tokens, vectors or pictures, and their count.
+"""The losses: one value per token, vector or picture, and their masked sums.
 
-Totals and counts are kept apart so that a loss is normalised over the global batch, whatever the mesh, the packing
-or the accumulation.
+A sum and its count stay separate (`masked_average`), so that a loss is normalised over the global batch, whatever the
+mesh, the packing and the gradient accumulation are.
 """
 
 import jax
@@ -13,32 +13,34 @@ from pisces_jax.losses.flow import FlowConfig, interpolate, loss_weight, sample_
 
 
 def masked_average(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Average:
-    """The sum of the values where `mask` holds, and how many they are."""
+    """The sum and the number of the values where `mask` is True; the others may be anything, even NaN."""
     return Average(total=jnp.sum(jnp.where(mask, values, 0.0)), count=jnp.sum(mask).astype(jnp.float32))
 
 
 def next_token_targets(
     tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """What each position is to predict, and whether it counts: the next token of the same segment, if it is learned."""
+    """The next token of each position, and whether it counts: it is in the same segment and in `loss_mask`."""
     following = jnp.roll(tokens, -1, axis=1)
     counts = jnp.roll(loss_mask, -1, axis=1) & (segment_ids == jnp.roll(segment_ids, -1, axis=1)) & (segment_ids > 0)
     return following, counts.at[:, -1].set(False)
 
 
 def vector_error(predicted: Float[Array, "*B C"], target: Float[Array, "*B C"]) -> Float[Array, "*B"]:
-    """Squared error of each vector, the mean over its dimensions, in float32."""
+    """The squared error of each vector, averaged over its dimensions, in float32 (Pisces, arXiv 2506.10395)."""
     return jnp.mean(jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32)), axis=-1)
 
 
 def flow_matching(
     network: object, data: Float[Array, "B ..."], condition: Array, keys: Array, config: FlowConfig
 ) -> Float[Array, "B"]:
-    """Weighted squared velocity error a picture, the mean over its elements (conditional flow matching).
+    """The weighted squared error of the velocity per picture, averaged over the picture's elements.
+
+    Conditional flow matching (Lipman et al. 2023, arXiv 2210.02747).
 
     Args:
-        network: `(x, t, condition, keep) -> output`.
-        keys: one random key a picture [B]; its time, noise and condition dropout come from it alone.
+        network: `(x, t, condition, keep) -> output`, as in `flow.guided`.
+        keys: a random key per picture [B]; the picture's time, noise and condition dropout depend on it alone.
     """
 
     def draws(key: Array) -> tuple[Array, Array, Array]:
@@ -59,13 +61,17 @@ def words_of_pictures(
     real: Bool[Array, "B L"],
     valid: Bool[Array, "B"],
 ) -> Float[Array, "B"]:
-    """How well a picture's vectors tell which words its text has: binary cross-entropies of its tokens, and of those
-    of the batch's other texts, which it has not, summed, from `scores` of every vector and token of the vocabulary.
+    """How well the vectors of a picture predict which tokens its text contains: a sum of binary cross-entropies.
 
-    Words as labels, without a text encoder (SuperClass, Huang et al. 2024, arXiv 2411.03313; there softmax over the
-    vocabulary from one pooled vector). A word's score for the picture is the log of the mean of the exponentials of
-    its vectors' scores, so that the vectors of what it names answer for it, and those of other things need not.
-    Texts and pictures that are not `valid` take no part.
+    The sum goes over all tokens that any text of the batch contains. Tokens as labels, without a text encoder, are
+    from SuperClass (Huang et al. 2024, arXiv 2411.03313), which has a softmax over the vocabulary from one pooled
+    vector. Here the score of a token for a picture is log mean exp of its scores over the vectors, so that only the
+    vectors that show a thing need to name it.
+
+    Args:
+        scores: of every vector and token of the vocabulary.
+        real: False on padding of the texts.
+        valid: False for pictures whose texts do not count. Their losses are to be masked.
     """
     B, _, V = scores.shape
     rows = jnp.broadcast_to(jnp.arange(B)[:, None], tokens.shape)
@@ -83,11 +89,16 @@ def sigmoid_contrastive(
     valid: Bool[Array, "B"],
     same: Bool[Array, "B B"],
 ) -> Float[Array, "B"]:
-    """SigLIP's loss (Zhai et al. 2023, equation 1), a picture: −Σ_j log σ(z_ij (scale·x_i·y_j + bias)), z = ±1.
+    """SigLIP's loss per picture (Zhai et al. 2023, arXiv 2303.15343, section 3.2).
 
-    z is 1 where picture i's text is the `same` as text j, the diagonal among them: where names repeat within a batch,
-    as class labels do, another picture's text may be right for this one too (as in UniCL, Yang et al. 2022,
-    arXiv 2204.03610). Pairs that are not `valid` take no part, neither as pictures nor as other pictures' texts.
+    −Σ_j log σ(z_ij (scale·x_i·y_j + bias)), where z_ij is 1 if the text of picture i is the `same` as text j and −1
+    otherwise. Texts that repeat in a batch, such as class labels, are right for several pictures (as in UniCL, Yang et
+    al. 2022, arXiv 2204.03610).
+
+    Args:
+        pictures, texts: unit vectors.
+        valid: False for pairs that do not count, neither as pictures nor as texts; their loss is 0.
+        same: [i, j] is True where texts i and j are the same, so True on the diagonal.
     """
     logits = jnp.exp(log_scale) * jnp.einsum("BE,ZE->BZ", pictures, texts) + bias
     signs = jnp.where(same, 1.0, -1.0)
@@ -101,11 +112,10 @@ def softmax_contrastive(
     valid: Bool[Array, "B"],
     same: Bool[Array, "B B"],
 ) -> Float[Array, "B"]:
-    """CLIP's loss (Radford et al. 2021), a pair: the mean of both cross-entropies, of text j given picture i and of
-    picture j given text i.
+    """CLIP's loss per pair (Radford et al. 2021, arXiv 2103.00020, figure 3).
 
-    Where several pictures of the batch have the `same` text, each is as right as the other (UniCL, as in
-    `sigmoid_contrastive`). Pairs that are not `valid` take no part; for them 0.
+    The mean of two cross-entropies: of the texts given picture i, and of the pictures given text i. Texts that are the
+    `same` share the target probability equally (UniCL). Arguments as in `sigmoid_contrastive`.
     """
     logits = jnp.exp(log_scale) * jnp.einsum("BE,ZE->BZ", pictures, texts)
     both = valid[:, None] & valid[None]

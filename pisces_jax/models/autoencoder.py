@@ -1,9 +1,9 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022): pictures to a small grid of channels and back.
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752): pictures to latents and back.
 
-The mean of the posterior is the latent: nothing is sampled. Settings differ in channels and in where latents lie:
-SDXL's 4 channels are scaled, the 16 of SD3 and FLUX shifted and scaled.
+The latent is the mean of the posterior; nothing is sampled. The published autoencoders are settings of this module:
+SDXL has 4 latent channels, which are scaled; SD3 and FLUX have 16, which are shifted and scaled.
 
-Letters: B pictures, S pixels a side, Z cells a side, c latent channels, C channels inside.
+Letters: B pictures, S pixels per side, Z latent cells per side, c latent channels, I and C channels in and out.
 """
 
 import dataclasses
@@ -24,10 +24,14 @@ class AutoencoderConfig:
     """Settings of the autoencoder.
 
     Attributes:
-        channels: inside, from the picture's resolution down; each level but the last halves it.
-        blocks: residual blocks a level on the way down; there is one more on the way up.
-        quant_conv: whether 1×1 convolutions stand on both sides of the latent (SDXL has them, SD3 and FLUX not).
+        channels: of each level, from the resolution of the picture down; each level but the last halves it.
+        blocks: residual blocks per level of the encoder; the decoder has one more.
+        groups, eps: of the group norms.
+        quant_conv: whether there are 1×1 convolutions before and after the latent (SDXL has them, SD3 and FLUX not).
         scale, shift: latents are (mean − shift) · scale, so that they have about unit variance.
+
+    Raises:
+        ValueError: `channels` are not multiples of `groups`.
     """
 
     latent_channels: int
@@ -45,12 +49,12 @@ class AutoencoderConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels a cell of the latent, along one side."""
+        """Pixels per latent cell, along one side."""
         return 2 ** (len(self.channels) - 1)
 
 
 class Conv(nn.Module):
-    """A square convolution with bias: kernel [size, size, in, out]; `padding` before and after each side."""
+    """A square convolution with bias. `padding` is (before, after) of height and width; the default keeps the size."""
 
     out: int
     size: int = 3
@@ -72,7 +76,7 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Mean and variance over the pixels and channels of each group (Wu & He 2018), in at least float32."""
+    """Group normalisation (Wu & He 2018, arXiv 1803.08494), computed in at least float32."""
 
     groups: int
     eps: float
@@ -90,7 +94,7 @@ class GroupNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), the sum over a 1×1 convolution of x where channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); where the channels change, x passes a 1×1 convolution."""
 
     config: AutoencoderConfig
     channels: int
@@ -109,7 +113,7 @@ class ResidualBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Full attention over the cells, one head of the whole width."""
+    """Full attention over all pixels with a single head, added to the input."""
 
     config: AutoencoderConfig
     dtype: Any
@@ -127,6 +131,8 @@ class PixelAttention(nn.Module):
 
 
 class Middle(nn.Module):
+    """The blocks at the lowest resolution."""
+
     config: AutoencoderConfig
     dtype: Any
 
@@ -138,18 +144,20 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pictures to the mean and log variance of their latents, along the last axis; 2c channels."""
+
     config: AutoencoderConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S S 3"]) -> Float[Array, "B Z Z moments"]:
+    def __call__(self, x: Float[Array, "B S S 3"]) -> Float[Array, "B Z Z 2*c"]:
         c = self.config
         x = Conv(c.channels[0], dtype=self.dtype, name="conv_in")(x)
         for level, channels in enumerate(c.channels):
             for i in range(c.blocks):
                 x = ResidualBlock(c, channels, self.dtype, name=f"level_{level}_block_{i}")(x)
             if level < len(c.channels) - 1:
-                # One more row and column behind, none before.
+                # The published weights pad below and to the right only.
                 down = Conv(channels, stride=2, padding=[(0, 1)] * 2, dtype=self.dtype, name=f"level_{level}_down")
                 x = down(x)
         x = Middle(c, self.dtype, name="middle")(x)
@@ -158,6 +166,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents, neither shifted nor scaled, to pictures."""
+
     config: AutoencoderConfig
     dtype: Any
 
@@ -170,14 +180,14 @@ class Decoder(nn.Module):
             for i in range(c.blocks + 1):
                 x = ResidualBlock(c, channels, self.dtype, name=f"level_{level}_block_{i}")(x)
             if level < len(c.channels) - 1:
-                x = x.repeat(2, axis=1).repeat(2, axis=2)  # the nearest neighbour
+                x = x.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
                 x = Conv(channels, dtype=self.dtype, name=f"level_{level}_up")(x)
         x = jax.nn.silu(GroupNorm(c.groups, c.eps, self.dtype, name="norm_out")(x))
         return Conv(3, dtype=self.dtype, name="conv_out")(x)
 
 
 class Autoencoder(nn.Module):
-    """`encode` and `decode` are the two entries; pictures are −1..1, latents about unit variance."""
+    """Entry points are `encode` and `decode`. Pictures are in −1..1; latents have about unit variance."""
 
     config: AutoencoderConfig
     dtype: Any = jnp.float32
@@ -191,7 +201,7 @@ class Autoencoder(nn.Module):
             self.post_quant = Conv(c.latent_channels, size=1, dtype=self.dtype)
 
     def encode(self, pictures: Float[Array, "B S S 3"]) -> Float[Array, "B Z Z c"]:
-        """Latents in at least float32."""
+        """Latents of pictures, in at least float32."""
         c = self.config
         moments = self.encoder(pictures)
         if c.quant_conv:
@@ -200,7 +210,7 @@ class Autoencoder(nn.Module):
         return (mean - c.shift) * c.scale
 
     def decode(self, latents: Float[Array, "B Z Z c"]) -> Float[Array, "B S S 3"]:
-        """Pictures in at least float32, not clipped."""
+        """Pictures of latents, in at least float32, not clipped to −1..1."""
         c = self.config
         z = latents / c.scale + c.shift
         if c.quant_conv:
@@ -208,5 +218,5 @@ class Autoencoder(nn.Module):
         return self.decoder(z).astype(jnp.promote_types(self.dtype, jnp.float32))
 
     def __call__(self, pictures: Float[Array, "B S S 3"]) -> Float[Array, "B S S 3"]:
-        """There and back; touches every parameter: what `init` is called with."""
+        """Encodes and decodes, so that `init` creates every parameter."""
         return self.decode(self.encode(pictures))

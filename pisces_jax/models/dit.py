@@ -1,11 +1,11 @@
-"""One diffusion transformer, with the block of Lumina-Next (arXiv 2406.18583) as BLIP3-o uses it.
+"""A diffusion transformer with the block of Lumina-Next (arXiv 2406.18583), as BLIP3-o (arXiv 2505.09568) uses it.
 
-It decodes visual vectors to pictures (pixels, or latents of an autoencoder). Self-attention and cross-attention to
-the condition share the normalised input and one output projection: `self + tanh(gate) · cross`, a gate a head, zero
-at the start. Norms stand before and after each sublayer; the time embedding and the mean of the condition give
-scales and gates, no shifts.
+It decodes visual vectors to pictures: pixels, or latents of an autoencoder. Self-attention and cross-attention to the
+condition share the normalised input and the output projection: `self + tanh(gate) · cross`, with a gate per head that
+starts at zero. There is a norm before and after each sublayer. The time and the mean of the condition modulate the
+blocks by scales and gates, without shifts.
 
-Letters: B pictures, N patches, M condition vectors, C their width, D width, H head width, E heads.
+Letters: B pictures, S side, ch channels, N patches, M condition vectors, C their width, D width, H head width, E heads.
 """
 
 import dataclasses
@@ -39,11 +39,20 @@ from pisces_jax.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """`size` is the side of what is generated, in pixels or latent cells, `channels` its depth.
+    """Settings of the transformer.
 
-    `local_condition` is for conditions that are a grid over the same picture. Linear maps of the condition vector that
-    covers a patch, one for each place in the cell, are added to the patch's embedding and to its output: a first
-    estimate of the picture that the blocks refine. The condition's keys are turned by their places (2-D rotary).
+    Attributes:
+        size: side of what is generated, in pixels or latent cells.
+        channels: of what is generated.
+        condition_width, condition_vectors: shape of the condition.
+        local_condition: for conditions that are a grid over the same picture. Linear maps of the condition vector that
+            covers a patch, one for each place in its cell, are added to the embedding of the patch and to its output: a
+            first estimate of the picture, which the blocks refine. The keys of the condition get a two-dimensional
+            rotary embedding.
+        remat, unroll: as in `layers.scanned`.
+
+    Raises:
+        ValueError: the sizes do not divide.
     """
 
     size: int
@@ -63,24 +72,26 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if self.size % self.patch_size:
-            raise ValueError(f"size {self.size} is no multiple of patch_size {self.patch_size}")
+            raise ValueError(f"size {self.size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads or self.width // self.heads % 4:
-            raise ValueError(f"width {self.width} over {self.heads} heads must give head widths that 4 divides")
+            raise ValueError(f"width {self.width} must be a multiple of 4 times the {self.heads} heads")
         side = self.condition_side
         if self.local_condition and (side**2 != self.condition_vectors or self.side % side):
-            raise ValueError(f"{self.condition_vectors} condition vectors are no grid over {self.side}² patches")
+            raise ValueError(f"{self.condition_vectors} condition vectors are not a grid over {self.side}² patches")
 
     @property
     def side(self) -> int:
+        """Patches along one side."""
         return self.size // self.patch_size
 
     @property
     def condition_side(self) -> int:
+        """Condition vectors along one side, if they are a grid."""
         return round(self.condition_vectors**0.5)
 
 
 class JointAttention(nn.Module):
-    """Self-attention plus gated cross-attention, with LayerNorm on queries and keys over the full width."""
+    """Self-attention plus gated cross-attention; queries and keys are normalised over the full width."""
 
     config: DiTConfig
     dtype: Any
@@ -110,6 +121,8 @@ class JointAttention(nn.Module):
 
 
 class DiTBlock(nn.Module):
+    """Attention and feed-forward layer, modulated by the time embedding t."""
+
     config: DiTConfig
     dtype: Any
 
@@ -141,7 +154,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """The network of a flow: what it predicts (velocity or data) is for `flow.py` to say."""
+    """The network of a flow. `losses.flow.FlowConfig` says whether its output is a velocity or data."""
 
     config: DiTConfig
     dtype: Any = jnp.float32
@@ -150,31 +163,32 @@ class DiT(nn.Module):
     def __call__(
         self, x: Float[Array, "B S S ch"], t: Float[Array, "B"], condition: Float[Array, "B M C"], keep: Array
     ) -> Float[Array, "B S S ch"]:
-        """Output in at least float32.
+        """The output for each pixel, in at least float32.
 
         Args:
-            x: the noisy picture at time t (0: noise, 1: data).
-            condition: the visual vectors, raw.
-            keep: bool [B]; where False the condition is dropped, i.e. zeros after its projection (guidance).
+            x: noisy pictures.
+            t: their times, from 0 (noise) to 1 (data).
+            condition: visual vectors, not normalised.
+            keep: bool [B]; where False, the condition is dropped: it is zero after its projection (for guidance).
         """
         c = self.config
-        raw = condition
-        condition = LayerNorm(name="condition_norm", dtype=self.dtype)(condition)
-        y = Linear((c.width,), ("features",), ("embed",), dtype=self.dtype, name="condition_embedding")(condition)
+
+        def linear(name: str, x: Array, in_axis: str, out_axis: str, width: int = c.width, scale: float = 1.0) -> Array:
+            return Linear((width,), (in_axis,), (out_axis,), scale=scale, dtype=self.dtype, name=name)(x)
+
+        normed = LayerNorm(name="condition_norm", dtype=self.dtype)(condition)
+        y = linear("condition_embedding", normed, "features", "embed")
         y = jnp.where(keep[:, None, None], y, 0)
 
-        h = Linear((c.width,), ("embed",), ("embed_out",), dtype=self.dtype, name="time_up")(
-            time_embedding(t, c.width).astype(self.dtype)
-        )
-        h = Linear((c.width,), ("embed",), ("embed_out",), dtype=self.dtype, name="time_down")(jax.nn.silu(h))
-        pooled = Linear((c.width,), ("embed",), ("embed_out",), dtype=self.dtype, name="pooled_embedding")(y.mean(1))
-        h = h + pooled
+        h = linear("time_up", time_embedding(t, c.width).astype(self.dtype), "embed", "embed_out")
+        h = linear("time_down", jax.nn.silu(h), "embed", "embed_out")
+        h = h + linear("pooled_embedding", y.mean(1), "embed", "embed_out")
 
-        # A grid of vectors says nearly all: the noisy picture starts small beside it, so that noise does not drown it.
+        # A grid of vectors says nearly everything about the picture. The embedding of the noisy picture starts small,
+        # so that its noise does not hide them.
         small = 0.1 if c.local_condition else 1.0
-        z = Linear((c.width,), ("patch",), ("embed",), scale=small, dtype=self.dtype, name="patch_embedding")(
-            patchify(x.astype(self.dtype), c.patch_size)
-        )
+        patches = patchify(x.astype(self.dtype), c.patch_size)
+        z = linear("patch_embedding", patches, "patch", "embed", scale=small)
         head_width = c.width // c.heads
         rope = cos_sin(grid_angles(*grid_centres(c.side), head_width, c.rope_theta), c.unroll)
         condition_rope = None
@@ -183,24 +197,21 @@ class DiT(nn.Module):
             ratio = c.side // c.condition_side
 
             def spread(name: str, vectors: Array, width: int, axis: str) -> Float[Array, "B N W"]:
+                """A vector for each patch from the condition vector that covers it."""
                 cells = Linear((ratio, ratio, width), ("features",), (None, None, axis), dtype=self.dtype, name=name)
                 local = jnp.where(keep[:, None, None, None, None], cells(vectors), 0)
                 local = local.reshape(-1, c.condition_side, c.condition_side, ratio, ratio, width)
                 return local.transpose(0, 1, 3, 2, 4, 5).reshape(-1, c.side**2, width)
 
-            z = z + spread("local", condition, c.width, "embed")
-            estimate = spread("estimate", raw, c.patch_size**2 * c.channels, "patch")
+            z = z + spread("local", normed, c.width, "embed")
+            estimate = spread("estimate", condition, c.patch_size**2 * c.channels, "patch")
             centres = grid_centres(c.condition_side, ratio)
             condition_rope = cos_sin(grid_angles(*centres, head_width, c.rope_theta), c.unroll)
 
         inputs = (nn.broadcast,) * 4
         blocks = scanned(DiTBlock, c.layers, inputs, remat=c.remat, unroll=c.unroll)(c, self.dtype, name="layers")
         z, _ = blocks(z, y, h, rope, condition_rope)
-        scale = Linear((c.width,), ("embed",), ("modulation",), scale=0.0, dtype=self.dtype, name="final_modulation")(
-            jax.nn.silu(h)
-        )
-        z = LayerNorm(affine=False, dtype=self.dtype)(z) * (1 + scale[:, None])
-        out = Linear(
-            (c.patch_size**2 * c.channels,), ("embed",), ("patch",), scale=0.0, dtype=self.dtype, name="output"
-        )(z)
+        modulation = linear("final_modulation", jax.nn.silu(h), "embed", "modulation", scale=0.0)
+        z = LayerNorm(affine=False, dtype=self.dtype)(z) * (1 + modulation[:, None])
+        out = linear("output", z, "embed", "patch", c.patch_size**2 * c.channels, scale=0.0)
         return unpatchify(out + estimate, c.patch_size).astype(jnp.promote_types(self.dtype, jnp.float32))

@@ -1,8 +1,9 @@
-"""Norms, projections, feed-forward layers, rotary and time embeddings: what every model here is made of.
+"""Norms, projections, feed-forward layers, embeddings of positions and times: the layers of all models here.
 
-Every parameter is float32 at initialisation and is cast to the module's compute dtype where it is used.
+Parameters are float32 when they are initialised; they are cast to a module's `dtype`, the compute dtype, when used.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,14 +23,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 _POLICIES = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Any] = {
-    # What the backward pass of a block finds saved beside the block's input; the rest is computed again.
-    "none": None,  # no rematerialisation
+    # What the forward pass of a block saves besides its input; the backward pass computes the rest again.
+    "none": None,  # no rematerialisation: everything is saved
     "full": _POLICIES.nothing_saveable,
-    "attention": _POLICIES.save_only_these_names("context"),  # attention's results: its kernel runs forward once
-    "dots": _POLICIES.save_from_both_policies(  # the outputs of all matrix products with weights, too
+    "attention": _POLICIES.save_only_these_names("context"),  # results of attention: its kernel runs once
+    "dots": _POLICIES.save_from_both_policies(  # and the results of all matrix products with weights
         _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("context")
     ),
-    # Like "attention", but what is saved, the block's input with it, waits in the host's memory.
+    # As "attention", but what is saved is kept in the memory of the host, and so is the input of the block.
     "offload": _POLICIES.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input", "context"],
         offload_src="device", offload_dst="pinned_host",
@@ -38,27 +39,31 @@ REMAT_POLICIES: dict[str, Any] = {
 
 
 def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """`module` on arrays, given its parameters; `method="name"` calls another method than `__call__`."""
+    """Calls `module` with the given parameters; `method="name"` calls a method other than `__call__`."""
     return module.apply({"params": params}, *args, **kwargs)
 
 
 def logical(init: nn.initializers.Initializer, *axes: str | None) -> Callable[..., Any]:
+    """An initializer whose parameter has these logical axes (`sharding.RULES`)."""
     return nn.with_logical_partitioning(init, axes)
 
 
 def lecun(fan_in: int, scale: float = 1.0) -> nn.initializers.Initializer:
-    """Normal with variance scale²/fan_in: written out since kernels here have split axes."""
+    """Normal with variance scale²/fan_in (LeCun et al. 1998), for kernels whose input has several axes."""
     return nn.initializers.normal(scale * fan_in**-0.5)
 
 
 def scanned(block: type[nn.Module], length: int, in_axes: Sequence[Any], *, remat: str, unroll: bool) -> Any:
-    """The module of `length` blocks run as one scan: parameters get a leading axis, the compiler sees one block.
+    """A module of `length` blocks in sequence, as one scan: parameters get a leading axis, and one block is compiled.
 
-    A block maps `(x, *inputs)` to `(x, output)`; `in_axes` says of each input whether it has a leading axis of layers
-    (0) or is the same for all (`nn.broadcast`). `unroll` writes the loop out, faster on CPU, with the same numbers.
+    Args:
+        block: a module that maps `(x, *inputs)` to `(x, output)`.
+        in_axes: for each input, 0 if it has a leading axis of layers, `nn.broadcast` if all layers get the same.
+        remat: a key of `REMAT_POLICIES`.
+        unroll: compiles all blocks one after the other, which is faster on CPUs; the results are the same.
 
     Raises:
-        ValueError: an unknown rematerialisation policy.
+        ValueError: the rematerialisation policy is unknown.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"unknown rematerialisation policy {remat!r}; known: {', '.join(REMAT_POLICIES)}")
@@ -76,7 +81,12 @@ def scanned(block: type[nn.Module], length: int, in_axes: Sequence[Any], *, rema
 
 
 class Linear(nn.Module):
-    """x Wᵀ + b with named axes: contracts the last `len(in_axes)` axes of x, gives `out_shape`."""
+    """A linear map: contracts the last `len(in_axes)` axes of x with the kernel, and gives axes of `out_shape`.
+
+    Attributes:
+        in_axes, out_axes: logical axes of the kernel (`sharding.RULES`).
+        scale: of the initial kernel, relative to variance 1/fan_in.
+    """
 
     out_shape: Sequence[int]
     in_axes: Sequence[str | None]
@@ -89,21 +99,17 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         n = len(self.in_axes)
         in_shape = x.shape[-n:]
-        fan_in = 1
-        for d in in_shape:
-            fan_in *= d
-        shape = (*in_shape, *self.out_shape)
-        kernel = self.param("kernel", logical(lecun(fan_in, self.scale), *self.in_axes, *self.out_axes), shape)
+        init = logical(lecun(math.prod(in_shape), self.scale), *self.in_axes, *self.out_axes)
+        kernel = self.param("kernel", init, (*in_shape, *self.out_shape))
         y = project(x.astype(self.dtype), kernel, tuple(self.in_axes), tuple(self.out_axes))
         if self.bias:
-            y = y + self.param("bias", logical(nn.initializers.zeros, *self.out_axes), tuple(self.out_shape)).astype(
-                self.dtype
-            )
+            init = logical(nn.initializers.zeros, *self.out_axes)
+            y = y + self.param("bias", init, tuple(self.out_shape)).astype(self.dtype)
         return y
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last axis (Zhang & Sennrich 2019), in at least float32."""
+    """x / rms(x) · scale over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467), in at least float32."""
 
     eps: float = 1e-5
     dtype: DType = jnp.float32
@@ -117,9 +123,11 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x − mean) / std · scale + bias over the last axis, in at least float32; `affine=False`: neither.
+    """(x − mean) / std · scale + bias over the last axis (Ba et al. 2016, arXiv 1607.06450), in at least float32.
 
-    The scale starts at `start`.
+    Attributes:
+        affine: whether there are a scale and a bias.
+        start: initial value of the scale.
     """
 
     eps: float = 1e-6
@@ -140,7 +148,7 @@ class LayerNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with an activation between (transformer encoders)."""
+    """The feed-forward layer of transformer encoders: down(activation(up(x)))."""
 
     hidden: int
     activation: str = "gelu"
@@ -154,7 +162,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)), no biases (Shazeer 2020; LLaMA)."""
+    """down(silu(gate(x)) · up(x)) without biases (Shazeer 2020, arXiv 2002.05202; LLaMA)."""
 
     hidden: int
     dtype: DType = jnp.float32
@@ -169,11 +177,12 @@ class SwiGLU(nn.Module):
 
 
 class Projector(nn.Module):
-    """The two-layer GELU MLP from one representation to another: encoder to language model, and back.
+    """A two-layer MLP with GELU from one representation to another: from an encoder to the language model, and back.
 
-    With a `grid`, the side of the square that the vectors form, it adds learned embeddings of the row and the column
-    of the place after each vector's own, which is the one to come; behind the last stands the first. `scale` is the
-    last matrix's at the start, over the usual one.
+    Attributes:
+        grid: if not 0, the vectors form a square of that side, and learned embeddings of the row and column of the
+            next place are added to each vector. The next place of the last vector is the first.
+        scale: of the initial last matrix, relative to the usual one.
     """
 
     width: int
@@ -201,10 +210,10 @@ CosSin = tuple[Float[Array, "#B T Half"], Float[Array, "#B T Half"]]
 
 
 def cos_sin(angles: Float[Array, "#B T Half"], unroll: bool = False) -> CosSin:
-    """Cosines and sines of rotary angles, for all layers of a model; `unroll` says that these are written out.
+    """Cosines and sines of rotary angles, shared by all layers of a model. `unroll` as in `scanned`.
 
-    XLA's CPU compiler would then compute them again at each use, once an element and head: a third of a small model's
-    attention. The operand of a gather it computes beforehand, even of one that takes every row as it is.
+    With unrolled layers, XLA's CPU compiler would compute them again at each use, for every element and head: a third
+    of the time of a small model's attention. A gather, even of all rows in order, makes it compute them once.
     """
     found = jnp.cos(angles), jnp.sin(angles)
     rows = jnp.arange(angles.shape[0])
@@ -212,7 +221,7 @@ def cos_sin(angles: Float[Array, "#B T Half"], unroll: bool = False) -> CosSin:
 
 
 def apply_rope(x: Float[Array, "B T N H"], rope: CosSin) -> Float[Array, "B T N H"]:
-    """Rotary embedding (Su et al. 2021): pairs (x_i, x_{i+H/2}) turned, in at least float32."""
+    """Rotary embedding (Su et al. 2021, arXiv 2104.09864): rotates the pairs (x_i, x_{i+H/2}), in at least float32."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     cos, sin = (t[:, :, None].astype(wide) for t in rope)
     a, b = jnp.split(x.astype(wide), 2, axis=-1)
@@ -220,32 +229,36 @@ def apply_rope(x: Float[Array, "B T N H"], rope: CosSin) -> Float[Array, "B T N 
 
 
 def grid_angles(ys: Float[Array, "M"], xs: Float[Array, "M"], head_dim: int, base: float) -> Float[Array, "1 M Half"]:
-    """Angles of a two-dimensional rotary embedding: half of the frequencies turn with y, half with x."""
+    """Angles of a two-dimensional rotary embedding: half of the pairs rotate with y, half with x."""
     frequencies = base ** (-jnp.arange(0, head_dim // 2, 2) / (head_dim // 2))
     return jnp.concatenate([ys[:, None] * frequencies, xs[:, None] * frequencies], axis=-1)[None]
 
 
 def grid_centres(side: int, scale: float = 1.0) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
-    """(ys, xs) of the cell centres of a side×side grid in raster order, in units of `scale` a cell."""
+    """(ys, xs) of the cell centres of a side×side grid in raster order; a cell is `scale` wide."""
     centres = (jnp.arange(side) + 0.5) * scale
     ys, xs = jnp.meshgrid(centres, centres, indexing="ij")
     return ys.reshape(-1), xs.reshape(-1)
 
 
-def time_embedding(t: Float[Array, "B"], width: int, max_period: float = 10_000.0) -> Float[Array, "B width"]:
-    """Sinusoids of 1000·t, t in [0, 1] (Ho et al. 2020)."""
+def time_embedding(t: Float[Array, "B"], width: int) -> Float[Array, "B width"]:
+    """Cosines, then sines, of 1000·t, t in [0, 1], at frequencies from 1 down to 1/10,000 (Ho et al. 2020)."""
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half) / half)
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half)
     angles = 1000.0 * t[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def pool_2d(x: Float[Array, "B N D"], stride: int) -> Float[Array, "B M D"]:
-    """Average over stride×stride squares of a square grid in raster order (Pisces' Pool_{a×a}); M = N/stride²."""
+    """Averages stride×stride squares of a square grid in raster order (Pisces' Pool_{a×a}); M = N/stride².
+
+    Raises:
+        ValueError: N is not the square of a multiple of `stride`.
+    """
     B, N, D = x.shape
     side = round(N**0.5)
     if side * side != N or side % stride:
-        raise ValueError(f"{N} vectors are no square grid whose side is a multiple of {stride}")
+        raise ValueError(f"{N} vectors are not a square grid whose side is a multiple of {stride}")
     x = x.reshape(B, side // stride, stride, side // stride, stride, D)
     return x.mean(axis=(2, 4)).reshape(B, -1, D)
 
@@ -253,14 +266,14 @@ def pool_2d(x: Float[Array, "B N D"], stride: int) -> Float[Array, "B M D"]:
 def normalize_picture(
     images: Int[Array, "B S S 3"], mean: Sequence[float], std: Sequence[float], dtype: DType
 ) -> Float[Array, "B S S 3"]:
-    """uint8 pixels to (x/255 − mean)/std, as the encoders expect them; computed in at least float32."""
+    """uint8 pixels to (x/255 − mean)/std in `dtype`, computed in at least float32."""
     wide = jnp.promote_types(dtype, jnp.float32)
     x = images.astype(wide) / 255.0
     return ((x - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
 
 
 def patchify(images: Float[Array, "B S S C"], patch: int) -> Float[Array, "B N PPC"]:
-    """Squares of patch×patch pixels in raster order; inside one: row, column, channel."""
+    """Squares of patch×patch pixels in raster order; the order inside a patch is row, column, channel."""
     B, S, _, C = images.shape
     n = S // patch
     x = images.reshape(B, n, patch, n, patch, C).transpose(0, 1, 3, 2, 4, 5)

@@ -1,6 +1,7 @@
-"""The causal language model: LLaMA 3.1 (Dubey et al. 2024), with its key-value cache.
+"""The causal language model: LLaMA 3.1 (Dubey et al. 2024, arXiv 2407.21783), with a key-value cache.
 
-Letters: B rows, T positions, D width, N query heads, K key-value heads, H head width, V vocabulary, L layers.
+Letters: B rows, T positions, S slots of the cache, D width, K key-value heads, H head width, V vocabulary, R rows of a
+vocabulary matrix, L layers.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from pisces_jax.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """LLaMA 3.1's stretching of the slow rotary frequencies (`rope_type: llama3`)."""
+    """LLaMA 3.1's scaling of low rotary frequencies (`rope_type: llama3` in its configs), see `rope_frequencies`."""
 
     factor: float
     low_freq_factor: float
@@ -32,9 +33,18 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """`vocab_size` counts the tokens that exist. The two vocabulary matrices have that many rows, rounded up to a
-    multiple of `vocab_multiple` so that they shard evenly; the rows of padding are zeros and are never predicted.
-    `attention` names a backend of `models/attention.py`, `remat` a policy of `layers.REMAT_POLICIES`.
+    """Settings of the language model.
+
+    Attributes:
+        vocab_size: number of tokens that exist.
+        vocab_multiple: the vocabulary matrices have `vocab_size` rows, rounded up to a multiple of this, so that they
+            shard evenly. The rows of padding are zeros and are never predicted.
+        tied_embedding: whether the embedding is also the output matrix.
+        attention: one of `attention.BACKENDS`.
+        remat, unroll: as in `layers.scanned`.
+
+    Raises:
+        ValueError: the backend is unknown, or the heads are not a multiple of the key-value heads.
     """
 
     vocab_size: int
@@ -55,20 +65,22 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         if self.attention not in BACKENDS:
-            raise ValueError(f"attention {self.attention!r} is none of {', '.join(BACKENDS)}")
+            raise ValueError(f"attention {self.attention!r} is not one of {', '.join(BACKENDS)}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} query heads are no multiple of {self.kv_heads} key-value heads")
+            raise ValueError(f"{self.heads} query heads are not a multiple of {self.kv_heads} key-value heads")
 
     @property
     def vocab_rows(self) -> int:
+        """Rows of the vocabulary matrices."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 def rope_frequencies(config: TransformerConfig) -> Float[Array, "Half"]:
-    """Radians a position, per pair of a head's dimensions; with 3.1's scaling, slow ones are divided by `factor`.
+    """Radians per position, for each pair of a head's dimensions (Su et al. 2021, arXiv 2104.09864).
 
-    A frequency whose wavelength is shorter than `original / high` stays, one longer than `original / low` is divided,
-    and between them the two are blended linearly in original / wavelength.
+    With LLaMA 3.1's scaling, a frequency whose wavelength is shorter than `original / high` stays, one whose wavelength
+    is longer than `original / low` is divided by `factor`, and between them the two are blended, linearly in
+    `original / wavelength`.
     """
     exponents = jnp.arange(0, config.head_dim, 2) / config.head_dim
     frequencies = config.rope_theta**-exponents
@@ -82,18 +94,21 @@ def rope_frequencies(config: TransformerConfig) -> Float[Array, "Half"]:
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the positions so far, left-aligned: row b's position p is slot p."""
+    """Keys and values of the positions so far, left-aligned: position p of a row is in slot p."""
 
     k: Float[Array, "L B S K H"]
     v: Float[Array, "L B S K H"]
 
 
 def empty_cache(config: TransformerConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+    """A cache of zeros for rows of at most `slots` positions."""
     shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 class Attention(nn.Module):
+    """Causal self-attention with grouped queries; `cache` is the (k, v) of one layer, or None."""
+
     config: TransformerConfig
     dtype: Any
 
@@ -121,6 +136,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and SwiGLU; returns the new hidden states and the layer's cache."""
+
     config: TransformerConfig
     dtype: Any
 
@@ -139,7 +156,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings in, hidden states out; `embed` and `logits` are the two ends of a text model."""
+    """Maps embeddings to hidden states; for text, `embed` comes before it and `logits` after it."""
 
     config: TransformerConfig
     dtype: Any = jnp.float32
@@ -147,11 +164,11 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         c = self.config
 
-        def rows(key: Any, shape: Any, dtype: Any = jnp.float32) -> Array:
+        def zeros_in_padding(key: Any, shape: Any, dtype: Any = jnp.float32) -> Array:
             real = jnp.arange(shape[0])[:, None] < c.vocab_size
             return jnp.where(real, nn.initializers.normal(0.02)(key, shape, dtype), 0)
 
-        vocabulary = logical(rows, "vocab", "embed")
+        vocabulary = logical(zeros_in_padding, "vocab", "embed")
         self.embedding = self.param("embedding", vocabulary, (c.vocab_rows, c.width))
         inputs = (0, nn.broadcast, nn.broadcast, nn.broadcast)
         self.layers = scanned(Block, c.layers, inputs, remat=c.remat, unroll=c.unroll)(c, self.dtype)
@@ -160,6 +177,7 @@ class Transformer(nn.Module):
             self.head = self.param("head", vocabulary, (c.vocab_rows, c.width))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The embeddings of tokens, in the compute dtype."""
         return look_up(self.embedding, tokens, self.dtype)
 
     def __call__(
@@ -169,11 +187,11 @@ class Transformer(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states after the final norm, and the cache with these positions written into it.
+        """Hidden states after the final norm, and the cache with these positions added (None without a cache).
 
-        Without a cache, x is whole rows: index order is causal order, `positions` only turn the rotary embedding, and
-        `segment_ids` (0 is padding) keep packed examples apart. With a cache, `positions` are also the slots, and a
-        position sees every slot up to its own.
+        Without a cache, x holds whole rows: causal order is the order in the row, `positions` are only for the rotary
+        embedding, and `segment_ids` (0 is padding) separate packed examples. With a cache, `positions` are also the
+        slots, and a position sees every slot up to its own.
         """
         rope = cos_sin(positions[..., None].astype(jnp.float32) * rope_frequencies(self.config), self.config.unroll)
         x, slots = self.layers(
@@ -182,17 +200,17 @@ class Transformer(nn.Module):
         return self.final_norm(x), None if cache is None else Cache(*slots)
 
     def output_matrix(self) -> Float[Array, "R D"]:
-        """R ≥ V rows: those of padding, behind the vocabulary, are not to be predicted."""
+        """The matrix of `logits`, with R ≥ V rows: those after the vocabulary are padding."""
         return self.embedding if self.config.tied_embedding else self.head
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """In at least float32, of the tokens that exist."""
+        """The logits of the tokens that exist, in at least float32."""
         matrix = self.output_matrix().astype(self.dtype)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         y = jnp.einsum("BTD,VD->BTV", hidden, matrix, preferred_element_type=wide)
         return constrain(y, "batch", "length", "vocab")[..., : self.config.vocab_size]
 
     def init_all(self, tokens: Int[Array, "B T"]) -> jax.Array:
-        """Touches every parameter: what `init` is called with."""
+        """Calls every part, so that `init` creates every parameter."""
         hidden, _ = self(self.embed(tokens), jnp.zeros(tokens.shape, jnp.int32))
         return self.logits(hidden)

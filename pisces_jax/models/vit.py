@@ -1,4 +1,10 @@
-"""The vision transformer (Dosovitskiy et al. 2021): SigLIP, CLIP and EVA-CLIP are settings of one module."""
+"""The vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), and the text tower of contrastive pretraining.
+
+SigLIP, CLIP and EVA-CLIP are settings of one module.
+
+Letters: B pictures or texts, S pixels per side, N patches, T positions (patches and a class token), L tokens, D width,
+C output width.
+"""
 
 import dataclasses
 from typing import Any
@@ -30,21 +36,25 @@ class ViTConfig:
     """Settings of the encoder.
 
     Attributes:
-        norm: "pre" is SigLIP's and CLIP's block, `x + f(norm(x))`; "post" is EVA-CLIP-E's, `x + norm(f(x))`.
+        image_size: side of the pictures in pixels; pixels beyond the last whole patch are ignored.
+        norm: "pre" is the block of SigLIP and CLIP, `x + f(norm(x))`; "post" is that of EVA-CLIP-E, `x + norm(f(x))`.
         patch_bias: whether the patch embedding has a bias; CLIP's has none.
-        embedding_norm: a LayerNorm between the embeddings and the first block, as CLIP has it.
-        biases: which of the query, key and value projections have one, by first letter.
-        output_dim: if not 0, every patch vector is projected to that width, by a matrix for each place of the grid so
-            that pooling does not mix up the places, and bounded by tanh: small encoders trained here end so.
-        post_scale: what the scales of post-norms start at; small ones let an encoder from scratch learn sooner, since
-            its blocks start near the identity.
-        stem: channels of convolutions between the pixels and the patch embedding (Xiao et al. 2021, arXiv 2106.14881):
-            each 3×3 with stride 2, a norm over the picture and GELU. In the few hundred steps of a small run linear
-            patches hardly learn to tell shapes apart (docs/small_runs.md).
-        positions: what the position embedding starts at: "normal", small random numbers, or "sines" of row and column.
-        mean, std: of the pixels, scaled to 0..1.
-        attention: a backend of `models/attention.py`.
-        remat: a policy of `layers.REMAT_POLICIES`.
+        embedding_norm: whether there is a LayerNorm between the embeddings and the first block, as in CLIP.
+        biases: the first letters of those of the query, key and value projections that have a bias.
+        output_dim: if not 0, each patch vector is projected to this width and bounded by tanh, as in the small encoders
+            that are trained here. Each place has its own matrix, so that pooled vectors still tell places apart.
+        post_scale: initial scale of the norms in post-norm blocks. With a small one, blocks start near the identity,
+            and an encoder from scratch learns sooner.
+        stem: channels of convolutions between the pixels and the patch embedding (Xiao et al. 2021, arXiv 2106.14881).
+            Without them, patches hardly learn to tell shapes apart in the few hundred steps of a small run
+            (docs/small_runs.md).
+        positions: initial position embedding: "normal" (small random numbers) or "sines" of row and column.
+        mean, std: of the pixels, scaled to 0..1, per channel.
+        attention: one of `attention.BACKENDS`.
+        remat, unroll: as in `layers.scanned`.
+
+    Raises:
+        ValueError: a setting is unknown, or the sizes do not fit.
     """
 
     image_size: int
@@ -73,30 +83,31 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         if self.attention not in BACKENDS:
-            raise ValueError(f"attention {self.attention!r} is none of {', '.join(BACKENDS)}")
+            raise ValueError(f"attention {self.attention!r} is not one of {', '.join(BACKENDS)}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm {self.norm!r} is neither 'pre' nor 'post'")
         if self.image_size < self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
         if self.patch_size % 2 ** len(self.stem):
-            raise ValueError(f"patch_size {self.patch_size} is no multiple of {2 ** len(self.stem)} (stem)")
+            raise ValueError(f"patch_size {self.patch_size} is not a multiple of {2 ** len(self.stem)} (stem)")
         if self.positions not in ("normal", "sines"):
             raise ValueError(f"positions {self.positions!r} is neither 'normal' nor 'sines'")
         if self.positions == "sines" and (self.class_token or self.width % 4):
-            raise ValueError("positions 'sines' are of patches alone, and of a width that four divides")
+            raise ValueError("positions 'sines' need a width that is a multiple of 4, and no class token")
 
     @property
     def vectors(self) -> int:
-        """Vectors a picture gives."""
+        """Number of vectors per picture."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def output_width(self) -> int:
+        """Width of the vectors."""
         return self.output_dim or self.width
 
 
 class EncoderAttention(nn.Module):
-    """Full attention with as many key-value heads as query heads; `mask` (True: seen) where texts are padded."""
+    """Full attention with as many key-value heads as query heads; `mask` [B, T, T] is False on padding, or None."""
 
     heads: int
     biases: str
@@ -145,7 +156,7 @@ class EncoderBlock(nn.Module):
 
 
 class Convolution(nn.Module):
-    """3×3 with stride 2, edges padded with zeros: half the side, rounded up; then a norm over the picture and GELU."""
+    """One layer of the stem: 3×3 with stride 2 (half the side, rounded up), a norm over the picture, and GELU."""
 
     channels: int
     eps: float
@@ -168,9 +179,9 @@ class Convolution(nn.Module):
 
 
 def sines(side: int, width: int) -> Float[Array, "N D"]:
-    """Sines and cosines, 0.3 large, of a grid's rows, then of its columns, in raster order (Vaswani et al. 2017).
+    """Sines and cosines of the row, then of the column, of each cell in raster order (Vaswani et al. 2017).
 
-    Wavelengths run from about three patches to three hundred.
+    The amplitude is 0.3; wavelengths are from about three patches to three hundred.
     """
     frequencies = 2.0 * 100.0 ** (-jnp.arange(width // 4) / (width // 4))
     angles = [place[:, None] * frequencies for place in grid_centres(side)]
@@ -178,14 +189,14 @@ def sines(side: int, width: int) -> Float[Array, "N D"]:
 
 
 class ViT(nn.Module):
-    """Pictures to patch vectors in raster order; the class token, where there is one, is dropped at the end."""
+    """Maps pictures to patch vectors in raster order; a class token is used inside and not returned."""
 
     config: ViTConfig
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: Int[Array, "B S S 3"]) -> Float[Array, "B N D"]:
-        """uint8 pictures of `image_size` to vectors of `output_width`."""
+        """The vectors of uint8 pictures, in the compute dtype."""
         c = self.config
         seen = c.image_size // c.patch_size * c.patch_size
         x = normalize_picture(images[:, :seen, :seen], c.mean, c.std, self.dtype)
@@ -215,7 +226,7 @@ class ViT(nn.Module):
         if c.class_token:
             x = x[:, 1:]
         if c.output_dim:
-            # 0.3: within tanh's linear range, so that training starts as a linear code of the patches.
+            # 0.3 is in the linear range of tanh, so that training starts with a linear code of the patches.
             init = logical(lecun(c.width, 0.3), "position", "embed", "features")
             kernel = self.param("output", init, (c.vectors, c.width, c.output_dim))
             x = jnp.einsum("BND,NDC->BNC", x, kernel.astype(self.dtype))
@@ -224,7 +235,7 @@ class ViT(nn.Module):
 
 
 def pooled_features(vectors: Float[Array, "B N D"], stride: int) -> Float[Array, "B M D"]:
-    """The generation encoder's vectors, pooled before any projection and not normalised (Pisces), in float32."""
+    """Pisces' features of a picture: the generation encoder's vectors, average-pooled, not normalised, in float32."""
     return pool_2d(vectors.astype(jnp.float32), stride)
 
 
@@ -242,14 +253,14 @@ class TextTowerConfig:
 
 
 class TextTower(nn.Module):
-    """Tokens to one vector: a pre-norm encoder without causal mask, mean over the real tokens."""
+    """Maps a text to one vector: a pre-norm encoder without causal mask, averaged over the real tokens."""
 
     config: TextTowerConfig
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B L"], real: Array) -> Float[Array, "B D"]:
-        """`real [B, L]`: False on padding."""
+        """The vectors of texts; `real` [B, L] is False on padding."""
         c = self.config
         init = nn.initializers.normal(0.02)
         embedding = self.param("embedding", logical(init, "vocab", "embed"), (c.vocab_size, c.width))
@@ -265,7 +276,7 @@ class TextTower(nn.Module):
 
 
 class ContrastiveHead(nn.Module):
-    """A unit vector from patch vectors (their mean) or from a text vector, for the sigmoid loss."""
+    """Projects the vector of a picture (the mean of its patches) or text to a unit vector, for contrastive losses."""
 
     dim: int
     dtype: Any = jnp.float32

@@ -1,13 +1,16 @@
-"""Attention with grouped queries over packed rows, its masks, and the choice of who computes it.
+"""Attention with grouped queries (Ainslie et al. 2023) over packed rows, its masks, and the choice of a backend.
 
-`attention` has one meaning and three backends that agree on packed rows, gradients too:
+`attention` has one definition and three backends that agree on packed rows, gradients included:
 
 - `xla`: the definition, written out; holds all T×S logits.
-- `blockwise` (`models/blockwise.py`): plain JAX, O(T) memory: what GPUs run.
-- `splash` (`models/splash.py`): the TPU kernel, O(T) memory.
+- `blockwise` (`ops/blockwise.py`): plain JAX with O(T) memory; used on GPUs.
+- `splash` (`ops/splash.py`): the TPU kernel, O(T) memory.
 
-Letters: B rows, T queries, S keys, N query heads, K key-value heads, G = N/K queries a group, H head width.
+Letters: B rows, T queries, S keys, N query heads, K key-value heads, G = N/K queries per group, H head width.
 """
+
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +22,12 @@ from pisces_jax.ops.splash import splash_attention
 from pisces_jax.sharding import platform
 
 BACKENDS = ("auto", "xla", "blockwise", "splash")
-# With fewer keys the logits are smaller than the inputs: nothing is gained by not holding them.
+# With so few keys the logits are small, and holding all of them costs nothing.
 FEW_KEYS = 256
 
 
 def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
-    """True where query and key belong to one segment: examples packed in a row never see each other.
+    """True where query and key are in the same segment, so that examples packed in a row do not see each other.
 
     Segments `[1, 1, 2, 0]` (0 is padding) give
 
@@ -33,7 +36,7 @@ def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Ar
         0 0 1 0
         0 0 0 1
 
-    A padding position sees padding alone, so that no row of the softmax is empty.
+    Padding sees only padding, so that no row of the softmax is empty.
     """
     return queries[:, :, None] == keys[:, None, :]
 
@@ -44,15 +47,15 @@ def causal_mask(queries: int, keys: int) -> Bool[Array, "1 T S"]:
 
 
 def cache_mask(index: Int[Array, "B T"], slots: int) -> Bool[Array, "B T S"]:
-    """True for the cache's slots up to each query's own: the cache is left-aligned, and what lies behind is stale."""
+    """True for the slots up to the query's own `index`: the cache is left-aligned, and later slots are stale."""
     return jnp.arange(slots)[None, None, :] <= index[:, :, None]
 
 
 def choose_backend(backend: str, keys: int, masked: bool) -> str:
-    """The backend that runs: "auto" by the platform in force; an explicit mask (of a cache) is only known to `xla`.
+    """The backend that runs: "auto" chooses by the platform. Explicit masks (of a cache) are computed by `xla` only.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: `backend` is not one of `BACKENDS`.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKENDS)}")
@@ -75,10 +78,15 @@ def attention(
     mask: Bool[Array, "B T S"] | None = None,
     backend: str = "auto",
 ) -> Float[Array, "B T N H"]:
-    """softmax(q kᵀ / √H) v, softmax in float32 (float64 where the inputs are).
+    """softmax(q kᵀ / √H) v (Vaswani et al. 2017, equation 1), in the dtype of v; the softmax in at least float32.
 
-    `causal`, `segment_ids` (of queries and keys) and `mask` (True: seen) hold together. The result is named
-    "context" for rematerialisation (`layers.REMAT_POLICIES`).
+    Args:
+        causal: a query sees the keys up to its own index.
+        segment_ids: of queries and keys; a query sees the keys of its own segment.
+        mask: True where a query sees a key. All three restrictions hold together.
+        backend: one of `BACKENDS`.
+
+    The result is named "context" for rematerialisation (`layers.REMAT_POLICIES`).
     """
     chosen = choose_backend(backend, k.shape[1], mask is not None)
     if chosen == "splash":
@@ -97,23 +105,19 @@ def xla_attention(
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     mask: Bool[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attention` by its definition."""
+    """`attention`, computed as it is defined."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    seen = None
-    for part in (
-        causal_mask(T, S) if causal else None,
-        segment_mask(*segment_ids) if segment_ids is not None else None,
-        mask,
-    ):
-        if part is not None:
-            seen = part if seen is None else seen & part
+    masks = [causal_mask(T, S)] if causal else []
+    masks += [segment_mask(*segment_ids)] if segment_ids is not None else []
+    masks += [mask] if mask is not None else []
+    seen = functools.reduce(operator.and_, masks) if masks else None
     q = q.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("BTKGH,BSKH->BKTGS", q, k, preferred_element_type=wide)
     if seen is not None:
         logits = jnp.where(seen[:, None, :, None], logits, jnp.finfo(wide).min)
-    # Normalised after the product with v: a division for every H, not for every S.
+    # Normalised after the product with v: H divisions per query and head, not S.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     y = jnp.einsum("BKTGS,BSKH->BKTGH", weights.astype(v.dtype), v, preferred_element_type=wide)
     y = y / weights.sum(axis=-1, keepdims=True)

@@ -1,9 +1,9 @@
 """Attention in blocks of queries and keys, in plain JAX: O(T) memory on any platform (Dao 2023, FlashAttention-2).
 
-The softmax is taken as its blocks come, with a running maximum and sum; the backward pass computes each block's
-weights again from the saved logarithm of the sum. Blocks that lie wholly above the diagonal are not computed.
+The softmax is accumulated block by block with a running maximum and sum. The backward pass recomputes the weights of
+each block from the saved log-sum-exp. Blocks that are completely above the diagonal are skipped.
 
-Letters as in `models/attention.py`; R blocks of q queries, C blocks of s keys.
+Letters as in `ops/attention.py`; R blocks of q queries, C blocks of s keys.
 """
 
 import functools
@@ -18,7 +18,7 @@ BLOCK = 512
 
 
 class _Blocks(NamedTuple):
-    """Queries [R, B, q, K, G, H], keys and values [C, B, s, K, H], their segments [R, B, q] and [C, B, s]."""
+    """Scaled queries [R, B, q, K, G, H], keys and values [C, B, s, K, H], segments [R, B, q] and [C, B, s]."""
 
     q: Array
     k: Array
@@ -34,12 +34,11 @@ def blockwise_attention(
     *,
     causal: bool = False,
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
-    block: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q kᵀ / √H) v, in blocks of `block` positions (0: `BLOCK`); a query that sees no key gives zeros."""
+    """`attention.attention` in blocks of `BLOCK` positions; zeros for a query that sees no key."""
     if segment_ids is None:
         segment_ids = jnp.zeros(q.shape[:2], jnp.int32), jnp.zeros(k.shape[:2], jnp.int32)
-    return _attention(q, k, v, *segment_ids, causal, block or BLOCK)
+    return _attention(q, k, v, *segment_ids, causal, BLOCK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -82,11 +81,11 @@ def _backward(causal: bool, block: int, saved: Any, d_out: Array) -> tuple[Array
     wide = jnp.promote_types(q.dtype, jnp.float32)
     rows, columns = b.q.shape[0], b.k.shape[0]
     d_blocks = _cut(_grouped(d_out, k), block)
-    # Σ_s p_ts · dp_ts of each query, from the outputs alone.
+    # D of the paper: Σ_s p_ts · dp_ts per query, which is the product of the output and its gradient.
     mean = _cut(_grouped(d_out.astype(wide) * out.astype(wide), k).sum(-1), block)
 
     def weights_of(i: Array, j: Array) -> tuple[Array, Array]:
-        """A block's weights p and the gradients of its logits."""
+        """The weights p of a block and the gradients of its logits, [B, K, G, q, s]."""
         logits, seen = _logits(b, i, j, causal, wide)
         weights = jnp.where(seen, jnp.exp(logits - lse[i][..., None]), 0)
         d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", d_blocks[i], b.v[j], preferred_element_type=wide)
@@ -124,7 +123,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _split(q: Array, k: Array, v: Array, q_ids: Array, k_ids: Array, block: int) -> _Blocks:
-    """Padding at the end is of segment -1 (queries) and -2 (keys), so that it sees nothing and is not seen."""
+    """The inputs in blocks. Padding is segment -1 (queries) or -2 (keys), so that it sees nothing and is not seen."""
     q = _grouped(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k)
     return _Blocks(
         _cut(q, block), _cut(k, block), _cut(v, block), _cut(q_ids, block, -1), _cut(k_ids, block, -2)
@@ -132,24 +131,25 @@ def _split(q: Array, k: Array, v: Array, q_ids: Array, k_ids: Array, block: int)
 
 
 def _grouped(q: Array, k: Array) -> Array:
+    """[B, T, N, H] as [B, T, K, G, H]."""
     return q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
 
 
 def _cut(x: Array, block: int, fill: int = 0) -> Array:
-    """[B, T, ...] in blocks [R, B, q, ...], padded at the end."""
+    """[B, T, ...] as blocks [R, B, q, ...], padded at the end with `fill`."""
     size = min(block, x.shape[1])
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
 def _join(x: Array, shape: tuple[int, ...]) -> Array:
-    """Blocks [R, B, q, ...] as the array they are of."""
+    """Blocks [R, B, q, ...] as an array of `shape`, without the padding."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *shape[2:])[:, : shape[1]]
 
 
 def _logits(b: _Blocks, i: Array, j: Array, causal: bool, wide: Any) -> tuple[Array, Array]:
-    """[B, K, G, q, s] and which of them are seen."""
+    """The logits of block (i, j), [B, K, G, q, s], and a mask of those that are seen."""
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", b.q[i], b.k[j], preferred_element_type=wide)
     seen = b.q_ids[i][:, :, None] == b.k_ids[j][:, None, :]
     if causal:
@@ -160,7 +160,7 @@ def _logits(b: _Blocks, i: Array, j: Array, causal: bool, wide: Any) -> tuple[Ar
 
 
 def _last_column(b: _Blocks, i: Array, causal: bool) -> Array | int:
-    """How many blocks of keys the queries of block i may see."""
+    """Number of key blocks that the queries of block i may see."""
     columns, size = b.k.shape[0], b.k.shape[2]
     if not causal:
         return columns

@@ -1,6 +1,6 @@
-"""Cross-entropy of the next token that never holds all logits, also where the vocabulary is sharded.
+"""Cross-entropy over a vocabulary that never holds all logits, also where the vocabulary is sharded.
 
-Letters: B rows, T positions, D width, R rows of the output matrix, V entries of a block of the vocabulary.
+Letters: B rows, T positions, D width, R rows of the output matrix, V tokens in a block of the vocabulary.
 """
 
 import functools
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.ops.sharded import reduce_scatter, rows_divide
-from pisces_jax.sharding import BATCH_AXES, gathered, mesh_in_force, partition_spec, spec_axes
+from pisces_jax.ops.sharded import batch_axes, reduce_scatter, rows_divide
+from pisces_jax.sharding import gathered, mesh_in_force, partition_spec, spec_axes
 
 
 def text_cross_entropy(
@@ -23,17 +23,19 @@ def text_cross_entropy(
     chunk: int = 0,
     vocab_size: int = 0,
 ) -> Float[Array, "B T"]:
-    """−log softmax(hidden · matrixᵀ)[target] a position, in at least float32.
+    """−log softmax(hidden · matrixᵀ)[target] per position, in at least float32.
 
-    The vocabulary is taken in blocks of at most `chunk` entries (0: all at once) with a running logarithm of the sum,
-    and the backward pass computes each block's logits again: [B, T, R] never exists. The matrix is gathered over fsdp
-    once, in the dtype of `hidden`, and stays for the backward pass; over `tensor` it stays sharded, each device
-    taking its own part of the vocabulary. Rows of `matrix` from `vocab_size` on are padding and take no part (0:
-    there is none).
+    The log-sum-exp is accumulated over blocks of the vocabulary, and the backward pass recomputes the logits of each
+    block, so an array [B, T, R] never exists. The matrix is gathered over fsdp once, in the dtype of `hidden`, and kept
+    for the backward pass. Over `tensor` it stays sharded: each device computes its own part of the vocabulary.
+
+    Args:
+        chunk: most tokens in a block; 0 is one block.
+        vocab_size: the rows of `matrix` from here on are padding, without loss and gradient; 0 means no padding.
     """
     mesh = mesh_in_force()
     if mesh is not None and not rows_divide(hidden, mesh):
-        mesh = None  # the compiler may lay the rows as it likes
+        mesh = None  # then the compiler chooses how the rows are sharded
     return _cross_entropy(hidden, matrix, targets, chunk, vocab_size or matrix.shape[0], mesh)
 
 
@@ -48,7 +50,7 @@ def _cross_entropy_forward(
     whole = gathered(matrix.astype(h.dtype), "vocab", "embed")
 
     def local(h: Array, w: Array, targets: Array, parts: tuple[str, ...]) -> tuple[Array, Array]:
-        """The losses and the logarithms of the sums; `parts` are the mesh axes that the vocabulary lies over."""
+        """The losses and log-sum-exps; `parts` are the mesh axes over which the vocabulary is sharded."""
         first, size, blocks = _blocks(w, chunk, parts)
         wide = jnp.promote_types(h.dtype, jnp.float32)
         least = jnp.finfo(wide).min
@@ -119,18 +121,16 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _layout(matrix: Array, mesh: Any) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec, PartitionSpec, Any]:
-    """How the stored matrix, hidden states, gathered matrix and positions lie, and over what the vocabulary does."""
+    """The specs of stored matrix, hidden states, gathered matrix and positions, and the axes of the vocabulary."""
     stored = partition_spec(("vocab", "embed"), matrix.shape, mesh)
-    rows = PartitionSpec(tuple(a for a in BATCH_AXES if mesh.shape[a] > 1) or None)
-    parts = spec_axes(stored, 0)
-    vocabulary = PartitionSpec(parts or None, None)
-    return stored, PartitionSpec(*rows, None, None), vocabulary, PartitionSpec(*rows, None), parts
+    rows, parts = batch_axes(mesh) or None, spec_axes(stored, 0)
+    return stored, PartitionSpec(rows, None, None), PartitionSpec(parts or None, None), PartitionSpec(rows, None), parts
 
 
 def _blocks(w: Array, chunk: int, parts: tuple[str, ...]) -> tuple[Array, int, int]:
-    """The first entry of this device's part of the vocabulary, the size of a block, and how many there are.
+    """The first token of this device's part of the vocabulary, the size of a block, and the number of blocks.
 
-    All blocks are equally large: the fewest of at most `chunk` entries that divide the part.
+    All blocks are of one size, the largest of at most `chunk` tokens that divides the part.
     """
     entries = w.shape[0]
     least = -(-entries // chunk) if chunk else 1
@@ -140,7 +140,7 @@ def _blocks(w: Array, chunk: int, parts: tuple[str, ...]) -> tuple[Array, int, i
 
 
 def _block_logits(h: Array, w: Array, first: Array, size: int, i: Array, vocab_size: int) -> tuple[Array, Array]:
-    """Logits [B, T, size] of block i, and which entries of the vocabulary they are of."""
+    """The logits [B, T, size] of block i, and their tokens [size]."""
     wide = jnp.promote_types(h.dtype, jnp.float32)
     rows = jax.lax.dynamic_slice_in_dim(w, i * size, size)
     logits = jnp.einsum("BTD,VD->BTV", h, rows, preferred_element_type=wide)

@@ -1,8 +1,8 @@
-"""Products with parameters that are sharded over fsdp: gathered to compute with, gradients reduce-scattered.
+"""Products with parameters that are sharded over fsdp: parameters are all-gathered, gradients reduce-scattered.
 
-Left to the compiler, a weight's gradient is summed over all devices whole and then sliced: over a whole TPU slice it
-turns even explicit reduce-scatters into that. So the backward pass is written out here: each device multiplies its
-own rows, and the sums travel over fsdp's two mesh axes one after the other, in the dtype of the computation.
+The compiler alone would all-reduce the gradient of a weight and then slice it; over a whole TPU slice it does so even
+to explicit reduce-scatters. So the backward pass is written out: each device multiplies its own rows, and the results
+are reduce-scattered over fsdp's two mesh axes, one after the other, in the dtype of the computation.
 """
 
 import functools
@@ -17,15 +17,16 @@ from jaxtyping import Array, Float, Int
 from pisces_jax.sharding import BATCH_AXES, constrain, gathered, mesh_in_force, partition_spec, spec_axes
 
 Axes = tuple[str | None, ...]
+TABLE = ("vocab", "embed")  # of embeddings
 
 
 def project(
     x: Float[Array, "*B I"], kernel: Float[Array, "I O"], in_axes: Axes, out_axes: Axes
 ) -> Float[Array, "*B O"]:
-    """Contracts the last axes of x with the first of the kernel, as many as `in_axes` names, in the dtype of x."""
+    """Contracts the last `len(in_axes)` axes of x with the first of the kernel, in the dtype of x."""
     mesh = mesh_in_force()
     if mesh is None or not rows_divide(x, mesh):
-        # One leading axis: XLA's CPU compiler computes the kernel's gradient twice as fast so.
+        # With one leading axis, XLA's CPU compiler computes the gradient of the kernel twice as fast.
         n = len(in_axes)
         y = _project(x.reshape(-1, *x.shape[-n:]), kernel, in_axes, out_axes)
         return y.reshape(*x.shape[:-n], *y.shape[1:])
@@ -33,23 +34,28 @@ def project(
 
 
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """The tokens' rows of a table with axes ("vocab", "embed"), in `dtype`."""
+    """The rows of a table of embeddings (axes "vocab" and "embed") that belong to the tokens, in `dtype`."""
     mesh = mesh_in_force()
     with jax.named_scope("embedding"):
-        if mesh is None or not rows_divide(tokens, mesh) or spec_axes(_stored(("vocab", "embed"), table, mesh), 0):
+        if mesh is None or not rows_divide(tokens, mesh) or spec_axes(partition_spec(TABLE, table.shape, mesh), 0):
             return _look_up(table, tokens, dtype)
         return _look_up_sharded(table, tokens, dtype, mesh)
 
 
 def rows_divide(x: Array, mesh: Any) -> bool:
-    """Whether the first axis of x lies over all batch axes of the mesh."""
-    return spec_axes(partition_spec(("batch",), x.shape[:1], mesh), 0) == _batch_axes(mesh)
+    """Whether the first axis of x divides over all batch axes of the mesh."""
+    return spec_axes(partition_spec(("batch",), x.shape[:1], mesh), 0) == batch_axes(mesh)
 
 
 def reduce_scatter(stored: PartitionSpec, mesh: Any, dimensions: int) -> Callable[[Array], Array]:
-    """Inside `shard_map`: sums what every device has of a gradient; each keeps its part of the parameter."""
+    """A function for the inside of `shard_map`: sums a gradient over the batch axes, each device keeping its own part.
+
+    Args:
+        stored: the sharding of the parameter.
+        dimensions: of the parameter.
+    """
     scattered = [(d, axis) for d in range(dimensions) for axis in spec_axes(stored, d) if axis in BATCH_AXES]
-    summed = tuple(a for a in _batch_axes(mesh) if a not in {axis for _, axis in scattered})
+    summed = tuple(a for a in batch_axes(mesh) if a not in {axis for _, axis in scattered})
 
     def reduce(gradient: Array) -> Array:
         for dimension, axis in scattered:
@@ -59,12 +65,9 @@ def reduce_scatter(stored: PartitionSpec, mesh: Any, dimensions: int) -> Callabl
     return reduce
 
 
-def _batch_axes(mesh: Any) -> tuple[str, ...]:
+def batch_axes(mesh: Any) -> tuple[str, ...]:
+    """The mesh axes over which batches are sharded and that have more than one device."""
     return tuple(a for a in BATCH_AXES if mesh.shape[a] > 1)
-
-
-def _stored(axes: Axes, parameter: Array, mesh: Any) -> PartitionSpec:
-    return partition_spec(axes, parameter.shape, mesh)
 
 
 def _project(x: Array, kernel: Array, in_axes: Axes, out_axes: Axes) -> Array:
@@ -90,9 +93,9 @@ def _project_backward(in_axes: Axes, out_axes: Axes, mesh: Any, saved: Any, dy: 
     whole = gathered(kernel.astype(x.dtype), *in_axes, *out_axes)
     dx = jax.lax.dot_general(dy, whole, ((tuple(range(leading, dy.ndim)), tuple(range(n, n + m))), ((), ())))
 
-    stored = _stored((*in_axes, *out_axes), kernel, mesh)
+    stored = partition_spec((*in_axes, *out_axes), kernel.shape, mesh)
     reduce = reduce_scatter(stored, mesh, kernel.ndim)
-    rows = [_batch_axes(mesh) or None, *[None] * (leading - 1)]
+    rows = [batch_axes(mesh) or None, *[None] * (leading - 1)]
     tensor = [tuple(a for a in spec_axes(stored, d) if a not in BATCH_AXES) or None for d in range(kernel.ndim)]
 
     def local(x: Array, dy: Array) -> Array:
@@ -112,9 +115,9 @@ _project_sharded.defvjp(_project_forward, _project_backward)
 
 
 def _look_up(table: Array, tokens: Array, dtype: Any) -> Array:
-    # The table is gathered over fsdp first: left in pieces of the width, every device would come to hold the whole
-    # batch's vectors.
-    return constrain(gathered(table.astype(dtype), "vocab", "embed")[tokens], "batch", "length", "width")
+    # The table is gathered over fsdp first. If it stayed sharded by width, every device would have to hold the vectors
+    # of the whole batch.
+    return constrain(gathered(table.astype(dtype), *TABLE)[tokens], "batch", "length", "width")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -128,15 +131,15 @@ def _look_up_forward(table: Array, tokens: Array, dtype: Any, mesh: Any) -> tupl
 
 def _look_up_backward(dtype: Any, mesh: Any, saved: Any, dx: Array) -> tuple[Array, None]:
     table, tokens = saved
-    stored = _stored(("vocab", "embed"), table, mesh)
+    stored = partition_spec(TABLE, table.shape, mesh)
     reduce = reduce_scatter(stored, mesh, 2)
 
     def local(tokens: Array, dx: Array) -> Array:
-        # Frequent tokens are summed often: in float32.
+        # In float32, because frequent tokens are sums of many terms.
         wide = jnp.promote_types(dtype, jnp.float32)
         return reduce(jnp.zeros(table.shape, wide).at[tokens].add(dx.astype(wide)).astype(dtype))
 
-    rows = _batch_axes(mesh) or None
+    rows = batch_axes(mesh) or None
     gradient = jax.shard_map(
         local, mesh=mesh, in_specs=(PartitionSpec(rows, None), PartitionSpec(rows, None, None)), out_specs=stored,
         check_vma=False,

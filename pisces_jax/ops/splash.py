@@ -1,8 +1,8 @@
-"""Attention by JAX's splash kernel for TPUs: O(T) memory, blocks above the diagonal skipped.
+"""Attention by JAX's splash kernel for TPUs: O(T) memory, blocks above the diagonal are skipped.
 
-The kernel wants rows of a multiple of 128 positions: shorter ones (SigLIP's 729) are padded, with a segment of their
-own so that nothing sees the padding. It runs inside `shard_map`, since the compiler cannot partition a kernel: rows
-over the batch axes, heads over `tensor`.
+The kernel needs lengths that are multiples of 128. Other lengths (SigLIP's 729) are padded, and the padding is a
+segment of its own, so that nothing sees it. The compiler cannot partition a kernel, so it runs inside `shard_map`:
+rows over the batch axes, heads over `tensor`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.sharding import mesh_in_force, partition_spec, platform
+from pisces_jax.sharding import mesh_in_force, partition_spec, platform, spec_axes
 
 LANES = 128
 BLOCKS = (512, 384, 256, 128)  # the largest that divides the padded length
@@ -28,14 +28,14 @@ def splash_attention(
     causal: bool = False,
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q kᵀ / √H) v. Away from TPUs the kernel is interpreted: slow, for tests.
+    """`attention.attention` by the kernel, which is interpreted (slow, for tests) on other platforms than TPUs.
 
     Raises:
-        ValueError: causal attention between sequences of different lengths.
+        ValueError: the attention is causal and T differs from S.
     """
     T, S = q.shape[1], k.shape[1]
     if causal and T != S:
-        raise ValueError(f"causal attention of {T} queries over {S} keys: splash takes equal lengths")
+        raise ValueError(f"causal attention of {T} queries over {S} keys: splash needs equal lengths")
     if segment_ids is None and (T % LANES or S % LANES):
         segment_ids = jnp.zeros(q.shape[:2], jnp.int32), jnp.zeros(k.shape[:2], jnp.int32)
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
@@ -47,22 +47,18 @@ def splash_attention(
         return local(q, k, v, segment_ids)
     heads = partition_spec(("batch", None, "heads", None), q.shape, mesh)
     kv_heads = partition_spec(("batch", None, "kv_heads", None), k.shape, mesh)
-    if _entry(kv_heads, 2) != _entry(heads, 2):  # fewer key-value heads than tensor devices: each query's own copy
+    if spec_axes(kv_heads, 2) != spec_axes(heads, 2):  # fewer key-value heads than tensor devices: a copy per query
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
         kv_heads = heads
-    rows = PartitionSpec(_entry(heads, 0), None)
+    rows = PartitionSpec(spec_axes(heads, 0) or None, None)
     ids = None if segment_ids is None else (rows, rows)
     return jax.shard_map(
         local, mesh=mesh, in_specs=(heads, kv_heads, kv_heads, ids), out_specs=heads, check_vma=False
     )(q, k, v, segment_ids)  # fmt: skip
 
 
-def _entry(spec: PartitionSpec, dimension: int) -> Any:
-    return spec[dimension] if dimension < len(spec) else None
-
-
 def _local(q: Array, k: Array, v: Array, segment_ids: Any, *, causal: bool, interpret: bool) -> Array:
-    """What one device computes of its rows and heads."""
+    """The attention of one device's rows and heads."""
     T = q.shape[1]
     q, k, v = (_pad(x, 0).swapaxes(1, 2) for x in (q, k, v))
     kernel = _kernel(q.shape[1], q.shape[2], k.shape[2], causal, interpret)
@@ -75,6 +71,7 @@ def _local(q: Array, k: Array, v: Array, segment_ids: Any, *, causal: bool, inte
 
 
 def _pad(x: Array, fill: int) -> Array:
+    """[B, T, ...] padded with `fill` to a multiple of 128 positions."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % LANES), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
 
 

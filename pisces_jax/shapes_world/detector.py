@@ -1,68 +1,49 @@
-"""Finds objects in pictures: the interface that GenEval's rules need, and a detector for the shapes world.
+"""A detector of the shapes world's objects that needs no network.
 
-`ShapesDetector` needs no network. It fits each of the six shapes to every blob by least squares, and its
-score says how much of what is seen the fitted shape explains: it is sure of what the world draws and of
-nothing else.
+It fits each of the six shapes to every blob by least squares. A detection's score says how much of the picture around
+it the fitted shape explains, so it is high for what the world draws and for nothing else.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
+from scipy import ndimage
 
+from pisces_jax.evaluation.geneval import Detection
 from pisces_jax.evaluation.relations import Box
 from pisces_jax.shapes_world.scene import CANVAS, COLORS, GROUND_LEVEL, SHAPES, SIZES, coverage
 
-
-@dataclasses.dataclass(frozen=True)
-class Detection:
-    """An object: its class, box in pixels, score in 0..1 and, of GenEval's ten, its colour."""
-
-    label: str
-    box: Box
-    score: float
-    color: str | None = None
-
-
-class Detector(Protocol):
-    """Anything that finds objects; GenEval itself uses Mask2Former, and CLIP for colours."""
-
-    def detect(self, image: UInt8[np.ndarray, "H W 3"]) -> list[Detection]:
-        """The objects in `image`, the surest first."""
-        ...
-
+Blob = tuple[np.ndarray, ...]
+"""rows and columns of its pixels"""
 
 _NAMES = tuple(COLORS)
 _PALETTE = np.array([COLORS[name] for name in _NAMES], np.float32)
 
-# In canvas units of 32, whatever the picture's size.
+# Lengths and areas are in canvas units of 32, whatever the picture's size.
 _FIT_SIZES = (SIZES[0] - 1.0, SIZES[1] + 2.0)
 _LEAST_AREA = 8.0  # the smallest shape covers 50
-_MARGIN = 2.0  # of ground about a blob, which the fitted shape must leave free too
+_MARGIN = 2.0  # ground around a blob that the fitted shape must leave free
 _STEP = 0.25  # of the numerical derivatives
-_MOST_NOISE = 8.0  # standard deviation, in levels, that is taken for noise and not held against a shape
+_MOST_NOISE = 8.0  # standard deviation, in levels, that counts as noise and does not lower a score
 _BLURS = (0.0, 0.3, 0.5)  # sigma of the Gaussian blur that a picture may have
-_ROUNDS, _ROUNDS_FOR_ALL = 7, 2  # only the three shapes that lead by then go on
-_SETTLED = 0.02  # canvas units; a smaller step ends the fit
-_GOOD = 0.97  # a share above which no other start is tried
+_ROUNDS, _ROUNDS_FOR_ALL = 7, 2  # after _ROUNDS_FOR_ALL only the three best shapes are fitted further
+_SETTLED = 0.02  # a smaller step ends the fit
+_GOOD = 0.97  # share above which no other start is tried
 _MOST_BLOBS = 16  # GenEval keeps at most 16 of a class
 
-# True shapes, even blurred by 0.5 px and noisy, leave at most .02 unexplained and .4 of what the next best
-# shape does; halves, blobs and rounded squares leave more.
-_HALF_SURE, _SHARPNESS = 0.965, 0.005  # the share that scores a half, and a step over it that scores 0.73
-_CLEAR, _UNCLEAR = (
-    0.45,
-    0.85,
-)  # what is left over what the next best leaves: at most, for full score; for none
-_COLOR_NEAR, _COLOR_FAR = 40.0, 90.0  # distance from the named colour at which the score begins to fall, is 0
+# True shapes, even blurred by 0.5 px and noisy, leave at most 0.02 of the energy unexplained, and at most 0.4 of what
+# the next best shape leaves. Half shapes, blobs and rounded squares leave more.
+_HALF_SURE, _SHARPNESS = 0.965, 0.005  # the share that scores 0.5; this much more scores 0.73
+_CLEAR, _UNCLEAR = 0.45, 0.85  # unexplained energy over the next best shape's: below, the score is full; above, 0
+_COLOR_NEAR, _COLOR_FAR = 40.0, 90.0  # distance from the named colour: below, the score is full; above, 0
 
 
 @dataclasses.dataclass
 class _Fit:
-    """Shape `label` at `x`, `y`, of side `size`, blurred over `soft` (pixels), in colour ground + `rise`."""
+    """Shape `label` at `x`, `y`, of side `size`, blurred over `soft`, all in pixels; its colour is ground + `rise`."""
 
     label: str
     x: float
@@ -70,30 +51,28 @@ class _Fit:
     size: float
     soft: float
     rise: Float[np.ndarray, "3"]
-    share: float = 0.0  # of the energy in the window, less the noise's
-    lead: float = 1.0  # what this shape leaves unexplained over what the next best does
+    share: float = 0.0  # of the window's energy, without the noise's, that is explained
+    lead: float = 1.0  # unexplained energy over that of the next best shape
 
 
 class ShapesDetector:
     """Finds the shapes world's objects in pictures of any size, square or not.
 
     1. The ground is the median of the greyish pixels.
-    2. Each pixel is explained as a mixture of ground and one of the ten colours; solid pixels of one colour
-    that
-       hang together form a blob.
-    3. All six shapes are fitted to each blob (place, size, colour), by Gauss-Newton; then once more with the
-    other
-       objects' fits taken away.
-    4. The share of what is seen about the blob that the best shape explains, its lead over the next best, and
-    how
-       near its colour is to a named one make the score.
+    2. Each pixel is explained as a mixture of ground and one of the ten colours; connected solid pixels of one colour
+       form a blob.
+    3. All six shapes are fitted to each blob (place, size, colour) by Gauss-Newton, then once more with the other
+       objects' fits subtracted.
+    4. The score comes from the share of the picture around the blob that the best shape explains, its lead over the
+       next best, and how near its colour is to a named one.
     """
+
+    labels = SHAPES
 
     def detect(self, image: UInt8[np.ndarray, "H W 3"]) -> list[Detection]:
         scale = min(image.shape[:2]) / CANVAS
         ground, noise = _find_ground(image)
-        # Beyond the edge there is ground, to a fit: the world cuts no shape off, and a cut one is no good
-        # shape.
+        # A fit sees ground beyond the edge: the world cuts no shape off, and a shape that is cut off is not right.
         pad = math.ceil(_MARGIN * scale)
         above = np.pad(image.astype(np.float32) - ground, ((pad, pad), (pad, pad), (0, 0)))
         blobs = _find_blobs(*_unmix(above, ground), least_area=_LEAST_AREA * scale**2)[:_MOST_BLOBS]
@@ -125,8 +104,8 @@ class ShapesDetector:
 def _find_ground(image: UInt8[np.ndarray, "H W 3"]) -> tuple[Float[np.ndarray, "3"], float]:
     """The ground's colour and the noise's variance, summed over channels.
 
-    Both from the pixels near the greys that the ground may have, or from all if there are hardly any: their
-    median, and the variance that their median absolute deviation tells.
+    They are the median of the pixels near the greys that the ground may have (of all pixels if these are few), and the
+    variance that follows from their median absolute deviation.
     """
     pixels = image.reshape(-1, 3).astype(np.float32)
     least, most = pixels.min(1), pixels.max(1)
@@ -140,7 +119,7 @@ def _find_ground(image: UInt8[np.ndarray, "H W 3"]) -> tuple[Float[np.ndarray, "
 def _unmix(
     above: Float[np.ndarray, "H W 3"], ground: Float[np.ndarray, "3"]
 ) -> tuple[Int[np.ndarray, "H W"], Bool[np.ndarray, "H W"]]:
-    """The colour that, mixed with ground, comes nearest to each pixel, and whether it is more than half of it."""
+    """The colour that, mixed with ground, comes nearest to each pixel, and whether it is more than half of the mix."""
     rises = _PALETTE - ground
     norms = (rises * rises).sum(1)
     along = above @ rises.T
@@ -150,35 +129,25 @@ def _unmix(
     return color, np.take_along_axis(part, color[..., None], -1)[..., 0] > 0.5
 
 
-def _find_blobs(
-    color: Int[np.ndarray, "H W"], solid: Bool[np.ndarray, "H W"], least_area: float
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows and columns of each set of solid pixels of one colour that share edges, largest first."""
-    waiting = {(int(r), int(c)): int(color[r, c]) for r, c in np.argwhere(solid)}
+def _find_blobs(color: Int[np.ndarray, "H W"], solid: Bool[np.ndarray, "H W"], least_area: float) -> list[Blob]:
+    """Each set of solid pixels of one colour that share edges, largest first."""
     blobs = []
-    while waiting:
-        start, wanted = waiting.popitem()
-        blob, stack = [start], [start]
-        while stack:
-            row, column = stack.pop()
-            for place in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
-                if waiting.get(place) == wanted:
-                    del waiting[place]
-                    blob.append(place)
-                    stack.append(place)
-        if len(blob) >= least_area:
-            blobs.append(blob)
-    blobs.sort(key=len, reverse=True)
-    return [tuple(np.array(blob).T) for blob in blobs]
+    for one in np.unique(color[solid]):
+        labels, _ = ndimage.label(solid & (color == one))
+        areas = np.bincount(labels.ravel())
+        blobs += [np.nonzero(labels == i) for i in range(1, len(areas)) if areas[i] >= least_area]
+    # Of blobs of one size, the one that reaches furthest down comes first, then furthest right.
+    blobs.sort(key=lambda blob: (blob[0].size, blob[0][-1], blob[1][-1]), reverse=True)
+    return blobs
 
 
-def _window(blob: tuple[np.ndarray, np.ndarray], margin: int) -> tuple[slice, slice]:
+def _window(blob: Blob, margin: int) -> tuple[slice, slice]:
     rows, columns = (slice(int(places.min()) - margin, int(places.max()) + 1 + margin) for places in blob)
     return rows, columns
 
 
-def _starts(blob: tuple[np.ndarray, np.ndarray], scale: float) -> Iterator[_Fit]:
-    """Where fits start: at the blob's box, and at its centre of mass, which a stray pixel hardly moves."""
+def _starts(blob: Blob, scale: float) -> Iterator[_Fit]:
+    """Where fits start: at the blob's box, and at its centre of mass, which stray pixels hardly move."""
     (y0, x0), (y1, x1) = np.min(blob, axis=1), np.max(blob, axis=1) + 1
     mean_y, mean_x = np.mean(blob, axis=1) + 0.5
     for x, y, size in (
@@ -198,13 +167,8 @@ class _Fitter:
         # A box of side sqrt(1 + 12 sigma^2) has the variance of a pixel's box and a Gaussian of that sigma.
         self.softs = [math.sqrt(1 + 12 * (sigma * scale) ** 2) for sigma in _BLURS]
 
-    def first_fit(
-        self,
-        seen: Float[np.ndarray, "h w 3"],
-        window: tuple[slice, slice],
-        blob: tuple[np.ndarray, np.ndarray],
-    ) -> _Fit:
-        """Fits from the blob's box; from its centre of mass too, should that not turn out well."""
+    def first_fit(self, seen: Float[np.ndarray, "h w 3"], window: tuple[slice, slice], blob: Blob) -> _Fit:
+        """The best fit from the blob's box and, unless that one is good, from its centre of mass."""
         fits = []
         for start in _starts(blob, self.scale):
             fits.append(self.fit(seen, window, start))
@@ -213,17 +177,13 @@ class _Fitter:
         return max(fits, key=lambda fit: fit.share)
 
     def fit(
-        self,
-        seen: Float[np.ndarray, "h w 3"],
-        window: tuple[slice, slice],
-        start: _Fit,
-        rounds: int = _ROUNDS,
+        self, seen: Float[np.ndarray, "h w 3"], window: tuple[slice, slice], start: _Fit, rounds: int = _ROUNDS
     ) -> _Fit:
         """The shape that explains most of `seen` in this window.
 
-        For a template t, the best rise of colour is `u = t.seen / t.t`, and `|t.seen|^2 / (t.t |seen|^2)` the
-        share it explains. Gauss-Newton on (x, y, size, strength) of the picture's part along u, for all
-        shapes at once.
+        For a template t the best rise of colour is `u = t.seen / t.t`, which explains the share
+        `|t.seen|^2 / (t.t |seen|^2)`. Gauss-Newton fits (x, y, size, strength) to the picture's component along u, for
+        all shapes at once.
         """
         pixels = seen.reshape(-1, 3)
         energy = float((pixels * pixels).sum()) + 1e-6
@@ -234,7 +194,7 @@ class _Fitter:
         at = np.tile(np.array([start.x, start.y, start.size], np.float32), (len(shapes), 1))
         best_at, best_gain, change = at.copy(), np.zeros(len(shapes), np.float32), np.zeros_like(at)
         for i in range(rounds + 1):
-            step = -step  # coverage has kinks: they are seen from both sides in turn
+            step = -step  # coverage has kinks; this looks at them from both sides in turn
             templates = np.stack(
                 [
                     _soft(SHAPES[k], columns - p[:, :1], rows - p[:, 1:2], p[:, 2, None, None], start.soft)
@@ -254,7 +214,7 @@ class _Fitter:
             slopes = np.concatenate([(templates[:, 1:] - base[:, None]) / step, base[:, None]], axis=1)
             normal = slopes @ slopes.transpose(0, 2, 1) + 1e-3 * np.eye(4, dtype=np.float32)
             newton = np.linalg.solve(normal, slopes @ residual[..., None])[:, :3, 0]
-            # Where the last step was too long, go back and try half of it.
+            # Where the last step was too long, go back and try half.
             change = np.where(better, np.clip(newton, -self.scale, self.scale), change / 2)
             at = best_at + change
             at[:, 2] = at[:, 2].clip(self.sizes[0], self.sizes[1])
@@ -286,7 +246,7 @@ def _centres(window: tuple[slice, slice]) -> tuple[Float[np.ndarray, " w"], Floa
 
 
 def _soft(shape: str, x: np.ndarray, y: np.ndarray, size: float | np.ndarray, soft: float) -> np.ndarray:
-    """`coverage`, blurred: of pixels `soft` wide instead of 1."""
+    """`coverage`, blurred: that of pixels `soft` wide instead of 1."""
     return coverage(shape, x / soft, y / soft, size / soft)
 
 
@@ -296,7 +256,7 @@ def _template(fit: _Fit, window: tuple[slice, slice]) -> Float[np.ndarray, "h w"
 
 
 def _meet(window: tuple[slice, slice], fit: _Fit) -> bool:
-    """Whether what the fit draws reaches into the window."""
+    """Whether the fitted shape reaches into the window."""
     reach = (fit.size + fit.soft) / 2
     return all(
         part.start < centre + reach and centre - reach < part.stop
@@ -317,7 +277,7 @@ def _detection(fit: _Fit, ground: Float[np.ndarray, "3"], pad: int) -> Detection
 
 
 def _same_place(a: Box, b: Box) -> bool:
-    """Whether two boxes share more than 0.3 of their union, which two objects of this world never do."""
+    """Whether two boxes share more than 0.3 of their union, as two objects of this world never do."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:

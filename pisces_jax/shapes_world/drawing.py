@@ -1,98 +1,76 @@
 """Drawing in the shapes world: GenEval's six kinds of prompts, judged by its rules on what the detector finds."""
 
-import dataclasses
+import functools
 import random
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
-from pisces_jax.data.example import Picture, Text
+from pisces_jax.data.example import Text
 from pisces_jax.data.instructions import draw_instruction
-from pisces_jax.evaluation import geneval
-from pisces_jax.shapes_world.detector import Detector, ShapesDetector
-from pisces_jax.shapes_world.source import HELD_OUT_TAGS, geneval_prompts, render
-from pisces_jax.shapes_world.text import Metadata, metadata, prompt_space, scene_for
+from pisces_jax.evaluation.geneval import Judged, Metadata, judge, score
+from pisces_jax.evaluation.task import Amount, Model, Outcome
+from pisces_jax.shapes_world.detector import ShapesDetector
+from pisces_jax.shapes_world.scene import render
+from pisces_jax.shapes_world.text import geneval_prompts, metadata, prompt_space, scene_for
 
 
-class Drawn(Protocol):
-    """What came of a prompt: the model's own description ("" if none) and the picture, uint8 [S, S, 3]."""
+def run(model: Model, amount: Amount, how: Mapping[str, Any]) -> Outcome:
+    """Task "geneval": `how["describe"]` is the way that is scored; with `amount.both` the other way is scored too."""
 
-    @property
-    def description(self) -> str: ...
-    @property
-    def image(self) -> np.ndarray: ...
+    def drawn(describe: bool, per_task: int, held_out: bool = False) -> list[Judged]:
+        settings = {**how, "describe": describe, "seed": amount.seed, "held_out": held_out}
+        return draw(model, per_task=per_task, images=amount.images, **settings)
 
-
-class Drawer(Protocol):
-    """What is needed of a model: `inference.model.Model` has it."""
-
-    def draw(self, prompts: Sequence[Sequence[Text | Picture]], *, describe: bool, **how: Any) -> Sequence[Drawn]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """A drawn picture, uint8 [S, S, 3], with GenEval's verdict on it; `reason` says what is wrong."""
-
-    metadata: Metadata
-    description: str
-    image: np.ndarray
-    correct: bool
-    reason: str
+    name = {True: "described", False: "direct"}
+    chosen = how["describe"]
+    judged = {name[chosen]: drawn(chosen, amount.per_task)}
+    if amount.held_out:
+        judged["held_out"] = drawn(chosen, amount.held_out, held_out=True)
+    scores = score(judged[name[chosen]], judged.get("held_out", ()))
+    scores["drawn"] = name[chosen]
+    if amount.both:
+        judged[name[not chosen]] = drawn(not chosen, amount.per_task)
+        for way in name.values():
+            scores[way] = score(judged[way])
+    return Outcome(scores, drawn=judged)
 
 
 def draw(
-    model: Drawer,
-    *,
-    per_task: int,
-    images: int,
-    describe: bool,
-    seed: int = 0,
-    held_out: bool = False,
-    detector: Detector | None = None,
-    **how: Any,
+    model: Model, *, per_task: int, images: int, describe: bool, seed: int = 0, held_out: bool = False, **how: Any
 ) -> list[Judged]:
-    """Draws `images` pictures for each of `per_task` prompts a kind; `how` goes to `model.draw`.
+    """Draws `images` pictures for each of `per_task` prompts of each kind; `how` goes to `model.draw`.
 
-    The pictures of a prompt follow one another. With `held_out`, all prompts name what is held out of training.
+    The pictures of a prompt follow one another. With `held_out` every prompt names what is held out of training.
     """
-    detector = detector or ShapesDetector()
+    detector = ShapesDetector()
     lines = [line for line in geneval_prompts(per_task, seed, held_out) for _ in range(images)]
-    prompts = [(Text(draw_instruction(line["prompt"])),) for line in lines]
-    drawn = model.draw(prompts, describe=describe, seed=seed, **how)
-    return [_judge(detector, line, d) for line, d in zip(lines, drawn, strict=True)]
+    drawings = model.draw([(Text(draw_instruction(x["prompt"])),) for x in lines], describe=describe, seed=seed, **how)
+    judged = []
+    for line, drawing in zip(lines, drawings, strict=True):
+        verdict = judge(detector.detect(drawing.image), line)
+        truth = true_picture(line, drawing.image.shape[0])
+        judged.append(Judged(line, drawing.description, drawing.image, verdict.correct, verdict.reason, truth))
+    return judged
 
 
-def _judge(detector: Detector, line: Metadata, drawn: Drawn) -> Judged:
-    verdict = geneval.judge(detector.detect(drawn.image), line)
-    return Judged(line, drawn.description, drawn.image, verdict.correct, verdict.reason)
+def true_picture(line: Metadata, size: int, seed: int = 0) -> UInt8[np.ndarray, "S S 3"]:
+    """A picture of the world that the prompt is true of."""
+    known = _known_prompts(line["tag"])
+    if line["prompt"] not in known:
+        raise ValueError(f"{line['prompt']!r} is not a prompt of the shapes world")
+    arguments, held_out = known[line["prompt"]]
+    rng = random.Random(f"true picture/{seed}/{line['prompt']}")
+    return render(scene_for(rng, line["tag"], arguments, keep_allowed=not held_out), size)
 
 
-def score(judged: Sequence[Judged], held_out: Sequence[Judged] = ()) -> dict[str, Any]:
-    """Share of right pictures: `overall` (mean over tasks, as in GenEval), by task, `held_out`, counts.
-
-    `held_out` is the mean over those tasks that can name something held out; `same_tasks` is that of the other
-    pictures over the same tasks, to compare it with.
-    """
-    scores: dict[str, Any] = {**_scores(judged), "pictures": len(judged)}
-    if held_out:
-        by_task = _scores(held_out)
-        scores["held_out"] = by_task.pop("overall")
-        scores["same_tasks"] = float(np.mean([scores[tag] for tag in HELD_OUT_TAGS]))
-        scores["held_out_by_task"] = by_task
-        scores["held_out_pictures"] = len(held_out)
-    return scores
-
-
-def _scores(judged: Sequence[Judged]) -> dict[str, float]:
-    return geneval.scores((j.metadata["tag"], j.correct) for j in judged)
-
-
-def true_picture(line: Metadata, size: int, seed: int = 0) -> np.ndarray:
-    """A picture of the world that the prompt is true of, uint8 [S, S, 3]."""
-    for held_out in (False, True):
-        for arguments in prompt_space(line["tag"], held_out):
-            if metadata(line["tag"], *arguments) == line:
-                rng = random.Random(f"true picture/{seed}/{line['prompt']}")
-                return render(scene_for(rng, line["tag"], arguments, keep_allowed=not held_out), size)
-    raise ValueError(f"{line['prompt']!r} is no prompt of the shapes world")
+@functools.cache
+def _known_prompts(tag: str) -> dict[str, tuple[tuple, bool]]:
+    """(arguments, whether they are held out) of all prompts of this kind, by their text."""
+    return {
+        metadata(tag, *arguments)["prompt"]: (arguments, held_out)
+        for held_out in (False, True)
+        for arguments in prompt_space(tag, held_out)
+    }

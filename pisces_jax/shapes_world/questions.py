@@ -1,6 +1,6 @@
 """Questions about scenes of the shapes world, with short answers.
 
-Yes and no come equally often within a kind, and a "no" is hard: what is asked for nearly is there.
+Yes and no come equally often within a kind, and a "no" is hard: something similar is there.
 """
 
 import random
@@ -28,23 +28,15 @@ from pisces_jax.shapes_world.text import NUMBERS, plural, with_article
 
 QUESTION_KINDS = ("colour", "count", "relation", "existence", "comparison")
 KINDS_OF_ONE_OBJECT = ("colour", "count", "existence")
-HELD_OUT_QUESTION_KINDS = ("colour", "count", "relation", "existence")  # no comparison names what is held out
-LARGER_BY = 1.25  # least ratio of the sizes compared
+HELD_OUT_QUESTION_KINDS = ("colour", "count", "relation", "existence")  # a comparison cannot name what is held out
+LARGER_BY = 1.25  # least ratio of two sizes that are compared
 
 Answered = tuple[str, str]
 """question, answer"""
 
 
-def question_for(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """(kind, question, answer) for this scene: of the kinds that it permits, each equally likely."""
-    for kind in rng.sample(QUESTION_KINDS, len(QUESTION_KINDS)):
-        if answered := ask(kind, scene, rng):
-            return kind, *answered
-    raise AssertionError("every scene can be asked what exists in it")
-
-
 def possible_kinds(split: str, most_objects: int, among: Sequence[str] = QUESTION_KINDS) -> tuple[str, ...]:
-    """Those that can be asked in a split of scenes of up to `most_objects` objects."""
+    """The kinds that can be asked in a split of scenes of up to `most_objects` objects."""
     possible: tuple[str, ...] = QUESTION_KINDS if most_objects > 1 else KINDS_OF_ONE_OBJECT
     if split == "held_out":
         possible = HELD_OUT_QUESTION_KINDS
@@ -54,11 +46,10 @@ def possible_kinds(split: str, most_objects: int, among: Sequence[str] = QUESTIO
 def sample_question(
     rng: random.Random, split: str, kind: str | None = None, most_objects: int = MAX_OBJECTS
 ) -> tuple[Scene, str, str, str]:
-    """(scene, kind, question, answer): the kind by chance unless given, then a scene that permits it, of up to
-    `most_objects` objects but where what is held out is asked for.
+    """(scene, kind, question, answer): a random kind unless given, then a scene that permits it.
 
-    In "train" and "val" nothing held out is shown or named; in "held_out" the question or its answer names
-    it.
+    Scenes of "train" and "val" have up to `most_objects` objects, and nothing held out is shown or named. In "held_out"
+    the question or its answer names what is held out.
     """
     kind = kind or rng.choice(possible_kinds(split, most_objects))
     if split == "held_out":
@@ -76,13 +67,15 @@ def sample_conversation(
     most: int = 6,
     among: Sequence[str] = QUESTION_KINDS,
 ) -> tuple[Scene, list[Answered]]:
-    """A scene of up to `most_objects` objects and up to `most` different questions about it with their answers, of the
-    kinds `among` which it permits, each as often."""
+    """A scene of up to `most_objects` objects, and up to `most` different questions about it with their answers.
+
+    The questions are of the kinds `among` that the scene permits, in equal shares.
+    """
     kind = rng.choice(possible_kinds(split, most_objects, among))
     scene, _, *first = sample_question(rng, split, kind, most_objects)
     asked = {first[0]: first[1]}
     kinds: list[str] = []
-    for _ in range(2 * most):  # a scene of one object has few questions
+    for _ in range(2 * most):  # not until there are `most`: a scene of one object has few questions
         kinds = kinds or rng.sample(among, len(among))
         if len(asked) < most and (answered := ask(kinds.pop(), scene, rng)):
             asked.setdefault(*answered)
@@ -90,10 +83,9 @@ def sample_conversation(
 
 
 def questions(per_kind: int, seed: int = 0, held_out: bool = False) -> list[tuple[Scene, str, str, str]]:
-    """`per_kind` of (scene, kind, question, answer) for each kind, never those of a `ShapesSource`.
+    """`per_kind` times (scene, kind, question, answer) for each kind, never those of a `ShapesSource`.
 
-    With `held_out`, each question or answer names something held out, and kinds are
-    `HELD_OUT_QUESTION_KINDS`.
+    With `held_out` each question or answer names something held out, and the kinds are `HELD_OUT_QUESTION_KINDS`.
     """
     split = "held_out" if held_out else "val"
     return [
@@ -113,7 +105,7 @@ def _yes(truth: bool) -> str:
 
 
 def _names(scene: Scene) -> dict[int, str]:
-    """The shortest name of each object that has one to itself, by index: "circle", else "red circle"."""
+    """The shortest name of each object that has a unique one, by index: "circle", else "red circle"."""
     shapes = Counter(o.shape for o in scene.objects)
     full = Counter((o.color, o.shape) for o in scene.objects)
     return {
@@ -140,12 +132,12 @@ def _colour_question(o: Object) -> Answered:
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> Answered | None:
-    """Of a shape or a colour; one that is not there, once in eight."""
+    """About a shape or a colour; one time in eight, about one that is not there."""
     by_shape = rng.random() < 0.5
     counts = Counter(o.shape if by_shape else o.color for o in scene.objects)
     if rng.random() < 1 / 8:
         what = rng.choice([w for w in (SHAPES if by_shape else COLORS) if w not in counts])
-    else:  # the more there are, the likelier: otherwise nearly every answer is "one"
+    else:  # larger counts are likelier; otherwise nearly every answer would be "one"
         what = rng.choices(list(counts), [n * n for n in counts.values()])[0]
     return _count_question(plural(what) if by_shape else f"{what} objects", counts[what])
 
@@ -158,7 +150,7 @@ def _count_question(what: str, count: int) -> Answered:
 
 
 def _ask_relation(scene: Scene, rng: random.Random) -> Answered | None:
-    """Half with yes or no for an answer, half with an object."""
+    """Half of them are answered by yes or no, half by an object."""
     return (_ask_whether_related if rng.random() < 0.5 else _ask_what_is_related)(scene, rng)
 
 
@@ -194,7 +186,7 @@ def _what_question(scene: Scene, i: int, relation: str, j: int) -> Answered:
 
 
 def _related(scene: Scene) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-    """Pairs of objects with names of their own that stand in some relation."""
+    """(i, j, relations) of objects with unique names that stand in some relation."""
     names = _names(scene)
     for i in names:
         for j in names:
@@ -203,7 +195,7 @@ def _related(scene: Scene) -> Iterator[tuple[int, int, tuple[str, ...]]]:
 
 
 def _unique_relations(scene: Scene) -> list[tuple[int, str, int]]:
-    """(i, relation, j) where j has a name of its own and i is the only object in that relation to it."""
+    """(i, relation, j) where j has a unique name and i is the only object in that relation to it."""
     found = []
     for j in _names(scene):
         standing: dict[str, list[int]] = {}
@@ -224,7 +216,7 @@ def _ask_existence(scene: Scene, rng: random.Random) -> Answered | None:
 
 
 def _near_misses(there: set[Name], rng: random.Random) -> list[Name]:
-    """Pairs not there, of which shape and colour are; if there are none, pairs of which one is."""
+    """Pairs that are not there but whose shape and colour are; without any, pairs of which one of the two is there."""
     shapes, colors = {s for s, _ in there}, {c for _, c in there}
     both = [(s, c) for s in shapes for c in colors if c in ALLOWED_COLORS[s] and (s, c) not in there]
     if both:
@@ -265,7 +257,7 @@ _ASKERS: dict[str, Callable[[Scene, random.Random], Answered | None]] = {
 }
 
 
-# Questions that name what is held out. The rest of their scenes is allowed, as far as names and counts go.
+# Questions that name what is held out. Names and counts of the scene's other objects are allowed ones.
 
 
 def _held_out_colour(rng: random.Random) -> tuple[Scene, str, str, str]:
@@ -282,7 +274,7 @@ def _held_out_count(rng: random.Random) -> tuple[Scene, str, str, str]:
 
 
 def _held_out_relation(rng: random.Random) -> tuple[Scene, str, str, str]:
-    """Half with yes or no for an answer ("no" where the converse holds), half with an object."""
+    """Half of them are answered by yes or no ("no" where the converse holds), half by an object."""
     relation, a, b = rng.choice(sorted(HELD_OUT_RELATIONS))
     names = [(shape, rng.choice(ALLOWED_COLORS[shape])) for shape in (a, b)]
     whether, truth = rng.random() < 0.5, rng.random() < 0.5
@@ -294,7 +286,7 @@ def _held_out_relation(rng: random.Random) -> tuple[Scene, str, str, str]:
 
 
 def _held_out_existence(rng: random.Random) -> tuple[Scene, str, str, str]:
-    """A "no" has the shape in another colour and the colour in another shape."""
+    """Where the answer is "no", the shape is there in another colour and the colour in another shape."""
     shape, color = pair = rng.choice(sorted(HELD_OUT_PAIRS))
     truth = rng.random() < 0.5
     if truth:
@@ -306,7 +298,7 @@ def _held_out_existence(rng: random.Random) -> tuple[Scene, str, str, str]:
 
 
 def _others(rng: random.Random, shape: str, most: int = 2) -> list[Name]:
-    """Up to `most` objects of allowed names, none of this shape."""
+    """Names of up to `most` objects: allowed ones, none of this shape."""
     while True:
         shapes = [rng.choice([s for s in SHAPES if s != shape]) for _ in range(rng.randint(0, most))]
         names = [(s, rng.choice(ALLOWED_COLORS[s])) for s in shapes]

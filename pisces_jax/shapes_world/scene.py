@@ -1,8 +1,7 @@
-"""The scenes of the shapes world: what they may hold, how they are drawn by chance, how they become pixels.
+"""The scenes of the shapes world: what they may hold, how they are sampled, and how they become pixels.
 
-A scene is one to four coloured shapes on a grey ground. Sizes and places are continuous, in units of a canvas
-of 32 by 32 whatever the picture's size. Some combinations never occur in training (`HELD_OUT_*`), to test
-composition.
+A scene is one to four coloured shapes on a grey ground. Sizes and places are continuous, in units of a canvas of 32 by
+32 whatever the picture's size. Some combinations never occur in training (`HELD_OUT_*`), to test composition.
 """
 
 import dataclasses
@@ -16,11 +15,12 @@ from itertools import combinations, pairwise
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from pisces_jax.evaluation import geneval
 from pisces_jax.evaluation.relations import CONVERSE, Box, relations
 
 CANVAS = 32.0
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-COLORS = {  # GenEval's ten, in sRGB
+COLORS = {  # in sRGB
     "red": (214, 28, 34),
     "orange": (245, 138, 16),
     "yellow": (246, 224, 40),
@@ -32,12 +32,13 @@ COLORS = {  # GenEval's ten, in sRGB
     "black": (14, 14, 14),
     "white": (241, 241, 241),
 }
+assert tuple(COLORS) == geneval.COLORS  # also the order, which random choices depend on
 COLOR_SPREAD = 12  # an object's colour differs from its name's by at most this, per channel
 GROUND_LEVEL = (112.0, 144.0)
 GROUND_TINT = 5.0
 MAX_OBJECTS = 4
-SIZES = (10.0, 14.0)  # side of the bounding box, which is square for every shape
-GAP = 1.5  # least distance between two bounding boxes along some axis
+SIZES = (10.0, 14.0)  # least and largest side of the bounding box, which is square for every shape
+GAP = 1.5  # two bounding boxes are at least this far apart along one axis
 RING_HOLE = 0.5  # inner radius over outer radius
 CROSS_BAR = 0.36  # width of a bar over its length
 
@@ -51,14 +52,14 @@ HELD_OUT_PAIRS = frozenset(
         ("ring", "green"),
     }
 )
-_HELD_OUT_RELATIONS = (
+_ONE_WAY = (
     ("left of", "circle", "square"),
     ("right of", "triangle", "ring"),
     ("above", "cross", "diamond"),
     ("below", "square", "cross"),
 )
 HELD_OUT_RELATIONS = frozenset(  # with their converses: A left of B is B right of A
-    _HELD_OUT_RELATIONS + tuple((CONVERSE[relation], b, a) for relation, a, b in _HELD_OUT_RELATIONS)
+    _ONE_WAY + tuple((CONVERSE[relation], b, a) for relation, a, b in _ONE_WAY)
 )
 HELD_OUT_COUNTS = frozenset({(2, "diamond"), (3, "circle"), (4, "triangle")})
 
@@ -104,7 +105,7 @@ def violates(scene: Scene) -> bool:
 
 
 def holds_held_out_count(names: Sequence[Name]) -> bool:
-    """Whether a shape occurs just as often as is held out, in all or in one colour ("two red diamonds")."""
+    """Whether a shape occurs exactly as often as is held out, overall or in one colour ("two red diamonds")."""
     counts = [*Counter(shape for shape, _ in names).items()]
     counts += [(shape, count) for (shape, _), count in Counter(names).items()]
     return any((count, shape) in HELD_OUT_COUNTS for shape, count in counts)
@@ -119,15 +120,17 @@ def holds_held_out_relation(objects: Sequence[Object]) -> bool:
     )
 
 
-_RELATED_SHAPES = frozenset((a, b) for _, a, b in HELD_OUT_RELATIONS)  # spares the rule for most pairs
+_RELATED_SHAPES = frozenset((a, b) for _, a, b in HELD_OUT_RELATIONS)  # most pairs need no further check
 
 
 # Sampling
 
 
 def sample_scene(rng: random.Random, split: str = "train", most: int = MAX_OBJECTS) -> Scene:
-    """A scene of up to `most` objects by chance: "train" and "val" hold nothing held out, each of "held_out" holds
-    something."""
+    """A random scene of up to `most` objects.
+
+    Scenes of "train" and "val" hold nothing that is held out; every scene of "held_out" holds something that is.
+    """
     if split == "held_out":
         while True:
             scene = arrange(rng, sample_names(rng, allowed_only=False, most=most))
@@ -142,7 +145,7 @@ def sample_scene(rng: random.Random, split: str = "train", most: int = MAX_OBJEC
 def sample_names(rng: random.Random, allowed_only: bool = True, most: int = MAX_OBJECTS) -> list[Name]:
     """Shapes and colours of one to `most` objects.
 
-    A mixture, so that each kind of prompt and question fits many scenes: all of one shape (counting), all of
+    They are a mixture, so that each kind of prompt and question fits many scenes: all of one shape (counting), all of
     one colour, all of different shapes (position, attributes), or anything.
     """
     count = rng.choices((1, 2, 3, 4)[:most], (1, 2, 2, 2)[:most])[0]
@@ -167,10 +170,10 @@ def arrange(
     keep_allowed: bool = False,
     accept: Callable[[tuple[Object, ...]], bool] = lambda objects: True,
 ) -> Scene:
-    """Gives the named objects sizes, places and exact colours, until `accept` says yes.
+    """Gives the named objects sizes, places and exact colours; tries again until `accept` returns True.
 
-    `keep_allowed` keeps held-out relations away. Boxes stay `GAP` apart and inside the canvas; each object is
-    uniform over the room that those before it leave.
+    With `keep_allowed` no held-out relation occurs. Boxes stay `GAP` apart and inside the canvas; each object's place
+    is uniform over the room that the objects before it leave.
     """
     low, high = SIZES
     while True:
@@ -193,7 +196,7 @@ def arrange(
 def free_place(
     rng: random.Random, boxes: Sequence[tuple[float, float, float]], size: float
 ) -> tuple[float, float] | None:
-    """A centre, uniform over where a box of side `size` fits beside `boxes` (x, y, size); None if nowhere."""
+    """A centre, uniform over where a box of side `size` fits beside `boxes` (x, y, size); None if it fits nowhere."""
     low, high = size / 2, CANVAS - size / 2
     if not boxes:
         return low + (high - low) * rng.random(), low + (high - low) * rng.random()
@@ -203,7 +206,7 @@ def free_place(
         blocked.append((y - reach, y + reach, x - reach, x + reach))
     blocked.sort()
     cuts = sorted([low, high] + [x for _, _, x0, x1 in blocked for x in (x0, x1) if low < x < high])
-    free, areas, total = [], [], 0.0  # rectangles x0, x1, y0, y1 that tile the free room
+    free, areas, total = [], [], 0.0  # rectangles x0, x1, y0, y1 that tile the free room, and their summed areas
     for x0, x1 in pairwise(cuts):
         middle, top = (x0 + x1) / 2, low
         for y0, y1, left, right in blocked:
@@ -235,7 +238,7 @@ def _sample_ground(rng: random.Random) -> tuple[float, float, float]:
 
 
 def render(scene: Scene, size: int = 32) -> UInt8[np.ndarray, "S S 3"]:
-    """The scene's picture, anti-aliased. Objects never overlap, so each adds its part on its own."""
+    """The scene's picture, anti-aliased. Objects never overlap, so each is added on its own."""
     scale = size / CANVAS
     centres = _pixel_centres(size)
     background = np.array(scene.background, np.float32)
@@ -256,15 +259,12 @@ def _pixel_centres(size: int) -> Float[np.ndarray, " S"]:
 
 
 def coverage(
-    shape: str,
-    x: Float[np.ndarray, "*B W"],
-    y: Float[np.ndarray, "*B H"],
-    size: float | Float[np.ndarray, "*B 1 1"],
+    shape: str, x: Float[np.ndarray, "*B W"], y: Float[np.ndarray, "*B H"], size: float | Float[np.ndarray, "*B 1 1"]
 ) -> Float[np.ndarray, "*B H W"]:
     """How much of each pixel (a unit square) a shape of side `size` at the origin covers, in 0..1.
 
-    `x`, `y` are pixel centres, in pixels. Exact for squares and crosses; for the others from the distance to the
-    outline, right to a few hundredths but for pixels that hold a sharp tip.
+    `x`, `y` are pixel centres, in pixels. The result is exact for squares and crosses. For the others it comes from the
+    distance to the outline and is right to a few hundredths, except in pixels that hold a sharp tip.
     """
     half = size / 2
     x, y = x[..., None, :], y[..., :, None]
@@ -278,7 +278,7 @@ def coverage(
         slant = math.sqrt(0.5)  # two bands that cross at right angles
         return _inside((np.abs(x + y) - half) * slant) * _inside((np.abs(x - y) - half) * slant)
     if shape == "triangle":  # apex at the top, base and height both `size`
-        # Outside one side or the other: near the apex a pixel may be both. The base is met at a slant.
+        # Near the apex a pixel may lie outside both sides.
         slant, across = 1 / math.sqrt(5), (y + half) / math.sqrt(5)
         sides = _inside(2 * slant * x - across) + _inside(-2 * slant * x - across) - 1
         return np.maximum(sides, 0) * _inside(y - half)

@@ -1,8 +1,4 @@
-"""The shapes world as a source of training examples, drawn on the fly: the embedded default.
-
-This is its public face; scenes and rendering are in `shapes_scene.py`, captions and prompts in
-`shapes_text.py`, questions in `shapes_questions.py`.
-"""
+"""The shapes world as a source of training examples, rendered on the fly."""
 
 import functools
 import operator
@@ -11,68 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from pisces_jax.data.example import Example, Part, Picture, Role, Text
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
-from pisces_jax.shapes_world.questions import (
-    HELD_OUT_QUESTION_KINDS,
-    QUESTION_KINDS,
-    possible_kinds,
-    question_for,
-    questions,
-    sample_conversation,
-    sample_question,
-)
-from pisces_jax.shapes_world.scene import (
-    COLORS,
-    HELD_OUT_COUNTS,
-    HELD_OUT_PAIRS,
-    HELD_OUT_RELATIONS,
-    MAX_OBJECTS,
-    SHAPES,
-    SPLITS,
-    Object,
-    Scene,
-    render,
-    sample_scene,
-    violates,
-)
-from pisces_jax.shapes_world.text import (
-    HELD_OUT_TAGS,
-    TAGS,
-    detailed_caption,
-    geneval_prompts,
-    prompt_for,
-    sample_for_prompt,
-    short_caption,
-)
+from pisces_jax.shapes_world.questions import QUESTION_KINDS, possible_kinds, sample_conversation, sample_question
+from pisces_jax.shapes_world.scene import MAX_OBJECTS, SPLITS, Scene, render, sample_scene
+from pisces_jax.shapes_world.text import detailed_caption, sample_for_prompt, short_caption
 from pisces_jax.utils.errors import UserError
-
-__all__ = [
-    "COLORS",
-    "HELD_OUT_COUNTS",
-    "HELD_OUT_PAIRS",
-    "HELD_OUT_QUESTION_KINDS",
-    "HELD_OUT_RELATIONS",
-    "HELD_OUT_TAGS",
-    "QUESTION_KINDS",
-    "SHAPES",
-    "SPLITS",
-    "TAGS",
-    "TASKS",
-    "Object",
-    "Scene",
-    "ShapesSource",
-    "corpus",
-    "detailed_caption",
-    "geneval_prompts",
-    "prompt_for",
-    "question_for",
-    "questions",
-    "render",
-    "sample_for_prompt",
-    "sample_question",
-    "sample_scene",
-    "short_caption",
-    "violates",
-]
 
 TASKS = (
     "caption",
@@ -91,15 +29,20 @@ TASKS = (
 class ShapesSource:
     """Examples of one task, by index; the same for the same (task, split, seed, index), on any machine.
 
-    Pictures are rendered only when asked for, at `size` by `size`. Splits: "train" and "val" come from one
-    distribution with other random numbers; every example of "held_out" holds something that neither of them
-    does. Scenes have up to `most_objects` objects, but where a prompt asks for them; questions are of `question_kinds`.
-    Of the short texts of "draw_described", the share `prompts` is in GenEval's words, the others are captions; its
-    descriptions name the objects in the short text's order, those of "draw_details" in any, all others in reading
-    order.
+    Descriptions name the objects in reading order, except that those of "draw_described" follow the order of the short
+    text before them, and those of "draw_details" are in random order.
 
-    Raises `UserError` for an unknown task, split or kind of question, a number of objects that the world does not have,
-    or no share.
+    Args:
+        task: one of `TASKS`.
+        split: "train" and "val" come from the same distribution with different random numbers; every example of
+            "held_out" holds something that neither of them does.
+        size: side of the pictures in pixels; they are rendered only when asked for.
+        most_objects: how many objects a scene has at most; a prompt may ask for more.
+        prompts: share of the short texts of "draw_described" that are in GenEval's words; the others are captions.
+        question_kinds: what "question" and "conversation" ask.
+
+    Raises:
+        UserError: a value that the world does not have.
     """
 
     def __init__(
@@ -120,7 +63,7 @@ class ShapesSource:
         if not 1 <= most_objects <= MAX_OBJECTS:
             raise UserError(f"the shapes world has scenes of 1 to {MAX_OBJECTS} objects, not of {most_objects}")
         if not 0 <= prompts <= 1:
-            raise UserError(f"prompts is a share of the shapes world's examples, 0 to 1, not {prompts}")
+            raise UserError(f"prompts is a share of the shapes world's examples, from 0 to 1, not {prompts}")
         if unknown := [kind for kind in question_kinds if kind not in QUESTION_KINDS]:
             raise UserError(f"question_kinds: {unknown[0]!r} is none of {', '.join(QUESTION_KINDS)}")
         if not possible_kinds(split, most_objects, question_kinds):
@@ -130,8 +73,9 @@ class ShapesSource:
             )
         self.task, self.split, self.num_examples, self.seed, self.size = task, split, num_examples, seed, size
         self.most_objects, self.prompts, self.question_kinds = most_objects, prompts, tuple(question_kinds)
-        # What the keys do not show, and texts need not.
+        # What neither keys nor texts show.
         self.fingerprint = f"{size}/{most_objects}/{prompts}/{self.question_kinds}"
+        self.remote, self.pictures_fingerprint = False, None
 
     def __len__(self) -> int:
         return self.num_examples
@@ -191,7 +135,7 @@ class ShapesSource:
 
 
 def corpus(n: int, seed: int = 0) -> Iterator[str]:
-    """`n` texts as training sees them, all tasks in turn, to train a small tokenizer on."""
+    """`n` texts as training sees them, from all tasks in turn, to train a small tokenizer on."""
     sources = [ShapesSource(task, "train", n, f"corpus-{seed}") for task in TASKS if not task.startswith("pair")]
     made = 0
     for index in range(n):

@@ -1,47 +1,51 @@
-"""How much the pictures of one prompt differ in what the prompt leaves open, beside how much the world's own do.
+"""How much the pictures of one prompt differ in what the prompt leaves open, beside how much the world's own differ.
 
-A regression that answers an open prompt with one picture has no spread, and one that writes a description first has
-the spread of its descriptions. The world's own pictures of the same prompts, judged by the same detector, say how
-much there is to be had.
+A regression that answers an open prompt with one picture has no spread; one that writes a description first has the
+spread of its descriptions. The world's own pictures of the same prompts, judged by the same detector, show how much
+spread is possible.
 """
 
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
 from pisces_jax.data.example import Text
 from pisces_jax.data.instructions import draw_instruction
-from pisces_jax.evaluation.geneval import THRESHOLD
-from pisces_jax.shapes_world.detector import Detector, ShapesDetector
-from pisces_jax.shapes_world.drawing import Drawer
-from pisces_jax.shapes_world.scene import CANVAS
-from pisces_jax.shapes_world.source import render
+from pisces_jax.evaluation.geneval import THRESHOLD, Detector
+from pisces_jax.evaluation.task import Amount, Model, Outcome, Pictures
+from pisces_jax.shapes_world.detector import ShapesDetector
+from pisces_jax.shapes_world.scene import CANVAS, render
 from pisces_jax.shapes_world.text import detailed_caption, metadata, prompt_space, scene_for
 
 OPEN_TAGS = ("single_object", "two_object", "counting", "position")  # colours are left open
-Pictures = UInt8[np.ndarray, "N S S 3"]
+IMAGES = 8  # per prompt
 
 
-def spread(
-    model: Drawer, *, prompts: int, images: int, size: int, seed: int = 0, detector: Detector | None = None, **how: Any
-) -> dict[str, Any]:
-    """Means over `prompts` prompts, whose kinds take turns, of what `images` pictures of each are like.
+def run(model: Model, amount: Amount, how: Mapping[str, Any]) -> Outcome | None:
+    """Task "spread"; None if the amount asks for no prompts."""
+    if not amount.spread:
+        return None
+    settings = {**how, "seed": amount.seed}
+    return Outcome(spread(model, prompts=amount.spread, images=IMAGES, size=model.drawn_size, **settings))
+
+
+def spread(model: Model, *, prompts: int, images: int, size: int, seed: int = 0, **how: Any) -> dict[str, Any]:
+    """Means over `prompts` prompts, of `OPEN_TAGS` in turn, of how much `images` pictures of each differ.
 
     Returns:
-        `model` and `world`, each with:
-        `descriptions`: of two descriptions of one prompt, the mean share of words that they do not have in common.
-        `places`: standard deviation of the centres of all objects found, the mean of both axes, in canvas units of 32.
-        `colours`: entropy of the colours of all objects found, in bits.
-        `pixels`: root mean square difference of two pictures of one prompt, of pixels that run from 0 to 1.
-        Objects are those that the detector is sure of; a prompt without any does not count (None if none has any).
+        `model` and `world`, each with these values, or None where no prompt has one:
+        `descriptions`: the share of words that two descriptions of a prompt do not have in common, averaged over pairs.
+        `places`: standard deviation of the centres of the objects found, mean of both axes, in canvas units of 32.
+        `colours`: entropy of the colours of the objects found, in bits.
+        `pixels`: root mean square difference of two pictures of a prompt, with pixels in 0..1, averaged over pairs.
+        Objects found are those above GenEval's threshold.
     """
-    detector = detector or ShapesDetector()
+    detector = ShapesDetector()
     asked, worlds = [], []
     for i in range(prompts):
         rng = random.Random(f"spread/{seed}/{i}")

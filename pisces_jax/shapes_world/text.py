@@ -1,8 +1,7 @@
 """Captions and GenEval prompts of the shapes world, in plain English.
 
-Two captions: the short one names what is there, the detailed one fixes size, colour, shape and place of every
-object. Prompts follow GenEval's wording and metadata; every prompt of a scene is true of it under GenEval's
-rules.
+There are two captions: the short one names what is there; the detailed one gives size, colour, shape and place of every
+object. Prompts follow GenEval's wording and metadata, and are true of their scene under GenEval's rules.
 """
 
 import functools
@@ -11,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from pisces_jax.evaluation.geneval import TAGS, Metadata
 from pisces_jax.evaluation.relations import RELATIONS, relations
 from pisces_jax.shapes_world.scene import (
     ALLOWED_COLORS,
@@ -30,19 +30,15 @@ from pisces_jax.shapes_world.scene import (
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 SIZE_WORDS = ("small", "medium", "large")  # equal parts of SIZES
-# Degrees of height and of sideness have no word in common: an object's words say the same in any order.
+# Rows and columns have no word in common, so an object's words mean the same in any order.
 _HEIGHTS = ("barely", "slightly", "fairly", "clearly", "very", "extremely")
 _SIDES = ("just", "somewhat", "rather", "well", "far", "furthest")
-# Twelve equal parts of where centres can be, each a twelfth of three cells of the small configs' pooled grid. With 7,
-# the mean of all pictures that a caption permits, which is the best that a regression can do, is judged right for 60 %
-# of scenes only.
+# Twelve equal parts of where centres can be, each about a quarter of a cell of the small configs' pooled grid. The best
+# that a regression can do is the mean of all pictures that fit a caption; with 7 parts that mean is judged right for
+# only 60 % of scenes.
 ROW_WORDS = (*[f"{w} high" for w in reversed(_HEIGHTS)], *[f"{w} low" for w in _HEIGHTS])
 COLUMN_WORDS = (*[f"{w} left" for w in reversed(_SIDES)], *[f"{w} right" for w in _SIDES])
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 HELD_OUT_TAGS = TAGS[2:]  # the other two name no combination that could be held out
-
-Metadata = dict[str, Any]
-"""One line of GenEval's metadata: tag, include, perhaps exclude, prompt."""
 
 
 # Captions
@@ -65,8 +61,8 @@ def _part(value: float, low: float, high: float, parts: int) -> int:
 def detailed_caption(scene: Scene, objects: Sequence[Object] = ()) -> str:
     """Like "a small red circle very high just left, a large blue ring fairly low far right".
 
-    In the order of `objects`, which are the scene's, or else in reading order of the places. No two objects share a
-    place: a cell is smaller than the least distance.
+    The order is that of `objects`, the scene's, or else the reading order of their places. No two objects share a
+    place: a cell is smaller than the least distance between objects.
     """
 
     def phrase(o: Object) -> str:
@@ -77,10 +73,7 @@ def detailed_caption(scene: Scene, objects: Sequence[Object] = ()) -> str:
 
 
 def short_caption(scene: Scene, rng: random.Random, colors: bool = True) -> str:
-    """Like "a red circle and two blue squares": counts of colour and shape, in an order by chance.
-
-    Without `colors` like "a circle and two squares".
-    """
+    """Like "a red circle and two blue squares", in random order; without `colors` like "a circle and two squares"."""
     groups = list(Counter(f"{o.color} {o.shape}" if colors else o.shape for o in scene.objects).items())
     rng.shuffle(groups)
     return join([with_article(name) if count == 1 else f"{NUMBERS[count]} {plural(name)}" for name, count in groups])
@@ -98,14 +91,14 @@ def join(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-# GenEval's prompts. A prompt is (tag, arguments) until someone wants its metadata.
+# GenEval's prompts. Inside this module a prompt is (tag, arguments); `metadata` makes its line.
 
 
 def metadata(tag: str, *arguments: Any) -> Metadata:
     """GenEval's line for one prompt.
 
-    Arguments: single_object (shape); two_object (shape, shape); counting (shape, count); colors (shape,
-    colour); position (subject, relation, reference); color_attr (shape, colour, shape, colour).
+    Arguments: single_object (shape); two_object (shape, shape); counting (shape, count); colors (shape, colour);
+    position (subject, relation, reference); color_attr (shape, colour, shape, colour).
     """
     if tag == "single_object":
         (a,) = arguments
@@ -129,7 +122,7 @@ def metadata(tag: str, *arguments: Any) -> Metadata:
         a, color, b, other = arguments
         what = f"{with_article(f'{color} {a}')} and {with_article(f'{other} {b}')}"
         return _line(tag, [_clause(a, color=color), _clause(b, color=other)], what)
-    raise ValueError(f"no kind of prompt is called {tag!r}; the kinds are {', '.join(TAGS)}")
+    raise ValueError(f"{tag!r} is not a kind of prompt; the kinds are {', '.join(TAGS)}")
 
 
 def _clause(shape: str, count: int = 1, **more: Any) -> dict[str, Any]:
@@ -142,7 +135,7 @@ def _line(tag: str, include: list[dict[str, Any]], what: str) -> Metadata:
 
 @functools.cache
 def prompt_space(tag: str, held_out: bool) -> tuple[tuple, ...]:
-    """The arguments of all prompts of this kind that name a held-out combination, or of all that do not."""
+    """The arguments of all prompts of this kind that name a held-out combination, or else of all that do not."""
     pairs = [(shape, color) for shape in SHAPES for color in COLORS]
     couples = [(a, b) for a in SHAPES for b in SHAPES if a != b]
     every: dict[str, list[tuple]] = {
@@ -170,8 +163,8 @@ def _names_held_out(tag: str, arguments: tuple) -> bool:
 def geneval_prompts(per_task: int, seed: int = 0, held_out: bool = False) -> list[Metadata]:
     """`per_task` lines of each of GenEval's kinds, in GenEval's order of kinds.
 
-    A prompt comes twice only once all of its kind are used up. With `held_out`, all name something held out
-    of training, and the kinds are `HELD_OUT_TAGS`; otherwise none does.
+    A prompt repeats only when all of its kind are used up. With `held_out` every prompt names something held out of
+    training, and the kinds are `HELD_OUT_TAGS`; otherwise none does.
     """
     lines = []
     for tag in HELD_OUT_TAGS if held_out else TAGS:
@@ -185,10 +178,10 @@ def geneval_prompts(per_task: int, seed: int = 0, held_out: bool = False) -> lis
 
 
 def sample_for_prompt(rng: random.Random, split: str, tag: str | None = None) -> tuple[Metadata, Scene]:
-    """A prompt by chance, of any kind unless `tag` is given, and a scene of just the objects that it names.
+    """A random prompt, of any kind unless `tag` is given, and a scene of exactly the objects that it names.
 
-    What the prompt leaves open is drawn by chance. In "train" and "val" neither holds anything held out; in
-    "held_out" the prompt names something that is.
+    What the prompt leaves open is random. In "train" and "val" neither holds anything held out; in "held_out" the
+    prompt names something that is.
     """
     held_out = split == "held_out"
     tag = tag or rng.choice(HELD_OUT_TAGS if held_out else TAGS)
@@ -197,7 +190,7 @@ def sample_for_prompt(rng: random.Random, split: str, tag: str | None = None) ->
 
 
 def scene_for(rng: random.Random, tag: str, arguments: tuple, keep_allowed: bool = True) -> Scene:
-    """A scene of just the objects that the prompt names, and in which it is true."""
+    """A scene of exactly the objects that the prompt names, in which the prompt is true."""
 
     def paint(*shapes: str) -> list[tuple[str, str]]:
         return [(shape, rng.choice(ALLOWED_COLORS[shape])) for shape in shapes]
@@ -218,51 +211,3 @@ def scene_for(rng: random.Random, tag: str, arguments: tuple, keep_allowed: bool
     while keep_allowed and holds_held_out_count(names):  # two alike among three diamonds
         names = paint(*[shape for shape, _ in names])
     return arrange(rng, names, keep_allowed, accept)
-
-
-# How often a kind is drawn where a scene permits it: undoes that some fit fewer scenes, so that all come
-# equally often over `sample_scene` (measured in tests/test_shapes.py).
-_TAG_WEIGHTS = {
-    "single_object": 1.0,
-    "two_object": 4.8,
-    "counting": 2.0,
-    "colors": 1.8,
-    "position": 5.5,
-    "color_attr": 7.0,
-}
-
-
-def prompt_for(scene: Scene, rng: random.Random) -> Metadata:
-    """A prompt that is true of the scene under GenEval's rules; the scene may hold more than it names."""
-    possible = possible_prompts(scene)
-    tags = list(possible)
-    tag = rng.choices(tags, [_TAG_WEIGHTS[tag] for tag in tags])[0]
-    return metadata(tag, *rng.choice(possible[tag]))
-
-
-def possible_prompts(scene: Scene) -> dict[str, list[tuple]]:
-    """The arguments of every prompt that is true of the scene, whichever objects a detector finds surest.
-
-    GenEval looks only at the `count` surest of a class. So a colour is asked for only where all objects of
-    the shape have it, and a relation only between shapes that occur once.
-    """
-    by_shape: dict[str, list[Object]] = {}
-    for o in scene.objects:
-        by_shape.setdefault(o.shape, []).append(o)
-    plain = [(s, same[0].color) for s, same in by_shape.items() if len({o.color for o in same}) == 1]
-    lone = [same[0] for same in by_shape.values() if len(same) == 1]
-    found: dict[str, list[tuple]] = {
-        "single_object": [(shape,) for shape in by_shape],
-        "two_object": [(a, b) for a in by_shape for b in by_shape if a != b],
-        "counting": [(shape, len(same)) for shape, same in by_shape.items() if len(same) > 1],
-        "colors": plain,
-        "position": [
-            (a.shape, relation, b.shape)
-            for a in lone
-            for b in lone
-            if a is not b
-            for relation in relations(a.box, b.box)
-        ],
-        "color_attr": [(*a, *b) for a in plain for b in plain if a[0] != b[0] and a[1] != b[1]],
-    }
-    return {tag: arguments for tag, arguments in found.items() if arguments}

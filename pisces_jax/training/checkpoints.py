@@ -29,7 +29,8 @@ from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import write_atomic
 from pisces_jax.utils.processes import primary, primary_first
-from pisces_jax.weights.folder import folder_mark, is_folder, part_shapes, read_source
+from pisces_jax.weights.folder import part_shapes, read_source
+from pisces_jax.weights.sources import folder_mark, is_folder
 
 # Keys that may differ between a run and its continuation: none of them changes its numbers.
 _FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")

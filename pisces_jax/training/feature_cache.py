@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pisces_jax.data.example import TRANSIENT, BrokenExample, reason_of
-from pisces_jax.data.feature_cache import DTYPES, SHARD, FeatureCache, cached_picture, draws
+from pisces_jax.data.feature_cache import DTYPES, SHARD, FeatureCache, cached_picture
 from pisces_jax.data.images import UnreadablePicture
+from pisces_jax.data.packing.items import LEAST_SEEN
 from pisces_jax.data.packing.layout import Entry
-from pisces_jax.data.packing.rows import LEAST_SEEN
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.layers import apply
 from pisces_jax.models.vit import ViT, pooled_features
@@ -28,7 +28,8 @@ from pisces_jax.training.programs.base import CachedInput
 from pisces_jax.training.programs.reconstruction import to_signal
 from pisces_jax.utils import processes
 from pisces_jax.utils.errors import UserError
-from pisces_jax.weights.folder import is_folder, read_source
+from pisces_jax.weights.folder import read_source
+from pisces_jax.weights.sources import is_folder
 
 
 def encoder_of(config: ConfigDict, workdir: Path, kind: CachedInput) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def _caches(
     folder = workdir / (config.data.features or "features") / kind.folder
     encoder = encoder_of(config, workdir, kind)
     every = not program_class(config).draws_only
-    return [FeatureCache(folder, entry, encoder) if every or draws(entry.source) else None for entry in entries]
+    return [FeatureCache(folder, entry, encoder) if every or entry.source.draws else None for entry in entries]
 
 
 def open_caches(config: ConfigDict, workdir: Path, entries: Sequence[Entry]) -> dict[str, list[FeatureCache | None]]:

@@ -6,18 +6,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pisces_jax.data.packing import pipeline
-from pisces_jax.data.packing.pairs import Pairs
+from pisces_jax.data.packing.items import Items
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.training.feature_cache import open_caches
+from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.base import Program
-from pisces_jax.training.tokenizer import entries_of
+from pisces_jax.training.tokenizer import entries_of, load_tokenizer
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.processes import all_agree, primary_first
 
 
 def items(
     config: ConfigDict, tokenizer: Tokenizer, program: Program, workdir: Path, sources: ConfigDict, **kwargs: Any
-) -> Any:
+) -> Items:
     """The program's dataset over these sources. Lengths are kept in `folder`, by default below `workdir`, where every
     stage and worker finds them.
 
@@ -32,9 +33,24 @@ def items(
         return _items(config, tokenizer, program, workdir, sources, **kwargs)
 
 
+def open_items(config: ConfigDict, workdir: Path, evaluate: bool = False) -> Items:
+    """What a run of this config reads, outside a run: the sources of training, or those that are held out.
+
+    Raises:
+        UserError: as `items` does.
+    """
+    sources = config.data.evaluate if evaluate else config.data.train
+    if not sources:
+        raise UserError(f"data.{'evaluate' if evaluate else 'train'} names no source: give at least one")
+    tokenizer = load_tokenizer(config, workdir)
+    program = make_program(config, tokenizer.vocab_size)
+    per_epoch = None if evaluate else config.data.examples_per_epoch or None
+    return items(config, tokenizer, program, workdir, sources, examples_per_epoch=per_epoch, shuffle=not evaluate)
+
+
 def _items(
     config: ConfigDict, tokenizer: Tokenizer, program: Program, workdir: Path, sources: ConfigDict, **kwargs: Any
-) -> Any:
+) -> Items:
     entries = entries_of(sources)
     d = config.data
     how = dict(folder=workdir / "lengths", scaled_jpeg=d.scaled_jpeg, max_broken=d.max_broken) | kwargs
@@ -42,10 +58,9 @@ def _items(
 
 
 def _iterator(
-    made: Any, config: ConfigDict, program: Program, share: tuple[int, int], **kwargs: Any
+    made: Items, config: ConfigDict, program: Program, share: tuple[int, int], **kwargs: Any
 ) -> pipeline.BatchIterator:
-    make = pipeline.pairs_iterator if isinstance(made, Pairs) else pipeline.packed_iterator
-    iterator = make(
+    iterator = pipeline.batches(
         made, program.batch_items(config), process_index=share[0], process_count=share[1],
         max_broken=config.data.max_broken, **kwargs,
     )  # fmt: skip

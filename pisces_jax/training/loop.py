@@ -26,7 +26,8 @@ from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.processes import primary
-from pisces_jax.weights.folder import Folder, is_folder, read_part
+from pisces_jax.weights.folder import Folder, read_part
+from pisces_jax.weights.sources import is_folder
 
 log = logging.getLogger(__name__)
 PROFILE_AFTER = 5  # steps before a trace begins: the first ones compile and fill caches

@@ -19,7 +19,8 @@ from pisces_jax.training.programs import make_program
 from pisces_jax.utils import cli, processes
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import write_atomic
-from pisces_jax.weights.folder import Folder, is_folder
+from pisces_jax.weights.folder import Folder
+from pisces_jax.weights.sources import is_folder
 
 
 def train_stages(stages: Stages, workdir: Path, make_sampler: Callable[..., Sampler]) -> dict[str, float]:

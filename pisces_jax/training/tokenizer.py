@@ -12,7 +12,7 @@ from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import Tokenizer, open_tokenizer, train_sentencepiece
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.processes import primary_first
-from pisces_jax.weights.folder import TOKENIZER, is_folder, resolve
+from pisces_jax.weights.sources import TOKENIZER, is_folder, resolve
 
 
 def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:

@@ -1,1 +1,1 @@
-"""What every layer uses: errors, files, processes, command lines."""
+"""What every layer uses: errors, atomic files, processes, command lines."""

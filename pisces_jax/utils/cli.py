@@ -1,6 +1,6 @@
-"""What the commands share: flags whose mistakes are one sentence, and output that is written whole or not at all.
+"""What the commands share: flags whose errors are one sentence, checks of output paths, and atomic output.
 
-A data worker imports its command's module again, and with it this one, so imports that bring JAX are inside functions.
+Data workers import the module of their command again, and with it this one. So JAX is imported inside functions only.
 """
 
 import argparse
@@ -13,15 +13,18 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from pisces_jax.utils.errors import UserError
 
+Number = TypeVar("Number", int, float)
+
 
 class Parser(argparse.ArgumentParser):
-    """`argparse` with `UserError` for a mistake, and with the nearest flag's name for an unknown one."""
+    """`argparse` that raises `UserError`, and names the nearest flag when one is unknown."""
 
     def __init__(self, module: str, description: str, examples: Sequence[str]) -> None:
+        """A parser for `python -m pisces_jax.MODULE`; `examples` are command lines without that beginning."""
         command = f"python -m pisces_jax.{module}"
         shown = "\n".join(f"  {command} {example}" for example in examples)
         super().__init__(
@@ -32,16 +35,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
-            names = " and ".join(missing.split(", "))
-            message = f"{names} {'are' if ', ' in missing else 'is'} missing: give"
-            message += f" {'them' if ', ' in missing else 'it'}, as in the examples of --help"
+            names = missing.split(", ")
+            verb, them = ("are", "them") if len(names) > 1 else ("is", "it")
+            message = f"{' and '.join(names)} {verb} missing: give {them}, as in the examples of --help"
         raise UserError(message.replace("\n", " "))
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """All flags.
+        """The values of all flags, from `argv` or the command line.
 
         Raises:
-            UserError: an unknown flag, a missing one or a value that does not fit.
+            UserError: a flag is unknown or missing, or its value is not valid.
         """
         given, unknown = self.parse_known_args(argv)
         if unknown:
@@ -52,42 +55,43 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """A type for argparse: whole numbers from `least`."""
-
-    def parse(text: str) -> int:
-        try:
-            if (value := int(text)) >= least:
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-
-    return parse
+    """An argparse type: whole numbers of at least `least`."""
+    return _number(int, "a whole number", least)
 
 
 def number(least: float) -> Callable[[str], float]:
-    """A type for argparse: finite numbers from `least`."""
+    """An argparse type: finite numbers of at least `least`."""
+    return _number(float, "a number", least)
 
-    def parse(text: str) -> float:
+
+def _number(convert: Callable[[str], Number], kind: str, least: Number) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         try:
-            if least <= (value := float(text)) < float("inf"):
+            if least <= (value := convert(text)) < float("inf"):
                 return value
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least {least:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind} of at least {least}")
 
     return parse
 
 
 def add_process_flags(parser: Parser) -> None:
-    """For `processes.start`."""
-    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of the first of several processes")
-    parser.add_argument("--processes", type=whole_number(1), default=0, help="how many processes the run has")
-    parser.add_argument("--process", type=whole_number(0), default=-1, help="which of them this is, from 0")
+    """Adds the flags that `processes.start` takes."""
+    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address of process 0 of several")
+    parser.add_argument("--processes", type=whole_number(1), default=0, help="number of processes of the run")
+    parser.add_argument("--process", type=whole_number(0), default=-1, help="index of this process, from 0")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(the other flags, the values of `--config.key=value` or `--config.key value`)."""
+    """Separates `--config.key=value` and `--config.key value` from the other flags.
+
+    Returns:
+        The other flags, and the value of each key.
+
+    Raises:
+        UserError: a `--config.` flag has no value.
+    """
     others: list[str] = []
     overrides: dict[str, str] = {}
     rest = list(argv)
@@ -105,18 +109,15 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return others, overrides
 
 
-# Compilations that are kept, and output
-
-
 def start() -> None:
-    """To be called before a command's work: only what the user can use is said, and compilations are kept.
+    """Call this before the work of a command: it silences warnings of libraries and sets JAX's compilation cache.
 
-    Programs compiled once are kept for the user's next commands, unless JAX was told where to keep them.
+    Compiled programs are kept in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
     """
     import jax
     from absl import logging as absl_logging
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # absl has been there before
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # replaces absl's handler
     absl_logging.set_verbosity(absl_logging.ERROR)
     warnings.filterwarnings("ignore", module="orbax")
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
@@ -125,7 +126,7 @@ def start() -> None:
 
 
 def check_output(path: Path, flag: str, *, folder: bool) -> None:
-    """Looks, without making anything, whether `path` can be written.
+    """Checks, without creating anything, that `path` can be written as a folder or as a file.
 
     Raises:
         UserError: it cannot; the sentence begins with `flag`.
@@ -137,11 +138,11 @@ def check_output(path: Path, flag: str, *, folder: bool) -> None:
     while not above.exists():
         above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}={path} cannot be written: {above} is no folder that you may write in")
+        raise UserError(f"{flag}={path} cannot be written: {above} is not a writable directory")
 
 
 def write_files(folder: Path, files: Mapping[str, bytes], flag: str) -> None:
-    """Writes all files or none: beside their places first, then each is moved into its own.
+    """Writes all files or none: first into a temporary folder inside `folder`, then each is moved to its place.
 
     Raises:
         UserError: they cannot be written; the sentence begins with `flag`.
@@ -152,11 +153,14 @@ def write_files(folder: Path, files: Mapping[str, bytes], flag: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
         for name, content in files.items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_bytes(content)
         for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(scratch / name, folder / name)
     except OSError as error:
-        raise UserError(f"{flag}={folder} cannot be written: {error.strerror}: free some space or change it") from error
+        words = f"{error.strerror}: free some space or give another folder"
+        raise UserError(f"{flag}={folder} cannot be written: {words}") from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -165,9 +169,10 @@ def write_files(folder: Path, files: Mapping[str, bytes], flag: str) -> None:
 
 
 def say(*words: object) -> None:
-    """A line of result, at once: what is piped into a file is seen while the command works."""
+    """Prints a line and flushes it, so that output piped into a file appears while the command works."""
     print(*words, flush=True)
 
 
 def arguments() -> list[str]:
+    """The arguments of the command line."""
     return sys.argv[1:]

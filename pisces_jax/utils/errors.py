@@ -1,11 +1,11 @@
-"""Mistakes that a user can mend, told apart from defects of the program."""
+"""Mistakes that a user can fix, told apart from bugs of the program."""
 
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake of the user's: its message is one sentence that says what to change."""
+    """A mistake of the user: its message is one sentence that says what to change."""
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes: a file appears with its whole content, or not at all."""
 
 import os
 import tempfile
@@ -9,17 +9,17 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, to be written in the block, that takes its place when the block ends well.
+    """Gives an empty temporary file beside `path`, which replaces `path` if the block ends without an error.
 
-    It has the permissions of any new file, and a name of its own among all processes on all hosts that share the
-    folder, which is made.
+    The parent folder is created. The temporary file's name is unique among all processes on all hosts that share the
+    folder. The new file has the default permissions of the process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~umask())  # a temporary file is for its owner alone
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp lets only the owner read it
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -27,14 +27,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def umask() -> int:
-    """The process's mask of permissions."""
+    """The permissions that new files of this process do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def synchronize(path: Path) -> None:
-    """Waits until a file is on its disk."""
+    """Returns when the content of a file is on disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -43,7 +43,7 @@ def synchronize(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: str | bytes | Iterable[bytes | memoryview]) -> None:
-    """Writes the whole file or none of it; `data` may also be pieces, to be written one after the other."""
+    """Writes a file atomically; `data` may be an iterable of pieces, written one after the other."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         if isinstance(data, str):
             data = data.encode()

@@ -1,23 +1,37 @@
-"""One run over several processes: how they find each other, and what only one of them does."""
+"""Runs of several processes: how the processes find each other, and what only one of them does."""
 
+import importlib.util
 import os
+import re
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pisces_jax.utils.errors import UserError
 
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+GOOGLE = "0x1ae0"  # PCI vendor
+METADATA_SERVER = "169.254.169.254"  # the same for all Google Cloud VMs; asking by number needs no DNS
+METADATA_ATTEMPTS = 3
+METADATA_SECONDS = 2.0  # per attempt
+
 
 def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
-    """Joins this process with the others of its run; to be called before anything else touches JAX.
+    """Connects this process to the others of its run. Call it before anything else uses JAX.
 
-    With no arguments the TPU's metadata or SLURM's environment say who the others are, where there are any: a
-    machine that is neither is a run of one process.
+    Without arguments, SLURM, GKE or a Cloud TPU VM's metadata say whether there are others, and JAX finds them. On any
+    other machine the run has one process.
 
     Args:
         coordinator: host:port of process 0.
+        processes: number of processes.
+        process: index of this one, from 0.
 
     Raises:
-        UserError: arguments that are incomplete, or processes that do not find each other.
+        UserError: the arguments are incomplete, or the processes do not find each other.
     """
     import jax
 
@@ -37,22 +51,71 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
 
 
 def _several() -> bool:
-    """Whether the environment says that this process is one of several: SLURM, TPU slices (JAX asks the machine's
-    metadata; GKE says it in variables), or several slices."""
+    """Whether this is one of several processes, according to SLURM, GKE (variables) or a Cloud TPU VM (metadata).
+
+    `jax.distributed.initialize()` finds the others, but fails where there are none, so this is asked first.
+    """
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         return True
     if int(os.environ.get("MEGASCALE_NUM_SLICES") or "1") > 1:
         return True
-    if len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]) > 1:
-        return True
-    return _tpu_hosts() > 1
+    if hosts := os.environ.get("TPU_WORKER_HOSTNAMES"):
+        return _count(hosts) > 1
+    return _on_tpu_vm() and _tpu_hosts() > 1
+
+
+def _count(names: str) -> int:
+    return len([name for name in names.split(",") if name.strip()])
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this machine may be a Cloud TPU VM: it has a Google PCI device and libtpu.
+
+    Elsewhere nobody is asked, so laptops, CI and on-premise clusters never wait for a metadata server. A Google Cloud
+    VM without TPUs may pass (its network card is a Google device): its metadata server answers at once. Setting
+    TPU_SKIP_MDS_QUERY, libtpu's own switch, avoids the question.
+    """
+    if "TPU_SKIP_MDS_QUERY" in os.environ:
+        return False
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        return False
+    return any(path.read_text().strip() == GOOGLE for path in PCI_DEVICES.glob("*/vendor"))
 
 
 def _tpu_hosts() -> int:
-    """How many hosts the slice of this Cloud TPU VM has, as its metadata says; 1 anywhere else."""
-    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
+    """Number of hosts of all slices that this Cloud TPU VM works with, from its metadata; 1 if that names none."""
+    slices = re.search(r"^MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata("tpu-env"), re.MULTILINE)
+    hosts = _count(_metadata("worker-network-endpoints"))
+    return max(hosts, 1) * (int(slices[1]) if slices else 1)
 
-    return len(GceTpuCluster._get_worker_list_in_slice()) if GceTpuCluster.is_env_present() else 1
+
+def _metadata(attribute: str) -> str:
+    """The value of an attribute of this Google Cloud VM; empty if the VM does not have the attribute.
+
+    Raises:
+        UserError: the metadata server does not answer within a few seconds.
+    """
+    server = os.environ.get("GCE_METADATA_IP", METADATA_SERVER)
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}", headers={"Metadata-Flavor": "Google"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is never behind a proxy
+    for attempt in range(METADATA_ATTEMPTS):
+        time.sleep(0.5 * attempt)
+        try:
+            with opener.open(request, timeout=METADATA_SECONDS) as response:
+                return response.read().decode()
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return ""
+            reason = str(error)
+        except OSError as error:
+            reason = str(error)
+    # To go on alone would be wrong: each host of a slice would train its own model into the same folder.
+    raise UserError(
+        f"this machine has a TPU, and its metadata server {server} does not say how many hosts there are ({reason}): "
+        "give --coordinator, --processes and --process, or set TPU_SKIP_MDS_QUERY=1 to use this host alone"
+    )
 
 
 def primary() -> bool:
@@ -63,7 +126,7 @@ def primary() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has reached the barrier of this name."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -72,7 +135,7 @@ def barrier(name: str) -> None:
 
 
 def all_agree(digest: str) -> bool:
-    """Whether all processes come with the same digest (hexadecimal, as long in all of them)."""
+    """Whether all processes have the same digest (hexadecimal, of the same length everywhere)."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -85,7 +148,7 @@ def all_agree(digest: str) -> bool:
 
 @contextmanager
 def primary_first(name: str) -> Iterator[None]:
-    """The first process goes through the block alone, then all others: for files that one makes and all read."""
+    """Process 0 runs the block alone, then all others run it: for files that one process makes and all read."""
     if not primary():
         barrier(name)
     try:

@@ -1,18 +1,20 @@
 """The published layouts as data: for each family a table from our names to the published ones.
 
-Sources: transformers (LlamaForCausalLM, SiglipVisionModel, CLIPVisionModel), diffusers (AutoencoderKL), timm's Eva,
+Sources: transformers (LlamaForCausalLM, SiglipVisionModel, CLIPVisionModel), diffusers (AutoencoderKL) and timm's Eva,
 whose names open_clip and Emu2 share.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.weights.layout import Entry
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +22,11 @@ class Family:
     """A published layout.
 
     Attributes:
-        table: from a part's settings to its rows.
-        prefixes: what may stand before all names: the first that fits holds, and what has another one is another
-            part's. The first is written at export.
-        unused: patterns of names, behind the prefix, that belong to the model and are no use to us.
-        renamed: (pattern, replacement): older names for the same tensors.
+        table: the rows for a part's settings.
+        prefixes: what may come before all names. The one that matches most names is taken; tensors with another one
+            belong to another part. The first is written at export.
+        unused: patterns of names, after the prefix, of tensors that belong to the model but are not used here.
+        renamed: (pattern, replacement): older names of the same tensors.
     """
 
     table: Callable[[Any], Sequence[Entry]]
@@ -32,11 +34,23 @@ class Family:
     unused: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
-    def today(self, name: str) -> str:
-        """The name that the table knows for a published one."""
+    def select(self, table: Iterable[Entry], tensors: Mapping[str, T]) -> dict[str, T]:
+        """The tensors of this part by their names in the table: without prefix, older names replaced."""
+        wanted = {entry.theirs.format(i=0) for entry in table}
+        found = []
+        for prefix in self.prefixes:
+            inside = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+            found.append({self._current(name): tensor for name, tensor in inside.items()})
+        return max(found, key=lambda named: len(wanted & set(named)))
+
+    def _current(self, name: str) -> str:
         for pattern, replacement in self.renamed:
             name = re.sub(pattern, replacement, name)
         return name
+
+    def uses(self, name: str) -> bool:
+        """Whether a tensor of this name (after the prefix) is needed, and not one that is known to be unused."""
+        return not any(re.fullmatch(pattern, name) for pattern in self.unused)
 
 
 def _norm(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
@@ -44,8 +58,9 @@ def _norm(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
     return rows + ([Entry(f"{ours}/bias", f"{theirs}.bias", "D -> D")] if bias else [])
 
 
-def _linear(ours: str, theirs: str, kernel: str = "O I -> I O", bias: str = "O -> O") -> list[Entry]:
-    rows = [Entry(f"{ours}/kernel", f"{theirs}.weight", kernel)]
+def _linear(ours: str, theirs: str, kernel: str = "O I -> I O", bias: str = "O -> O", **sizes: int) -> list[Entry]:
+    """A matrix and its bias (none if `bias` is empty)."""
+    rows = [Entry(f"{ours}/kernel", f"{theirs}.weight", kernel, sizes)]
     return rows + ([Entry(f"{ours}/bias", f"{theirs}.bias", bias)] if bias else [])
 
 
@@ -66,12 +81,16 @@ def llama(c: TransformerConfig) -> list[Entry]:
     return rows
 
 
+def _patches(c: ViTConfig, theirs: str) -> list[Entry]:
+    """The convolution over patches, which is a product with flattened patches in our models."""
+    bias = "O -> O" if c.patch_bias else ""
+    return _linear("patch_embedding", theirs, "O C P Q -> (P Q C) O", bias, P=c.patch_size, Q=c.patch_size, C=3)
+
+
 def _transformers_encoder(c: ViTConfig) -> list[Entry]:
     """What SigLIP's and CLIP's vision towers share in transformers."""
     block = "encoder.layers.{i}"
-    rows = _linear(
-        "patch_embedding", "embeddings.patch_embedding", "O C P Q -> (P Q C) O", bias="O -> O" if c.patch_bias else ""
-    )
+    rows = _patches(c, "embeddings.patch_embedding")
     rows.append(Entry("position_embedding", "embeddings.position_embedding.weight", "T D -> T D"))
     for name, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
         rows += _linear(f"layers/attention/{name}", f"{block}.self_attn.{theirs}", "(N H) D -> D N H", "(N H) -> N H")
@@ -86,7 +105,7 @@ def siglip(c: ViTConfig) -> list[Entry]:
 
 def clip(c: ViTConfig) -> list[Entry]:
     rows = [Entry("class_token", "embeddings.class_embedding", "D -> D")]
-    return rows + _norm("embedding_norm", "pre_layrnorm") + _transformers_encoder(c)  # misspelt so in the files
+    return rows + _norm("embedding_norm", "pre_layrnorm") + _transformers_encoder(c)  # spelt so in the files
 
 
 def eva(c: ViTConfig) -> list[Entry]:
@@ -94,7 +113,7 @@ def eva(c: ViTConfig) -> list[Entry]:
     rows = [
         Entry("class_token", "cls_token", "1 1 D -> D"),
         Entry("position_embedding", "pos_embed", "1 T D -> T D"),
-        *_linear("patch_embedding", "patch_embed.proj", "O C P Q -> (P Q C) O"),
+        *_patches(c, "patch_embed.proj"),
     ]
     for i, name in enumerate(("query", "key", "value")):
         rows.append(
@@ -147,11 +166,11 @@ def autoencoder(c: AutoencoderConfig) -> list[Entry]:
 
 
 FAMILIES = {
-    # A tied head may be in the file as well.
+    # A file may hold the output matrix although it is tied to the embedding.
     "llama": Family(llama, unused=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")),
     "siglip": Family(siglip, ("vision_model.", ""), (r"head\..*", r"embeddings\.position_ids")),
     "clip": Family(clip, ("vision_model.", ""), (r"post_layernorm\..*", r"embeddings\.position_ids")),
-    # timm's own; open_clip's around it; EVA-CLIP's; and the tower inside Emu2.
+    # The prefixes of timm, open_clip, EVA-CLIP and of the tower inside Emu2.
     "eva": Family(
         eva,
         ("", "visual.trunk.", "visual.", "model.visual."),

@@ -1,7 +1,9 @@
 """Safetensors files, read lazily and written one tensor at a time; nothing in them is ever executed.
 
 A file is eight bytes (the header's length), a JSON header (name -> dtype, shape, offsets) and the bytes of the tensors
-(https://huggingface.co/docs/safetensors). Tensors are views of the mapped file: what is not touched is not read.
+(https://huggingface.co/docs/safetensors). Tensors are memory-mapped: only what is used is read from the file. The
+library checks files here; it does not read them, since its slices cannot be taken in our layout, and it does not write
+them, since it needs all tensors in memory.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from pisces_jax.utils.errors import UserError
 
@@ -24,16 +27,20 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_SUFFIX = ".safetensors.index.json"
-_HEADER_LIMIT = 100_000_000  # of the format
-SHARD_BYTES = 5 * 10**9  # what published models split their files at
-# Where several files lie without an index: the one that the libraries themselves would take.
+SHARD_BYTES = 5 * 10**9  # the size at which published models split their files
+# Of several files without an index, the one that the libraries themselves would take.
 _USUAL = ("model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: `array()` is a read-only view of the mapped bytes."""
+    """A tensor in a file.
+
+    Attributes:
+        dtype: the format's name of it, e.g. `BF16`.
+        offset: of its first byte in the file.
+    """
 
     path: Path
     dtype: str
@@ -41,13 +48,14 @@ class Tensor:
     offset: int
 
     def array(self) -> np.ndarray:
-        """
+        """A read-only view of the mapped bytes.
+
         Raises:
-            UserError: values that are no floating-point numbers of 16 bits or more, i.e. quantized ones.
+            UserError: the values are quantized, not floating-point numbers of 16 bits or more.
         """
         if self.dtype not in DTYPES:
             raise UserError(
-                f"{self.path} holds quantized values ({self.dtype}), which are not supported: take the weights in "
+                f"{self.path} has quantized values ({self.dtype}), which are not supported: take the weights in "
                 "bfloat16, float16 or float32"
             )
         return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
@@ -57,47 +65,34 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of one file.
 
     Raises:
-        UserError: no safetensors file, or one that is cut off.
+        UserError: the file cannot be read, is not a safetensors file, or is truncated or damaged.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with path.open("rb") as file, safe_open(path, "numpy"):  # checks that header and file fit each other
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > _HEADER_LIMIT:
-                raise UserError(f"{path} is no safetensors file: give one, or download it again")
-            if 8 + length > size:
-                raise UserError(_truncated(path, size, f"more than {8 + length}"))
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors, end = {}, 8 + length
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            tensor = Tensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + first)
-            if not 0 <= first <= last or any(n < 0 for n in tensor.shape):
-                raise ValueError(f"{name} lies nowhere")
-            if tensor.dtype in DTYPES and last - first != math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize:
-                raise ValueError(f"the bytes of {name} do not fit its shape")
-            tensors[name], end = tensor, max(end, 8 + length + last)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no safetensors file ({error}): give one, or download it again") from error
-    if end > size:
-        raise UserError(_truncated(path, size, str(end)))
-    return tensors
-
-
-def _truncated(path: Path, size: int, wanted: str) -> str:
-    return f"{path} is truncated: it has {size} bytes and its header says {wanted}: download it again"
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise UserError(
+            f"{path} is truncated, damaged or not a safetensors file ({reason}): download it again"
+        ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: Tensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a published folder: one file, or several with their index.
+    """All tensors of a published folder: of its one file, or of several files with their index.
 
     Raises:
-        UserError: no safetensors there, files that the index names missing or cut off, or a choice of files.
+        UserError: there is no safetensors file, or more than one set of weights; files that the index names are
+            missing or damaged.
     """
-    # A variant's name stands before its suffix: model.safetensors.index.bf16.json.
+    # A variant is named before the last suffix: model.safetensors.index.bf16.json.
     indices = sorted(folder.glob("*.safetensors.index*.json"))
     files = sorted(folder.glob("*.safetensors"))
     usual = [f for name in _USUAL for f in (*indices, *files) if f.name in (name + INDEX_SUFFIX, name + ".safetensors")]
@@ -107,7 +102,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         chosen = (indices or files)[0]
     elif indices or files:
         names = ", ".join(f.name for f in indices or files)
-        raise UserError(f"{folder} holds several sets of weights ({names}): leave one in it")
+        raise UserError(f"{folder} holds several sets of weights ({names}): keep only one of them there")
     else:
         raise UserError(without_safetensors(str(folder), [f.name for f in folder.iterdir()]))
     if chosen.suffix != ".json":
@@ -128,20 +123,20 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def without_safetensors(where: str, files: Iterable[str]) -> str:
-    """The sentence for a folder without any, by the names of its files."""
+    """The error message for a folder without safetensors, by the names of its files."""
     pickles = sorted(f for f in files if Path(f).suffix in _PICKLES and "/" not in f)
     if not pickles:
-        return f"{where} holds no safetensors file: give the folder of published weights"
+        return f"{where} has no safetensors file: give the folder of published weights"
     return (
-        f"{where} holds only pickles ({', '.join(pickles)}), which can run any code when they are opened and are not "
-        "opened here: turn each into safetensors with safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-        "'model.safetensors') and give the folder of that"
+        f"{where} has only pickles ({', '.join(pickles)}), which are not opened since they can run any code: convert "
+        "each with safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors') and give the "
+        "folder of the result"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A tensor to be written: its values come in pieces, in order, so that it need not exist as a whole."""
+    """A tensor to be written. `pieces` gives its values in order, so that it is never in memory as a whole."""
 
     name: str
     shape: tuple[int, ...]
@@ -154,9 +149,9 @@ class Pending:
 
 
 def write_folder(folder: Path, tensors: Iterable[Pending], stem: str, progress: Callable[[int], Any]) -> None:
-    """Writes the tensors in order into one file `stem.safetensors`, or into several of `SHARD_BYTES` with an index.
+    """Writes the tensors in order into `stem.safetensors`, or into several files of `SHARD_BYTES` with an index.
 
-    `progress` is told the number of bytes after each piece. The folder is for the caller to move into its place.
+    `progress` is called with the number of bytes of each piece.
     """
     shards: list[list[Pending]] = [[]]
     for tensor in tensors:
@@ -177,13 +172,13 @@ def write_folder(folder: Path, tensors: Iterable[Pending], stem: str, progress: 
 
 
 def _write_file(path: Path, tensors: list[Pending], progress: Callable[[int], Any]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     at = 0
     for t in tensors:
         header[t.name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
         at += t.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight
+    text += b" " * (-len(text) % 8)  # tensors start at multiples of eight bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
@@ -197,7 +192,7 @@ def _write_file(path: Path, tensors: list[Pending], progress: Callable[[int], An
 
 
 def slabs(array: Any, shape: tuple[int, ...], limit: int = 2**28) -> Iterator[np.ndarray]:
-    """The first `shape[0]` rows of `array` in pieces of about `limit` bytes (a piece is what slicing gives)."""
+    """The first `shape[0]` rows of `array`, in slices of about `limit` bytes."""
     row = max(1, math.prod(shape[1:]) * 4)
     step = max(1, limit // row)
     for first in range(0, shape[0], step):

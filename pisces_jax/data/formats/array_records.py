@@ -1,6 +1,5 @@
-"""ArrayRecord files: datasets that TensorFlow Datasets prepared, and plain ones. Read without TensorFlow."""
+"""ArrayRecord files, plain ones and datasets that TensorFlow Datasets prepared; read without TensorFlow."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from pisces_jax.data import storage
-from pisces_jax.data.example import FILE_GONE, BrokenExample
-from pisces_jax.data.formats.json_files import picture_files
+from pisces_jax.data.example import BrokenExample
 from pisces_jax.data.formats.record_files import RecordFiles, Span, count_records
-from pisces_jax.data.formats.records import encoded, labels, locate, parse_json
+from pisces_jax.data.formats.records import encoded, labels, locate, parse_object, picture_files, reading
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
 from pisces_jax.utils.errors import UserError
@@ -22,11 +20,13 @@ class Tfds:
     """Records of a dataset that TensorFlow Datasets prepared in ArrayRecord files.
 
     `dataset` is a name below `data_dir`, with or without configuration and version ("cifar10", "cifar10/3.0.2");
-    `split` is in TFDS's notation, slices included ("train[:90%]"). Labels go by their names.
+    `split` is in TFDS's notation, with slices ("train[:90%]"). Labels are given by their names.
 
     Raises:
-        UserError: the dataset, the split or a picture's field is missing, or the files are on a bucket.
+        UserError: the dataset, the split or the field of a picture is missing, or the files are on a bucket.
     """
+
+    remote = False
 
     def __init__(self, dataset: str, split: str, data_dir: str | os.PathLike, images: Sequence[str] = ("image",)):
         import tensorflow_datasets as tfds  # here, as it takes a second and most runs have no such source
@@ -35,56 +35,52 @@ class Tfds:
         self.dataset, self.split, self.images = dataset, split, tuple(images)
         folder = _prepared_folder(Path(data_dir), dataset)
         builder = tfds.builder_from_directory(folder)
-        features = builder.info.features
+        self._features = builder.info.features
         for field in self.images:
-            if field not in features:
-                raise UserError(f"dataset {dataset} has no {field!r}, only {', '.join(features)}: set images")
-        self._labels = {
-            field: feature.names for field, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)
-        }
+            if field not in self._features:
+                raise UserError(f"dataset {dataset} has no {field!r}, only {', '.join(self._features)}: set images")
+        self._decoders = dict.fromkeys(self.images, tfds.decode.SkipDecoding())
         try:
-            decoders = dict.fromkeys(self.images, tfds.decode.SkipDecoding())
-            self._records = builder.as_data_source(split, decoders=decoders)
+            builder.as_data_source(split)  # refuses formats without random access
             files = builder.info.splits[split].file_instructions
-            self._records.data_source = RecordFiles([Span(str(one.filename), one.skip, one.take) for one in files])
-            self._length = len(self._records)
+            self._records = RecordFiles([Span(str(one.filename), one.skip, one.take) for one in files])
         except (ValueError, OSError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"split {split!r} of dataset {dataset} in {data_dir} cannot be opened ({reason}): "
                 f"its splits are {', '.join(builder.info.splits)}"
             ) from error
-        self.names = [field for field in features if field not in self.images]
-        files = sorted(path for path in folder.iterdir() if ".array_record" in path.name)
-        marks = "\0".join(f"{path.name} {storage.signature(str(path))}" for path in files)
-        digest = hashlib.blake2b(marks.encode(), digest_size=16).hexdigest()
-        self.fingerprint = f"{folder}/{digest}/{split}/{self.images}"
+        self._label_names = {
+            field: feature.names
+            for field, feature in self._features.items()
+            if isinstance(feature, tfds.features.ClassLabel)
+        }
+        self.names = [field for field in self._features if field not in self.images]
+        paths = sorted(path for path in folder.iterdir() if ".array_record" in path.name)
+        marks = storage.digest(f"{path.name} {storage.signature(str(path))}" for path in paths)
+        self.fingerprint = f"{folder}/{marks}/{split}/{self.images}"
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._records)
 
-    def __getitem__(self, i: int) -> Record:
-        key = f"{self.dataset}/{self.split}/{int(i)}"
-        try:
-            record = dict(self._records[int(i)])
-        except storage.Unreachable as error:
-            raise BrokenExample(key, FILE_GONE, str(error)) from error
-        except (UserError, OSError, ValueError, RuntimeError) as error:
-            raise BrokenExample(key, "a damaged record", str(error)) from error
+    def read(self, i: int, fields: frozenset[str] | None = None) -> Record:
+        key = f"{self.dataset}/{self.split}/{i}"
+        with reading(key, damaged="a damaged record", errors=(UserError, OSError, ValueError, RuntimeError)):
+            record = dict(self._features.deserialize_example_np(self._records[i], decoders=self._decoders))
         pictures = [encoded(record.pop(field), key) for field in self.images]
         return Record(key, {field: self._plain(field, value) for field, value in record.items()}, pictures)
 
     def _plain(self, field: str, value: Any) -> Any:
-        if field in self._labels and value >= 0:  # TFDS marks a hidden label by -1
-            return self._labels[field][int(value)].replace("_", " ")
+        if field in self._label_names and value >= 0:  # TFDS marks a hidden label by -1
+            return self._label_names[field][int(value)].replace("_", " ")
         return _text(value)
 
 
 def _prepared_folder(data_dir: Path, name: str) -> Path:
-    """The newest version's folder: found without TFDS's own search, which asks the network.
+    """The folder of the newest version. TFDS's own search is not used, as it asks the network.
 
     Raises:
-        UserError: none is there, or several configurations, of which no version is the newest of all.
+        UserError: there is no such dataset, or it has several configurations, so that no version is the newest.
     """
     found = sorted(path.parent for path in (data_dir / name).glob("**/dataset_info.json"))
     if not found:
@@ -105,14 +101,15 @@ def _refuse_remote(path: str) -> None:
 class ArrayRecords:
     """Records of plain ArrayRecord files, each a serialized `tf.train.Example` or a JSON object.
 
-    `path` is a pattern or a list of them; `images` names the features that hold encoded pictures. In JSON a picture
-    cannot be, so there `images` names paths of files below `image_root`.
+    `path` is a pattern or a list of them. `images` names the features that hold encoded pictures, or the fields of JSON
+    objects that hold paths of files below `image_root`.
 
     Raises:
-        UserError: a file is missing, on a bucket or no whole ArrayRecord file.
+        UserError: a file is missing, on a bucket, or not a complete ArrayRecord file.
     """
 
     names = None
+    remote = False
 
     def __init__(
         self,
@@ -131,37 +128,32 @@ class ArrayRecords:
         self._ends = np.cumsum(counts)
         if not len(self._records):
             raise UserError(f"{self.paths[0]} holds no record: change path")
-        digest = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
-        self.fingerprint = f"{digest}/{self.images}/{self.image_root}"
+        self.fingerprint = f"{storage.digest([*self.paths, *signatures])}/{self.images}/{self.image_root}"
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, i: int) -> Record:
+    def read(self, i: int, fields: frozenset[str] | None = None) -> Record:
         file, number = locate(self._ends, i)
         key = f"{self._labels[file]}/{number}"
-        try:
-            data = self._records[int(i)]
-        except storage.Unreachable as error:
-            raise BrokenExample(key, FILE_GONE, str(error)) from error
-        except UserError as error:
-            raise BrokenExample(key, "a damaged record", str(error)) from error
+        with reading(key, damaged="a damaged record"):
+            data = self._records[i]
         if data[:1] == b"{":
-            fields = parse_json(data, key)
-            return Record(key, fields, picture_files(fields, self.images, self.image_root or ".", key))
-        fields = parse_example(data, key)
+            found = parse_object(data, key)
+            return Record(key, found, picture_files(found, self.images, self.image_root or ".", key))
+        found = parse_example(data, key)
         pictures: list[EncodedImage] = []
         for name in self.images:
-            value = fields.pop(name, None)
+            value = found.pop(name, None)
             pictures += [encoded(one, key) for one in (value if isinstance(value, list) else [value])]
-        return Record(key, {name: _text(value) for name, value in fields.items()}, pictures)
+        return Record(key, {name: _text(value) for name, value in found.items()}, pictures)
 
 
 def parse_example(data: bytes, key: str) -> dict[str, Any]:
-    """The features of a serialized `tf.train.Example`; of one value that value, of several a list.
+    """The features of a serialized `tf.train.Example`: a feature's one value, or the list of its values.
 
     Raises:
-        BrokenExample: the bytes are none.
+        BrokenExample: the bytes are something else.
     """
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2  # its messages without TensorFlow
@@ -169,9 +161,9 @@ def parse_example(data: bytes, key: str) -> dict[str, Any]:
     try:
         features = tf_example_pb2.Example.FromString(data).features.feature
     except DecodeError as error:
-        raise BrokenExample(key, "no tf.train.Example", str(error)) from error
+        raise BrokenExample(key, "not a tf.train.Example", str(error)) from error
     if not features:
-        raise BrokenExample(key, "no tf.train.Example", "no feature in it")
+        raise BrokenExample(key, "not a tf.train.Example", "it has no feature")
     fields: dict[str, Any] = {}
     for name, feature in features.items():
         kind = feature.WhichOneof("kind")
@@ -181,7 +173,7 @@ def parse_example(data: bytes, key: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
-    """Bytes as text, in lists too; what is not UTF-8 stays bytes: it may be no text, and recipes refuse it."""
+    """Bytes as text, in lists and objects too. What is not UTF-8 stays bytes: it may be a mask; recipes refuse it."""
     if isinstance(value, list):
         return [_text(one) for one in value]
     if isinstance(value, dict):

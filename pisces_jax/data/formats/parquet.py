@@ -1,12 +1,10 @@
-"""Parquet files as Hugging Face writes them: a picture is a struct of `bytes` and `path`.
+"""Parquet files as Hugging Face writes them, in which a picture is a struct of `bytes` and `path`.
 
-Reading one row reads the row group that holds it, so the groups used last are kept. Small groups make random access
-fast; Hugging Face writes 100 rows a group where there are pictures.
+To read one row is to read the row group that holds it, so the groups used last are kept. Small groups make random
+access fast; Hugging Face writes 100 rows per group where there are pictures.
 """
 
 import collections
-import functools
-import hashlib
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from pisces_jax.data import storage
-from pisces_jax.data.example import FILE_GONE, BrokenExample
-from pisces_jax.data.formats.records import encoded, labels
+from pisces_jax.data.example import BrokenExample
+from pisces_jax.data.formats.records import encoded, labels, locate, picture_file, reading
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
 from pisces_jax.utils.errors import UserError
@@ -24,115 +22,61 @@ KEPT_BYTES = 256 * 2**20  # of row groups, in each process
 
 
 class Parquet:
-    """Records of Parquet files. `path` is a pattern or a list of them; `images` names the columns of pictures.
+    """Records of Parquet files; `path` is a pattern or a list of them, `images` names the columns of pictures.
 
-    A column may hold one picture or a list of them, each with its bytes or a path beside the file.
+    Such a column holds one picture or a list of them, each as its bytes or as a path beside the file.
 
     Raises:
-        UserError: a file is missing or no Parquet file, or lacks a column.
+        UserError: a file is missing, is not a Parquet file, or lacks a column.
     """
+
+    remote = False  # one thread reads a whole row group: more of them would wait
 
     def __init__(self, path: str | Sequence[str], images: Sequence[str] = ("image",), name: str = "parquet"):
         self.paths, self.images = storage.expand(path), tuple(images)
         self._labels = labels(name, self.paths)
-        rows, digest = [], hashlib.blake2b(digest_size=16)
         self.names: Sequence[str] = []
-        for number, one in enumerate(self.paths):
-            digest.update(f"{one}\0{storage.signature(one)}\0".encode())
+        self._groups = []  # for each file, the cumulative numbers of rows of its row groups
+        words = []
+        for one in self.paths:
+            words += [one, storage.signature(one)]
             file = _open(one)
-            names = file.schema_arrow.names
-            missing = [name for name in self.images if name not in names]
+            columns = file.schema_arrow.names
+            missing = [column for column in self.images if column not in columns]
             if missing:
-                raise UserError(f"{one} has no column {missing[0]!r}, only {', '.join(names)}: set images")
-            self.names = [name for name in names if name not in self.images]
-            groups = file.metadata.num_row_groups
-            rows += [(number, group, file.metadata.row_group(group).num_rows) for group in range(groups)]
-        self._groups = np.array(rows, np.int64).reshape(-1, 3)
-        self._ends = np.cumsum(self._groups[:, 2])
-        if not len(self._ends) or not self._ends[-1]:
+                raise UserError(f"{one} has no column {missing[0]!r}, only {', '.join(columns)}: set images")
+            self.names = [column for column in columns if column not in self.images]
+            rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            self._groups.append(np.cumsum([0, *rows])[1:])
+        self._ends = np.cumsum([groups[-1] if len(groups) else 0 for groups in self._groups])
+        if not self._ends[-1]:
             raise UserError(f"{self.paths[0]} holds no row: change path")
-        self.fingerprint = f"{digest.hexdigest()}/{self.images}"
+        self.fingerprint = f"{storage.digest([*words, ''])}/{self.images}"
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, i: int) -> Record:
-        place = int(np.searchsorted(self._ends, i, side="right"))
-        file, group, rows = self._groups[place].tolist()
-        row = i - (int(self._ends[place]) - rows)
-        path = self.paths[file]
-        key = f"{self._labels[file]}/{i - self._first(file)}"
+    def read(self, i: int, fields: frozenset[str] | None = None) -> Record:
+        file, number = locate(self._ends, i)
+        group, row = locate(self._groups[file], number)
+        path, key = self.paths[file], f"{self._labels[file]}/{number}"
+        with reading(key, damaged="a damaged row group"):
+            columns = _group(path, group)
         try:
-            values = {name: column[row].as_py() for name, column in _group(path, group).items()}
-        except storage.Unreachable as error:
-            raise BrokenExample(key, FILE_GONE, str(error)) from error
-        except UserError as error:
-            raise BrokenExample(key, "a damaged row group", str(error)) from error
+            values = {name: column[row].as_py() for name, column in columns.items()}
         except UnicodeDecodeError as error:
             raise BrokenExample(key, "not UTF-8", str(error)) from error
         pictures: list[EncodedImage] = []
         for name in self.images:
             value = values.pop(name)
             for one in value if isinstance(value, list) else [value]:
-                pictures += [self._picture(one, path, key)] if one is not None else []
+                pictures += [_picture(one, path, key)] if one is not None else []
         return Record(key, values, pictures)
 
-    def _first(self, file: int) -> int:
-        place = int(np.searchsorted(self._groups[:, 0], file))
-        return int(self._ends[place - 1]) if place else 0
 
-    @staticmethod
-    def _picture(value: Any, path: str, key: str) -> EncodedImage:
-        name = value.get("path") if isinstance(value, dict) and not value.get("bytes") else None
-        if name is None:
-            return encoded(value, key)
-        if not storage.inside(name):
-            raise BrokenExample(key, "a name outside its folder", name)
-        folder = path.rpartition("/")[0] or "."
-        return EncodedImage(functools.partial(_picture_file, storage.join(folder, name), key), key)
-
-
-def _picture_file(path: str, key: str) -> bytes:
-    try:
-        return storage.read(path)
-    except storage.Missing as error:
-        raise BrokenExample(key, "a picture is missing", path) from error
-    except storage.Unreachable as error:
-        raise BrokenExample(key, FILE_GONE, str(error)) from error
-
-
-class _Remote:
-    """A remote file for Arrow, with our time limits."""
-
-    def __init__(self, path: str):
-        self._path, self._size, self._at, self.closed = path, storage.size(path), 0, False
-
-    def read(self, length: int = -1) -> bytes:
-        data = storage.read(self._path, self._at, length if length >= 0 else self._size - self._at)
-        self._at += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed = True
+def _picture(value: Any, path: str, key: str) -> EncodedImage:
+    name = value.get("path") if isinstance(value, dict) and not value.get("bytes") else None
+    return encoded(value, key) if name is None else picture_file(name, path.rpartition("/")[0] or ".", key)
 
 
 def _open(path: str) -> Any:
@@ -140,18 +84,18 @@ def _open(path: str) -> Any:
     import pyarrow.parquet
 
     try:
-        source = pyarrow.PythonFile(_Remote(path), mode="r") if storage.is_remote(path) else path
+        source = pyarrow.PythonFile(storage.File(path), mode="r") if storage.is_remote(path) else path
         return pyarrow.parquet.ParquetFile(source)
     except (OSError, pyarrow.ArrowException) as error:
         raise _failed(path, error) from error
 
 
 def _failed(path: str, error: Exception) -> UserError:
-    """Of a damaged file a `UserError`; `storage.Unreachable` where it is the storage that failed."""
+    """`storage.Unreachable` if it is the storage that failed, a plain `UserError` of a damaged file."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    # Arrow raises OSError for damaged bytes too, but to that the system has given no number.
+    # Arrow raises OSError for damaged bytes too, but then without an error number of the system.
     kind = storage.Unreachable if getattr(error, "errno", None) else UserError
-    return kind(f"{path} cannot be read as a Parquet file ({reason}): mend or remove it")
+    return kind(f"{path} cannot be read as a Parquet file ({reason}): fix or remove it")
 
 
 _lock = threading.Lock()
@@ -159,7 +103,7 @@ _kept: collections.OrderedDict[tuple[str, int], tuple[dict[str, Any], int]] = co
 
 
 def _group(path: str, group: int) -> dict[str, Any]:
-    """The columns of a row group; one thread at a time reads, the others find it kept."""
+    """The columns of a row group. One thread at a time reads; the others find it kept."""
     import pyarrow
 
     with _lock:

@@ -1,4 +1,8 @@
-"""Random access to the records of ArrayRecord files; a process keeps few of them open, however many there are."""
+"""Random access to the records of ArrayRecord files, of which a process keeps only a few open.
+
+array_record's own data source (which Grain and TensorFlow Datasets use) keeps every file open that it has read, and
+goes on reading a file that was replaced.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -21,7 +25,7 @@ class Span(NamedTuple):
 
 
 class RecordFiles:
-    """The records of some spans, one span after the other. It is picklable, and nothing is opened before it is read."""
+    """The records of several spans, one span after the other; picklable. Files are opened when they are read."""
 
     def __init__(self, spans: Sequence[Span]):
         self._spans = list(spans)
@@ -44,25 +48,25 @@ class RecordFiles:
             return _reader(path, storage.signature(path)).read([position])[0]
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            # What the library says of bytes that are there and wrong; all else may be the storage.
+            # "Corrupted" is what the library says of wrong bytes; anything else may be a failure of the storage.
             kind = UserError if "Corrupted" in reason else storage.Unreachable
-            raise kind(f"record {position} of {path} cannot be read ({reason}): mend or replace the file") from error
+            raise kind(f"record {position} of {path} cannot be read ({reason}): fix or replace the file") from error
 
 
 def count_records(path: str) -> int:
     """How many records a file holds.
 
     Raises:
-        UserError: it is not there, or no whole ArrayRecord file.
+        UserError: it is missing, or not a complete ArrayRecord file.
     """
     reader = _reader(path, storage.signature(path))
     if not reader.ok():  # it would count none
-        raise UserError(f"{path} cannot be read as ArrayRecord: mend or remove it, or change path")
+        raise UserError(f"{path} cannot be read as ArrayRecord: fix or remove it, or change path")
     return reader.num_records()
 
 
-# The signature is there so that a file that was replaced is opened again. Whoever still reads keeps the reader that
-# the cache lets go.
+# With the signature among the arguments, a file that was replaced is opened again. A reader that the cache drops lives
+# on until nobody reads with it.
 @functools.lru_cache(OPEN_READERS)
 def _reader(path: str, signature: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader

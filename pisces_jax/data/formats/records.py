@@ -1,17 +1,18 @@
-"""What readers of file formats share: random access to records, and examples from them by a recipe."""
+"""What the readers of file formats share: their protocol, the source that a recipe makes of one, and parsing."""
 
+import contextlib
+import functools
 import json
 import os
-import re
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from pisces_jax.data.example import BrokenExample, Example
+from pisces_jax.data import storage
+from pisces_jax.data.example import FILE_GONE, BrokenExample, Example
 from pisces_jax.data.images import EncodedImage
-from pisces_jax.data.recipes import Recipe, Record
+from pisces_jax.data.recipes import Recipe, Record, sound
 from pisces_jax.utils.errors import UserError
 
 SPLITS = ("train", "val", "all")
@@ -19,55 +20,79 @@ PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
 
 class Records(Protocol):
-    """Random access to the records of some files; picklable, and nothing is decoded before a picture is called.
+    """A reader of one file format: random access to the records of some files.
 
-    `names` are the fields that every record has, or None where that is not known before reading. `fingerprint`
-    changes with the files.
+    To add a format, write a class with these members in `formats/NAME.py` and add a line to `sources.READERS`. The
+    arguments of its constructor are the keys that a config's source may give: by custom `path` (a pattern or several,
+    for `storage.expand`) and `images` (a tuple of the names of what holds a record's pictures). An argument `name` gets
+    the name of the source. `split` and `val_share` are taken care of (`Examples`), unless the constructor has its own
+    `split`. It raises `UserError` for whatever the user must change, such as files without a record.
+
+    Instances are pickled for worker processes and read by several threads at once: keep paths and numbers in them, not
+    open files.
     """
 
     @property
-    def names(self) -> Sequence[str] | None: ...
+    def names(self) -> Sequence[str] | None:
+        """The fields that every record has; None if they are not known before reading."""
+        ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Changes with the files (`storage.signature`) and with the arguments that choose pictures.
+
+        Caches of lengths and features are found by it.
+        """
+        ...
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading a record is a request to a bucket, so that many should be read at once."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> Record:
-        """Raises `BrokenExample` where record i cannot be used; the others still can."""
+    def read(self, i: int, fields: frozenset[str] | None = None) -> Record:
+        """Record i. No picture is read or decoded before it is called (`Record.pictures`).
+
+        `fields` are the ones that are used (None: perhaps all); a reader may leave out others to save requests. Keys
+        begin with `labels`, so that no two examples of a mixture have the same.
+
+        Raises:
+            BrokenExample: this record cannot be used (`reading` raises it for failures of the storage).
+        """
         ...
 
 
 class Examples:
-    """A source (`layout.Source`): records, made examples by a recipe.
+    """A source (`layout.Source`): records, made into examples by a recipe.
 
-    With `split` "train" or "val", every k-th record, k = round(1 / val_share), is held out: what is appended to the
-    files later moves nothing.
+    With `split` "train" or "val", every k-th record, k = round(1 / val_share), is held out, so that records appended to
+    the files later do not move others.
 
     Raises:
-        UserError: an unknown split, an empty one, or a format that names a field which the records lack.
+        UserError: an unknown or empty split, a wrong share, or a format that names a field which the records lack.
     """
 
     def __init__(self, records: Records, recipe: Recipe, split: str = "all", val_share: float = 0.01):
-        if split not in SPLITS:
-            raise UserError(f"no split {split!r}: choose train, val or all")
+        check_split(split)
         if not isinstance(val_share, (int, float)) or not 0 < val_share <= 0.5:
-            raise UserError(f"val_share={val_share!r} is no share: give a number above 0 and up to 0.5")
-        self.records, self.recipe, self.split = records, recipe, split
-        self._every = round(1 / val_share)
+            raise UserError(f"val_share={val_share!r} is not a share: give a number above 0 and up to 0.5")
+        self.split, self._every = split, round(1 / val_share)
         held_out = len(records) // self._every
         self._length = {"train": len(records) - held_out, "val": held_out, "all": len(records)}[split]
         if not self._length:
-            raise UserError(f"the split {split!r} is empty: it has {len(records)} records in all")
-        if records.names is not None:
-            recipe.check(records.names)
-        self.draws = recipe.draws
-        self.remote = getattr(records, "remote", False)  # every example is a request: `lengths` reads many at once
-        if hasattr(records, "wanted"):
-            records.wanted = used_fields(recipe)
-        self.fingerprint = f"{records.fingerprint}/{split}/{self._every}/{recipe}"
-        # Other texts of the same pictures have the same features.
-        self.pictures_fingerprint = f"{records.fingerprint}/{split}/{self._every}/{recipe.pictures}"
+            raise UserError(f"the split {split!r} is empty: there are only {len(records)} records in all")
+        self._use(records, recipe, records.names, f"{split}/{self._every}")
+
+    def _use(self, records: Records, recipe: Recipe, names: Sequence[str] | None, chosen: str) -> None:
+        """Takes what `layout.Source` asks for from the records and the recipe; `chosen` says which records are used."""
+        if names is not None:
+            recipe.check(names)
+        self.records, self.recipe = records, recipe
+        self.draws, self.remote = recipe.draws, records.remote
+        self.fingerprint = f"{records.fingerprint}/{chosen}/{recipe}"
+        self.pictures_fingerprint: str | None = f"{records.fingerprint}/{chosen}/{recipe.pictures}"
 
     def __len__(self) -> int:
         return self._length
@@ -76,18 +101,25 @@ class Examples:
         i = int(i)
         if not 0 <= i < self._length:
             raise IndexError(f"example {i} of {self._length}")
+        return self.recipe.example(self.records.read(self._number(i), self.recipe.fields))
+
+    def _number(self, i: int) -> int:
+        """Of the record of example i."""
         if self.split == "val":
-            i = (i + 1) * self._every - 1
-        elif self.split == "train":
-            i += i // (self._every - 1)
-        return self.recipe.example(self.records[i])
+            return (i + 1) * self._every - 1
+        return i + i // (self._every - 1) if self.split == "train" else i
+
+
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: choose train, val or all")
 
 
 def labels(name: str, paths: Sequence[str]) -> list[str]:
-    """What the keys of each file's examples begin with: the source's `name`, and the path below what all files share.
+    """What the keys of each file's examples begin with: the source's `name` and the path below their common folder.
 
-    Keys seed noise and choose whose captions are dropped: no two examples of a mixture may have the same one, and it
-    must not matter in which folder the data lies.
+    Keys seed noise and choose whose captions are dropped. So no two examples of a mixture may share one, and keys must
+    not depend on the folder in which the data lies.
     """
     parts = [path.split("/") for path in paths]
     shared = len(os.path.commonprefix([part[:-1] for part in parts]))
@@ -95,59 +127,91 @@ def labels(name: str, paths: Sequence[str]) -> list[str]:
 
 
 def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
-    """The file of record i and its number there; `ends` has the sums of the files' records."""
+    """The file of record i and its number in it, for `ends`, the cumulative numbers of records of the files."""
     file = int(np.searchsorted(ends, i, side="right"))
     return file, int(i) - (int(ends[file - 1]) if file else 0)
 
 
-def used_fields(recipe: Recipe) -> frozenset[str] | None:
-    """The fields that a recipe's formats name; None where they cannot be told from its formats."""
-    names = set()
-    for text_format in recipe.formats:
-        for _, name, inner, _ in string.Formatter().parse(text_format):
-            if inner and "{" in inner:
-                return None
-            if name is not None:
-                names.add(re.split(r"[.\[]", name)[0])
-    return None if recipe.recipe == "conversation" else frozenset(names)
-
-
-def parse_json(data: bytes, key: str) -> dict[str, Any]:
-    """One JSON object.
-
-    Raises:
-        BrokenExample: it is not UTF-8, not JSON or no object.
-    """
-    value = parse_any_json(data, key)
-    if not isinstance(value, dict):
-        raise BrokenExample(key, "no JSON object", type(value).__name__)
-    return value
-
-
-def parse_any_json(data: bytes, key: str) -> Any:
+@contextlib.contextmanager
+def reading(
+    key: str,
+    gone: str = FILE_GONE,
+    damaged: str = "a damaged file",
+    errors: tuple[type[Exception], ...] = (UserError,),
+) -> Iterator[None]:
+    """Makes what the block raises a `BrokenExample`: of the reason `gone` if the storage failed, else `damaged`."""
     try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BrokenExample(key, "not UTF-8", f"byte {error.start}") from error
+        yield
+    except BrokenExample:
+        raise
+    except storage.Unreachable as error:
+        raise BrokenExample(key, gone, str(error)) from error
+    except errors as error:
+        raise BrokenExample(key, damaged, str(error)) from error
+
+
+def parse_text(data: bytes, key: str) -> str:
+    """UTF-8 text, without white space around it. Raises `BrokenExample` if it is not UTF-8."""
+    return _decoded(data, key).strip()
+
+
+def parse_json(data: bytes, key: str) -> Any:
+    """Any JSON value. Raises `BrokenExample` if it is not UTF-8 or not JSON."""
+    try:
+        return json.loads(_decoded(data, key))
     except (ValueError, RecursionError) as error:
         raise BrokenExample(key, "not JSON", str(error)) from error
 
 
-def parse_text(data: bytes, key: str) -> str:
+def _decoded(data: bytes, key: str) -> str:
     try:
-        return data.decode("utf-8-sig").strip()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BrokenExample(key, "not UTF-8", f"byte {error.start}") from error
 
 
+def parse_object(data: bytes, key: str) -> dict[str, Any]:
+    """A JSON object. Raises `BrokenExample` if it is something else."""
+    value = parse_json(data, key)
+    if not isinstance(value, dict):
+        raise BrokenExample(key, "not a JSON object", type(value).__name__)
+    return value
+
+
 def encoded(value: Any, key: str) -> EncodedImage:
-    """A picture from a field that holds its bytes, or Hugging Face's {"bytes", "path"}.
+    """The picture of a field that holds its bytes, or Hugging Face's {"bytes", "path"}.
 
     Raises:
-        BrokenExample: there are no bytes.
+        BrokenExample: the field has no bytes.
     """
     if isinstance(value, Mapping):
         value = value.get("bytes")
     if not isinstance(value, (bytes, bytearray, memoryview)) or not len(value):
         raise BrokenExample(key, "a picture is missing", "no bytes")
     return EncodedImage(bytes(value), key)
+
+
+def picture_file(name: Any, root: str, key: str) -> EncodedImage:
+    """The picture in the file `name` below the folder `root`. Whether it exists shows when it is called.
+
+    Raises:
+        BrokenExample: `name` is not a path below `root`.
+    """
+    if not storage.inside(sound(name, key) if isinstance(name, str) else None):
+        raise BrokenExample(key, "a name outside its folder", str(name))
+    return EncodedImage(functools.partial(_read_picture, storage.join(root, name), key), key)
+
+
+def picture_files(fields: Mapping[str, Any], names: Sequence[str], root: str, key: str) -> list[EncodedImage]:
+    """`picture_file` for every path in the fields `names`, each of which holds one path, a list of them, or none."""
+    values = [fields.get(name) for name in names]
+    paths = [path for value in values for path in (value if isinstance(value, (list, tuple)) else [value])]
+    return [picture_file(path, root, key) for path in paths if path is not None and path != ""]
+
+
+def _read_picture(path: str, key: str) -> bytes:
+    with reading(key):
+        try:
+            return storage.read(path)
+        except storage.Missing as error:
+            raise BrokenExample(key, "a picture is missing", path) from error

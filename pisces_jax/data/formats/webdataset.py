@@ -1,8 +1,7 @@
 """WebDataset: tar shards in which neighbouring files of one name are one sample, with random access.
 
-An index of offsets is built once for each shard, in parallel, and kept in a small file beside the shard (or, where
-nothing can be written there, in the user's cache). It belongs to the shard's size and time: a shard that changed is
-indexed again.
+An index of offsets is built once for each shard, in parallel, and kept in a small file beside the shard (or, if that
+folder is not writable, in the user's cache). It holds for the shard's size and time: a changed shard is indexed again.
 """
 
 import concurrent.futures
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from pisces_jax.data import storage
 from pisces_jax.data.example import SHARD_CHANGED, SHARD_GONE, BrokenExample
-from pisces_jax.data.formats.records import PICTURES, labels, locate, parse_any_json, parse_json, parse_text
+from pisces_jax.data.formats.records import PICTURES, labels, locate, parse_json, parse_object, parse_text, reading
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.recipes import Record
@@ -29,15 +28,22 @@ from pisces_jax.utils.errors import UserError
 
 VERSION = 2  # of the index
 TEXTS = ("txt", "text", "caption")
-CUT = "the shard is cut off"
-_WHOLE = ""
-PROBLEMS = (_WHOLE, "duplicate key", "a name outside its folder", CUT, "a member that is no file")
+LARGEST_TEXT = 2**16  # bytes: larger members with other suffixes are not fields
+WHOLE, DUPLICATE, OUTSIDE, CUT, NOT_A_FILE = PROBLEMS = (
+    "",
+    "duplicate key",
+    "a name outside its folder",
+    "the shard is cut off",
+    "a member that is not a file",
+)
 OPEN_INDICES = 256
-LONGEST_END = 2**16  # bytes: two blocks of zeros end an archive, and more of them fill it up to a record of tar's
+LONGEST_END = 2**16  # bytes: an archive ends with two blocks of zeros, and more of them up to tar's record size
 
 
 class Index(NamedTuple):
-    """One shard: samples N, their members M in file order, and the kinds (names after the first dot) of members."""
+    """One shard: N samples, their M members in the order of the file, and the members' kinds (names after the first
+    dot).
+    """
 
     signature: str
     kinds: Sequence[str]
@@ -54,19 +60,19 @@ class Index(NamedTuple):
 
 
 class WebDataset:
-    """Records of WebDataset shards. `path` is a pattern or a list of them (`storage.expand`).
+    """Records of WebDataset shards; `path` is a pattern or a list of them.
 
-    A `.txt` is the field `text` and a `.json` gives its own fields; `.prompt.txt` and `.prompt.json` are the field
-    `prompt`, and other small members go by their whole names, with `_` for a dot (in a format a dot asks for an
-    attribute). `images` names the members that are pictures ("jpg", "input.png"), in the order that a recipe takes
-    them; by default every picture of a sample. `index_dir` is where the indices go, by default beside the shards.
+    A `.txt` is the field `text`, and a `.json` gives its own fields. `.prompt.txt` and `.prompt.json` are the field
+    `prompt`. Other small members have their whole suffix as their name, with `_` for a dot (in a format, a dot asks for
+    an attribute). `images` names the members that are pictures ("jpg", "input.png") in the order in which a recipe
+    takes them; by default it is every picture of a sample. `index_dir` is where the indices go, by default beside the
+    shards, and `index_workers` the number of processes that make them.
 
     Raises:
-        UserError: no shard, a missing one that was never indexed, a compressed one, or no sample at all.
+        UserError: no sample at all, or a shard that is compressed, or that is missing and was never indexed.
     """
 
     names = None
-    wanted: frozenset[str] | None = None  # the fields that are used; None: perhaps all
 
     def __init__(
         self,
@@ -81,96 +87,90 @@ class WebDataset:
         self.images = tuple(images) if images is not None else None
         self.remote = any(map(storage.is_remote, self.paths))
         self._index_paths = index_shards(self.paths, index_dir, index_workers)
-        counts, signatures, whole = [], [], 0
-        for shard in range(len(self.paths)):
-            index = self._load(shard)
-            counts.append(len(index.problem))
-            signatures.append(index.signature)
-            whole += counts[-1] - int(np.count_nonzero(index.problem))
-        self._ends = np.cumsum(counts)
-        if not whole:
-            raise UserError(f"{self.paths[0]}{' and its like' if len(counts) > 1 else ''} hold no sample: change path")
-        digest = hashlib.blake2b("\0".join([*self.paths, *signatures]).encode(), digest_size=16).hexdigest()
-        self.fingerprint = f"{digest}/{self.images}"
+        indices = [self._load(shard) for shard in range(len(self.paths))]
+        if all(index.problem.all() for index in indices):
+            others = " and its like" if len(indices) > 1 else ""
+            raise UserError(f"{self.paths[0]}{others} hold no sample: change path")
+        self._ends = np.cumsum([len(index.problem) for index in indices])
+        marks = storage.digest([*self.paths, *(index.signature for index in indices)])
+        self.fingerprint = f"{marks}/{self.images}"
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, i: int) -> Record:
+    def read(self, i: int, fields: frozenset[str] | None = None) -> Record:
         shard, i = locate(self._ends, i)
         path, index = self.paths[shard], self._load(shard)
         key = f"{self._labels[shard]}/{index.key(i)}"
         if index.problem[i]:
             raise BrokenExample(key, PROBLEMS[index.problem[i]], path)
-        fields: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         pictures = {}
-        for m in self._needed(index, i):
+        for m in _needed(index, i, fields):
             kind = index.kinds[index.kind[m]]
-            read = functools.partial(self._read, path, index.signature, int(index.offset[m]), int(index.size[m]), key)
+            read = functools.partial(_read, path, index.signature, int(index.offset[m]), int(index.size[m]), key)
             name, _, suffix = kind.rpartition(".")
             name = name.replace(".", "_")
             if suffix in PICTURES:
                 pictures[kind] = EncodedImage(read, key)
             elif suffix in TEXTS:
-                fields[name or "text"] = parse_text(read(), key)
+                found[name or "text"] = parse_text(read(), key)
             elif suffix == "json" and name:
-                fields[name] = parse_any_json(read(), key)
+                found[name] = parse_json(read(), key)
             elif suffix == "json":
-                fields.update(parse_json(read(), key))
-            elif index.size[m] < 2**16:  # whatever else is text is a field; arrays and the like are left alone
+                found.update(parse_object(read(), key))
+            elif index.size[m] < LARGEST_TEXT:
+                data = read()
                 try:
-                    fields[kind.replace(".", "_")] = parse_text(read(), key)
-                except BrokenExample as error:
-                    if error.reason != "not UTF-8":
-                        raise
+                    found[kind.replace(".", "_")] = parse_text(data, key)
+                except BrokenExample:  # an array or the like, which is not a field
+                    continue
         wanted = self.images if self.images is not None else tuple(pictures)
         missing = [kind for kind in wanted if kind not in pictures]
         if missing or not pictures:
             raise BrokenExample(key, "a picture is missing", f"no .{' and .'.join(missing or PICTURES[:1])} in {path}")
-        return Record(key, fields, [pictures[kind] for kind in wanted])
-
-    def _needed(self, index: Index, i: int) -> list[int]:
-        """The members of sample i that are a picture or may give a field that is used: others are not fetched."""
-        members = range(int(index.first[i]), int(index.first[i + 1]))
-        if self.wanted is None:
-            return list(members)
-        needed, left = [], self.wanted
-        for m in reversed(members):
-            kind = index.kinds[index.kind[m]]
-            if kind in TEXTS:
-                use = "text" in self.wanted
-                left -= {"text"}  # a .json before it would give one in vain
-            elif kind == "json":
-                use = bool(left)
-            else:
-                begins = kind.replace(".", "_")
-                use = kind.rpartition(".")[2] in PICTURES or any(begins.startswith(name) for name in self.wanted)
-            needed += [m] if use else []
-        return needed[::-1]
+        return Record(key, found, [pictures[kind] for kind in wanted])
 
     def problems(self) -> list[int]:
         """How many samples have each of `PROBLEMS`."""
-        return sum(
-            np.bincount(self._load(shard).problem, minlength=len(PROBLEMS)) for shard in range(len(self.paths))
-        ).tolist()  # type: ignore[union-attr]
-
-    @staticmethod
-    def _read(path: str, signature: str, offset: int, size: int, key: str) -> bytes:
-        try:
-            if not storage.is_remote(path) and storage.signature(path) != signature:
-                raise BrokenExample(key, SHARD_CHANGED, path)
-            data = storage.read(path, offset, size)
-        except storage.Unreachable as error:
-            raise BrokenExample(key, SHARD_GONE, str(error)) from error
-        if len(data) < size:
-            raise BrokenExample(key, CUT, path)
-        return data
+        found = np.concatenate([self._load(shard).problem for shard in range(len(self.paths))])
+        return np.bincount(found, minlength=len(PROBLEMS)).tolist()
 
     def _load(self, shard: int) -> Index:
         index = _load_index(str(self._index_paths[shard]))
         if index is None:
-            raise UserError(f"the index {self._index_paths[shard]} is gone: start again, and it is made again")
+            raise UserError(f"the index {self._index_paths[shard]} is gone: start again, which makes a new one")
         return index
+
+
+def _needed(index: Index, i: int, fields: frozenset[str] | None) -> list[int]:
+    """The members of sample i that are a picture or may give one of `fields`: others are not fetched."""
+    members = range(int(index.first[i]), int(index.first[i + 1]))
+    if fields is None:
+        return list(members)
+    needed, left = [], fields
+    for m in reversed(members):
+        kind = index.kinds[index.kind[m]]
+        if kind in TEXTS:
+            use = "text" in fields
+            left -= {"text"}  # a .json before this member would give one in vain
+        elif kind == "json":
+            use = bool(left)
+        else:
+            begins = kind.replace(".", "_")
+            use = kind.rpartition(".")[2] in PICTURES or any(begins.startswith(name) for name in fields)
+        needed += [m] if use else []
+    return needed[::-1]
+
+
+def _read(path: str, signature: str, offset: int, size: int, key: str) -> bytes:
+    with reading(key, gone=SHARD_GONE):
+        if not storage.is_remote(path) and storage.signature(path) != signature:
+            raise BrokenExample(key, SHARD_CHANGED, path)
+        data = storage.read(path, offset, size)
+    if len(data) < size:
+        raise BrokenExample(key, CUT, path)
+    return data
 
 
 @functools.lru_cache(OPEN_INDICES)
@@ -183,10 +183,10 @@ def _load_index(path: str) -> Index | None:
 
 
 def index_shards(paths: Sequence[str], index_dir: str | None = None, workers: int | None = None) -> list[Path]:
-    """The index file of every shard; those that are missing or belong to an older state of a shard are made.
+    """The index file of every shard. Those that are missing or older than their shard are made.
 
     Raises:
-        UserError: a shard is missing and has no index, is compressed, or its index can be written nowhere.
+        UserError: a shard is compressed, or missing and without an index, or an index cannot be written.
     """
     places = [_place(path, index_dir) for path in paths]
     todo = []
@@ -205,7 +205,7 @@ def index_shards(paths: Sequence[str], index_dir: str | None = None, workers: in
         for path, place in todo:
             _write_index(path, place)
     else:
-        # Spawned, as everything here: the caller may have started JAX. Threads would wait for one another.
+        # Spawned, since the caller may have started JAX. Threads would wait for each other.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
             made = [pool.submit(_write_index, path, place) for path, place in todo]
@@ -238,48 +238,46 @@ def _write_index(path: str, place: Path) -> None:
 
 
 def index_shard(path: str) -> Index:
-    """Reads through one shard's headers. Where it breaks off, one more sample stands for those that are lost.
+    """Reads the headers of one shard. Where it breaks off, one more sample stands for those that are lost.
 
     Raises:
-        UserError: it cannot be read, is compressed, or is no tar file.
+        UserError: it cannot be read, is compressed, or is not a tar file.
     """
-    signature, total = storage.signature(path), storage.size(path)
-    start = storage.read(path, 0, 4)
+    signature, start = storage.signature(path), storage.read(path, 0, 4)
     if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\x28\xb5\x2f\xfd" or start[:4] == b"\xfd7zX":
-        raise UserError(f"{path} is compressed, and random access is not possible in it: unpack it to a plain .tar")
-    samples: list[tuple[str, int]] = []  # key, problem
+        raise UserError(f"{path} is compressed, which makes random access impossible: unpack it to a plain .tar")
+    file = storage.File(path)
+    total = file.seek(0, io.SEEK_END)
+    samples: list[tuple[str, str]] = []  # key, problem
     first, kinds, rows = [0], dict[str, int](), list[tuple[int, int, int]]()
     seen: set[str] = set()
-    current: dict[str, None] = {}  # kinds of the sample in hand
+    current: set[str] = set()  # kinds of the last sample
+    last = None
 
-    def begin(key: str, problem: str = _WHOLE) -> None:
+    def begin(key: str, problem: str) -> None:
         if samples:
             first.append(len(rows))
-        samples.append((key, PROBLEMS.index(problem)))
+        samples.append((key, problem))
         current.clear()
 
-    def spoil(problem: str) -> None:
-        samples[-1] = samples[-1][0], PROBLEMS.index(problem)
-
-    last = None
     try:
-        for member in _members(path, total):
+        for member in _members(path, file, total):
             folder, _, name = member.name.rpartition("/")
             stem, _, kind = name.partition(".")
             if member.isdir() or (storage.inside(member.name) and _is_no_sample(stem, kind)):
                 continue
             key, kind = (f"{folder}/{stem}" if folder else stem), kind.lower()
             if key != last or kind in current:
-                begin(key, PROBLEMS[1] if key in seen else _WHOLE)
+                begin(key, DUPLICATE if key in seen else WHOLE)
             last = key
             seen.add(key)
-            current[kind] = None
+            current.add(kind)
             if not storage.inside(member.name):
-                spoil(PROBLEMS[2])
+                samples[-1] = key, OUTSIDE
             elif not member.isreg():
-                spoil(PROBLEMS[4])
+                samples[-1] = key, NOT_A_FILE
             elif member.offset_data + member.size > total:
-                spoil(CUT)
+                samples[-1] = key, CUT
                 break
             rows.append((kinds.setdefault(kind, len(kinds)), member.offset_data, member.size))
     except (tarfile.TarError, EOFError, ValueError):
@@ -292,7 +290,7 @@ def index_shard(path: str) -> Index:
         signature=signature,
         kinds=list(kinds),
         first=np.array(first, np.int64),
-        problem=np.array([problem for _, problem in samples], np.uint8),
+        problem=np.array([PROBLEMS.index(problem) for _, problem in samples], np.uint8),
         key_start=np.cumsum([0, *map(len, keys)]).astype(np.int64),
         keys=np.frombuffer(b"".join(keys), np.uint8),
         kind=table[:, 0].astype(np.uint16),
@@ -302,61 +300,32 @@ def index_shard(path: str) -> Index:
 
 
 def _is_no_sample(stem: str, kind: str) -> bool:
-    """What lies beside the samples: the notes of macOS (`._1.png`), files without a suffix, and `__meta__.json`.
-
-    The webdataset library passes over them too.
+    """Whether a member is one of those beside the samples, which the webdataset library skips too: notes of macOS
+    (`._1.png`), files without a suffix, and `__meta__.json`.
     """
     return not stem or not kind or (len(stem) > 4 and stem.startswith("__") and stem.endswith("__"))
 
 
-def _members(path: str, total: int) -> Iterator[tarfile.TarInfo]:
+def _members(path: str, file: storage.File, total: int) -> Iterator[tarfile.TarInfo]:
     """The members in order.
 
     Raises:
-        UserError: it is no tar file.
+        UserError: it is not a tar file.
         TarError, EOFError, ValueError: it breaks off.
     """
+    file.seek(0)
+    buffered = io.BufferedReader(file, 2**22 if storage.is_remote(path) else 2**16)
     try:
-        archive = tarfile.TarFile(path, fileobj=io.BufferedReader(_Reader(path, total), 2**16))
+        archive = tarfile.TarFile(path, fileobj=buffered)
     except (tarfile.TarError, EOFError, ValueError) as error:
         if not total:
             raise
-        raise UserError(f"{path} is no tar file ({error}): remove it from path") from error
+        raise UserError(f"{path} is not a tar file ({error}): remove it from path") from error
     with archive:
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined] # or it remembers them all
+            archive.members = []  # type: ignore[attr-defined] # else it remembers them all
             yield member
-        # tarfile takes a damaged header, and a file that is over, for the archive's end.
+        # tarfile takes a damaged header, or a file that is over, for the end of the archive.
         end = storage.read(path, archive.offset, LONGEST_END + 1)
         if not tarfile.BLOCKSIZE <= len(end) <= LONGEST_END or end.strip(b"\0"):
             raise tarfile.ReadError("the archive does not end")
-
-
-class _Reader(io.RawIOBase):
-    """A shard as a file that can seek; a remote one is fetched some megabytes at a time."""
-
-    def __init__(self, path: str, total: int):
-        self._path, self._total, self._at = path, total, 0
-        self._block = 2**22 if storage.is_remote(path) else 2**16
-        self._start, self._data = 0, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._total}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._start <= self._at < self._start + len(self._data):
-            self._start, self._data = self._at, storage.read(self._path, self._at, self._block)
-        piece = self._data[self._at - self._start :][: len(buffer)]
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)

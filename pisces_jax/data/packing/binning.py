@@ -1,4 +1,4 @@
-"""Packing examples of known lengths into groups of rows: best fit over a bounded number of open groups."""
+"""Packs examples of known lengths into groups of rows: best fit over a bounded number of open groups."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class _Group:
         self.reads, self.draws = layout.read_slots, layout.draw_slots
 
     def room(self, layout: Layout) -> float:
-        """The share of what will run out first: of the tokens, or of the slots of both pools together."""
+        """The free share of what runs out first: the tokens, or the slots of both pools together."""
         slots = layout.read_slots + layout.draw_slots
         return min(
             sum(self.free) / (layout.length * layout.rows),
@@ -43,17 +43,17 @@ def pack(
     layout: Layout,
     open_rows: int = 64,
 ) -> Bins:
-    """Puts every example where it leaves the least room, within the token and both picture budgets.
+    """Puts every example into the row that it fills best and whose group has enough free picture slots.
 
-    Every example must fit into an empty group. Where none of the open groups has room, the one nearest to
-    full is closed and another is opened: time is linear in the number of examples. At least `open_rows`
-    rows and 16 groups stay open; more of them pack a little better and slower.
+    Every example must fit into an empty group. If no open group has room, the fullest one is closed and a new one is
+    opened, so the time is linear in the number of examples. At least `open_rows` rows and 16 groups stay open; more of
+    them pack slightly better, and more slowly.
     """
     open_groups = max(16, open_rows // layout.rows)
     group, row, offset = (np.empty(len(tokens), np.int32) for _ in range(3))
     opened: list[_Group] = []
-    # All open rows by their free tokens, and in `lengths` a bit for every length that some row has free: the
-    # lowest bit at or above an example's length is its best fit.
+    # `by_free` has the open rows by their free tokens, and `lengths` a bit for every number of free tokens that some
+    # row has: the lowest bit at or above an example's length is its best fit.
     by_free: list[list[tuple[_Group, int]]] = [[] for _ in range(layout.length + 1)]
     lengths = num_groups = 0
     for i, (t, r, d) in enumerate(zip(tokens.tolist(), reads.tolist(), draws.tolist(), strict=True)):

@@ -1,14 +1,14 @@
 """The packing of every epoch at once: places for classes of examples, and who takes which place.
 
-Examples are sorted into *classes*: one source, one number of tokens, of pictures to read and to draw. An epoch takes
-the same number of examples of each class as every other, so its packing need not be made again: places for classes are
-packed once, and an epoch only decides which example of the class takes which place. Both that and the order of the
-groups are permutations that are computed where they are looked at (`mixture.permuted`), so any group of any epoch is
-found without looking at another, and every epoch has the same number of groups.
+A *class* is the examples of one source with the same numbers of tokens, of pictures to read and of pictures to draw.
+Every epoch takes the same number of examples of each class, so one packing serves all epochs: it packs places for
+classes, and an epoch only decides which example of a class takes which place, and in which order the groups come. Both
+are permutations that are computed where they are needed (`mixture.permuted`), so any group of any epoch is found
+without the others, and every epoch has the same number of groups.
 
-Large epochs repeat a *template* of some million places. Where an epoch is not a whole number of passes over a source,
-the due number of a class differs by one between epochs: the place is empty in some. So that such places stay few, rare
-lengths are joined there into classes as long as their longest.
+Large epochs repeat a *template* of about a million places. If an epoch is not a whole number of passes over a source,
+the number of examples of a class differs by one between epochs, and in some epochs its last place stays empty. To keep
+such places few, rare lengths are then joined into one class, whose places are as long as its longest example.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _CHUNK = 2**22
 
 
 class Members(NamedTuple):
-    """The examples of one group, in the order of their rows and places: source and index there, place and length."""
+    """The examples of one group by row and offset: source, index in the source, place, and length in tokens."""
 
     source: Int32[np.ndarray, "E"]
     example: Int64[np.ndarray, "E"]
@@ -43,7 +43,7 @@ class Members(NamedTuple):
 
 @dataclasses.dataclass
 class _Classes:
-    """The classes of one source, with `order`: its usable examples, class by class."""
+    """The classes of one source; `order` has the indices of its usable examples, class by class."""
 
     tokens: Int64[np.ndarray, "C"]
     reads: Int64[np.ndarray, "C"]
@@ -55,8 +55,9 @@ class _Classes:
 class Epochs:
     """Groups of examples by number; `per_epoch` of them are an epoch.
 
-    `counts[s]` is how many examples of source s an epoch takes (over a few epochs exactly; by one a class more or
-    less in each). `folder`, where given, keeps each source's order of examples in a file that processes share.
+    An epoch takes `counts[s]` examples of source s on average; in a single epoch, each class may have one more or less.
+    `used` has the tokens, pictures to read and pictures to draw of an epoch, on average. If `folder` is given, each
+    source's order of examples is kept there, in a file that processes share.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Epochs:
             exact = n > 0 and count % n == 0 and repeats == 1
             least = 0 if exact or not count else max(np.sqrt(count) / 2, 16 * repeats) * n / count
             classes.append(_classes(each, layout, least, name, folder))
-        # One table over the classes of all sources.
+        # A table of the classes of all sources.
         self._source = np.repeat(np.arange(len(classes), dtype=np.int32), [len(c.count) for c in classes])
         self._count = np.concatenate([c.count for c in classes])
         self._start = np.concatenate([np.cumsum(c.count) - c.count for c in classes])
@@ -89,7 +90,7 @@ class Epochs:
         self._secrets = np.array(
             [secret("class", seed, owner, c) for owner, c in zip(owners, per_class.tolist(), strict=True)], np.uint64
         )
-        # An epoch takes count_s / n_s of every class: `whole` examples and `part / n` of another.
+        # An epoch takes the share count_s / n_s of every class: `whole` examples and the part `part / n` of one more.
         usable = np.array([int(c.count.sum()) for c in classes])[self._source]
         self._usable = usable
         taken = np.array(counts, np.int64)[self._source]
@@ -100,13 +101,14 @@ class Epochs:
         self._phase = np.where(self._part > 0, (phase * usable).astype(np.int64), 0)
         due = self._whole + (self._part > 0)
         self._pack(classes, -(-due // repeats), layout)
-        mean = [float(t[o].mean()) if len(o) else 0.0 for t, o in zip(self._tokens, self._orders, strict=True)]
-        pictures = [[float(v[o].mean()) if len(o) else 0.0 for v, o in zip(values, self._orders, strict=True)]
-                    for values in ([e.reads for e in lengths], [e.draws for e in lengths])]  # fmt: skip
-        self.used = tuple(float(np.dot(counts, means)) for means in (mean, *pictures))
+        means = [
+            [float(array[order].mean()) if len(order) else 0.0 for array in each[:3]]
+            for each, order in zip(lengths, self._orders, strict=True)
+        ]
+        self.used = tuple(float(np.dot(counts, of_sources)) for of_sources in zip(*means, strict=True))
 
     def _pack(self, classes: Sequence[_Classes], places: Int64[np.ndarray, "C"], layout: Layout) -> None:
-        """The template: its places sorted by group, row and offset."""
+        """Packs the template; its places are sorted by group, row and offset."""
         of = np.repeat(np.arange(len(places), dtype=np.int32), places)
         number = np.arange(len(of)) - np.repeat(np.cumsum(places) - places, places)
         order = shuffled(np.arange(len(of)), len(of), "template", self._seed)
@@ -125,7 +127,7 @@ class Epochs:
         return self._template_groups * self._repeats
 
     def members(self, epoch: int, g: int) -> Members:
-        """Who is in group `g` of an epoch."""
+        """The examples in group `g` of an epoch."""
         if self._shuffle:
             g = int(shuffled(np.array([g]), self.per_epoch, "groups", self._seed, epoch)[0])
         repeat, template = divmod(g, self._template_groups)
@@ -145,11 +147,11 @@ class Epochs:
         ends = np.cumsum(length)
         starts = ends - length
         # The first of each row starts at 0; an example shorter than its place moves the next ones up.
-        first = np.searchsorted(row, row) if len(row) else row
-        return Members(source, index, row, starts - starts[first] if len(row) else starts, length)
+        first = np.searchsorted(row, row)
+        return Members(source, index, row, starts - starts[first], length)
 
     def _taken(self, of: Int32[np.ndarray, "E"], epoch: int) -> Int64[np.ndarray, "E"]:
-        """How many examples of these classes all epochs before `epoch` took."""
+        """How many examples of these classes all epochs before `epoch` took together."""
         return epoch * self._whole[of] + (epoch * self._part[of] + self._phase[of]) // self._usable[of]
 
 
@@ -157,7 +159,7 @@ FITS, TOO_LONG, TOO_MANY_PICTURES, UNREADABLE = range(4)
 
 
 def fits(lengths: Lengths, layout: Layout) -> Shaped[np.ndarray, "N"]:
-    """Whether each example fits an empty group, or why it does not; uint8."""
+    """Whether each example fits into an empty group (`FITS`), or why it does not; uint8."""
     found = np.zeros(len(lengths.tokens), np.uint8)
     found[(lengths.reads > layout.read_slots) | (lengths.draws > layout.draw_slots)] = TOO_MANY_PICTURES
     found[lengths.tokens > layout.length] = TOO_LONG
@@ -166,7 +168,7 @@ def fits(lengths: Lengths, layout: Layout) -> Shaped[np.ndarray, "N"]:
 
 
 def _classes(lengths: Lengths, layout: Layout, least: float, name: str, folder: str | os.PathLike | None) -> _Classes:
-    """Classes of at least `least` examples each, the last perhaps fewer: neighbours in length are joined until then."""
+    """Classes of at least `least` examples each: neighbours in length are joined. The last one may have fewer."""
     digest = hashlib.blake2b(digest_size=8)
     for array in (lengths.tokens, lengths.reads, lengths.draws):
         digest.update(np.ascontiguousarray(array).data)
@@ -176,7 +178,7 @@ def _classes(lengths: Lengths, layout: Layout, least: float, name: str, folder: 
         return _Classes(**found[1])
     n = len(lengths.tokens)
     spans = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
-    # Pictures first: examples with as many pictures are neighbours, by their tokens.
+    # Codes of examples with the same numbers of pictures are neighbours, sorted by tokens.
     scale = np.array([(layout.draw_slots + 1) * (layout.length + 1), layout.length + 1, 1], np.int64)
 
     def code(span: slice) -> Int64[np.ndarray, "K"]:
@@ -193,7 +195,7 @@ def _classes(lengths: Lengths, layout: Layout, least: float, name: str, folder: 
     codes, count = codes[codes >= 0], count[codes >= 0]
     joined = _join(count, least)
     classes = int(joined[-1]) + 1 if len(joined) else 0
-    wide = np.uint16 if classes < 2**16 - 1 else np.uint32  # NumPy sorts the former by radix, many times faster
+    wide = np.uint16 if classes < 2**16 - 1 else np.uint32  # NumPy's radix sort is for 16 bits
     of = np.empty(n, wide)
     for span in spans:
         each = code(span)
@@ -218,7 +220,7 @@ def _shape(layout: Layout) -> tuple[int, int, int]:
 
 
 def _join(count: Int64[np.ndarray, "K"], least: float) -> Int64[np.ndarray, "K"]:
-    """The class of each code: one is closed when it holds `least` examples; a last one with fewer joins another."""
+    """The class of each code. A class is closed when it has `least` examples; a last one with fewer joins another."""
     classes, held, current = np.zeros(len(count), np.int64), 0, 0
     for i, many in enumerate(count.tolist()):
         classes[i] = current

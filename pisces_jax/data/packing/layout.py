@@ -1,10 +1,10 @@
 """From an example to its token sequence.
 
 The sequence is `bos`, the parts in order, `eos`. A text is its ids. A picture to read is `read_vectors` times
-the `<image>` id, nothing around it. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
+the `<image>` id. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
 
-With a chat tokenizer (LLaMA 3's) what is given is the user's turn and what is learned or drawn the assistant's: each
-turn opens with its header, and every turn but the last, which `eos` ends, with the end of turn.
+With a chat tokenizer (LLaMA 3's), what is given is the user's turn, and what is learned or drawn is the assistant's.
+Each turn starts with its header and ends with the end of turn, except for the last turn, which `eos` ends.
 """
 
 import dataclasses
@@ -21,9 +21,39 @@ from pisces_jax.data.tokenizers import Speaker, Tokenizer
 class Source(Protocol):
     """Random access to examples; it must be picklable, and reading it must not decode pictures."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether some of its examples draw a picture: features of drawn pictures are cached for such a source."""
+        ...
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading an example is a request to a bucket: then lengths are read by many threads at once."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever changes an example but not its key: files, and settings that the keys do not show.
+
+        Stored lengths are found by it, together with the keys and texts of some examples; "" if those say it all.
+        """
+        ...
+
+    @property
+    def pictures_fingerprint(self) -> str | None:
+        """`fingerprint` for the pictures alone, by which cached features are found: sources that have only other texts
+        share them. None if texts and pictures are not told apart.
+        """
+        ...
+
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> Example: ...
+    def __getitem__(self, i: int) -> Example:
+        """
+        Raises:
+            BrokenExample: this example cannot be used; the others still can.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +61,7 @@ class Layout:
     """Static sizes of the rows, the same for a whole run.
 
     A group of `rows` rows of `length` tokens shares one pool of `read_slots` pictures to read and one of
-    `draw_slots` pictures to draw. A picture takes `read_vectors` or `draw_vectors` places in its row and is
+    `draw_slots` pictures to draw. A picture takes `read_vectors` or `draw_vectors` tokens of its row and is
     `read_size` or `draw_size` pixels wide and high.
     """
 
@@ -45,6 +75,10 @@ class Layout:
     draw_size: int
     read_stretch: bool = False  # pictures to read are stretched to the square, not cropped (`images.fit`)
 
+    def size(self, role: str) -> int:
+        """Pixels of a picture's side."""
+        return self.read_size if role == "read" else self.draw_size
+
 
 class Entry(NamedTuple):
     """One source of a mixture."""
@@ -55,7 +89,7 @@ class Entry(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A picture: `start` is the position of its first `<image>`, `ordinal` its number among the parts."""
+    """A picture: `start` is the position of its first `<image>`, `ordinal` its index among the parts."""
 
     role: Role
     start: int
@@ -64,7 +98,7 @@ class Placed(NamedTuple):
 
 
 class LaidOut(NamedTuple):
-    """One example as `L` tokens; where `loss_mask[t]`, token t is a target, predicted from the state at t-1."""
+    """One example as L tokens. If `loss_mask[t]`, token t is a target, predicted from the state at t - 1."""
 
     tokens: Int32[np.ndarray, "L"]
     loss_mask: Bool[np.ndarray, "L"]
@@ -72,14 +106,14 @@ class LaidOut(NamedTuple):
 
 
 def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout, *, prompt: bool = False) -> LaidOut:
-    """The token sequence of `example`; no picture is decoded. With `prompt` it is left open, for the model to go on.
+    """The token sequence of `example`; no picture is decoded. With `prompt` it has no end, for the model to continue.
 
-    Learned are the tokens of learned texts, and what the model decides right after one: the `[IMG]` of a picture that
-    it draws, or the `eos` with which it stops. A learned text that another's text follows is a turn of a conversation
-    and has its own `eos`, or the tokenizer's end of turn. Elsewhere `[IMG]` and `eos` are given. The state at `[IMG]`
+    Targets are the tokens of learned texts, and what the model decides right after one: the `[IMG]` of a picture that
+    it draws, or the `eos` with which it stops. A learned text before a given one is a turn of a conversation, and ends
+    with its own `eos` or the tokenizer's end of turn. Elsewhere `[IMG]` and `eos` are given. The state at `[IMG]`
     (`start - 1`) predicts vector 0.
 
-    An example with `cut` that is longer than a row loses the end of its last text, and does not learn to stop there.
+    If an example with `cut` is longer than a row, its last text loses its end, and the `eos` after it is no target.
     """
     laid_out, texts = _lay_out(example, tokenizer, layout, 0, prompt)
     surplus = len(laid_out.tokens) - layout.length
@@ -91,7 +125,7 @@ def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout, *, prompt: b
 def _lay_out(
     example: Example, tokenizer: Tokenizer, layout: Layout, cut: int, prompt: bool
 ) -> tuple[LaidOut, list[int]]:
-    """With `cut` tokens taken from the end of the last text; and the number of tokens of each text."""
+    """The sequence without the last `cut` tokens of the last text, and the number of tokens of each text."""
     tokens, loss_mask = [tokenizer.bos], [False]
     pictures = []
     texts: list[int] = []

@@ -1,4 +1,4 @@
-"""The lengths of a source's examples: read once, by several processes where it is worth it, and stored."""
+"""The lengths of a source's examples: read once, by several processes if there are many, and stored."""
 
 import collections
 import concurrent.futures
@@ -21,15 +21,15 @@ from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.utils.errors import UserError
 
 WORTH_PROCESSES = 200_000  # examples
-SPAN = 4096  # examples that are read in one go
-THREADS = 32  # that wait for remote storage, in each process
+SPAN = 4096  # examples per task of a process
+THREADS = 32  # per process, to wait for remote storage
 KEPT_MESSAGES = 100
 
 
 class Lengths(NamedTuple):
-    """What packing must know of every example; `tokens` is -1 where the example cannot be used.
+    """What packing needs to know of every example. `tokens` is -1 if the example cannot be used.
 
-    `reasons` counts those by reason, and `messages` has what was found in the first of them.
+    `reasons` counts these examples by reason, and `messages` says what was found in the first of them.
     """
 
     tokens: Int32[np.ndarray, "N"]
@@ -49,10 +49,10 @@ def scan_lengths(
 ) -> Lengths:
     """Reads every example's text once, and decodes no picture.
 
-    With `folder` the result is kept there, in a file whose name holds a hash of all that it depends on, and the arrays
-    are views of that file: a later run, another stage and worker processes share it. A scan that met failures of the
-    storage is not kept. Large sources are read by `workers` processes (by default as many as there are cores), remote
-    ones by many threads in each.
+    With `folder`, the result is kept there, in a file whose name has a hash of all that it depends on. The arrays are
+    views of that file, which later runs, other stages and worker processes share. If the storage fails during a scan,
+    the result is not kept. Large sources are read by `workers` processes (by default one per core), remote ones by many
+    threads in each.
     """
     path = None
     if folder is not None:
@@ -63,7 +63,6 @@ def scan_lengths(
     work = source, tokenizer, layout
     spans = [(start, min(start + SPAN, len(source))) for start in range(0, len(source), SPAN)]
     parts = []
-    # Progress of what takes longer than a moment.
     bar = tqdm(total=len(source), desc=f"lengths of {name}", unit="example", delay=3.0, mininterval=1.0)
     with bar, contextlib.ExitStack() as stack:
         if workers == 1:
@@ -75,9 +74,7 @@ def scan_lengths(
         for part in scanned:
             parts.append(part)
             bar.update(len(part.tokens))
-    reasons = collections.Counter[str]()
-    for part in parts:
-        reasons.update(part.reasons)
+    reasons = sum((collections.Counter(part.reasons) for part in parts), collections.Counter[str]())
     lengths = Lengths(
         tokens=np.concatenate([part.tokens for part in parts]),
         reads=np.concatenate([part.reads for part in parts]),
@@ -93,7 +90,7 @@ def scan_lengths(
 
 
 def digest(lengths: Sequence[Lengths]) -> str:
-    """Of all that a packing takes from its sources: two that differ in it are different batches."""
+    """A hash of all that packing takes from its sources. If it differs, so do the batches."""
     made = hashlib.blake2b(digest_size=8)
     for each in lengths:
         for array in each[:3]:
@@ -124,8 +121,7 @@ def _scan(source: Source, tokenizer: Tokenizer, layout: Layout, start: int, stop
 
     with contextlib.ExitStack() as stack:
         # Remote examples are waited for, many at once.
-        remote = getattr(source, "remote", False)
-        at_once = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS)).map if remote else map
+        at_once = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS)).map if source.remote else map
         for i, found in enumerate(at_once(measure, range(start, stop))):
             if isinstance(found, UserError):
                 tokens[i] = -1
@@ -137,7 +133,7 @@ def _scan(source: Source, tokenizer: Tokenizer, layout: Layout, start: int, stop
     return Lengths(tokens, reads, draws, dict(reasons), messages)
 
 
-# A worker process gets the source once.
+# Set once in each worker process, so that the source is sent to it only once.
 _work: tuple[Source, Tokenizer, Layout] | None = None
 
 
@@ -152,15 +148,15 @@ def _scan_span(span: tuple[int, int]) -> Lengths:
 
 
 def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
-    """Changes with whatever can change a length."""
+    """Changes with all that can change a length."""
     words = ["1", tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, layout.length]
     words += fingerprint_words(source)
     return hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).hexdigest()
 
 
 def fingerprint_words(source: Source) -> list[str]:
-    """What tells a source from others: the `fingerprint` that it may have, and some of its examples."""
-    words = [str(len(source)), type(source).__qualname__, getattr(source, "fingerprint", "")]
+    """What tells a source from others: its `fingerprint` and some of its examples."""
+    words = [str(len(source)), type(source).__qualname__, source.fingerprint]
     for i in np.linspace(0, len(source) - 1, num=min(len(source), 32)).astype(int):
         try:
             example = source[int(i)]

@@ -1,7 +1,7 @@
 """Orders as functions of a position: permutations, endless streams, and mixtures of sources by weight.
 
-Nothing here remembers or depends on what came before: the element at any position of any epoch is computed from the
-seed, in time and memory of its own size.
+Nothing here has a state: the element at any position of any epoch is computed from the seed, in constant time and
+memory. (Grain's `shuffle` and `mix` do the same; theirs would give other orders than the runs that exist.)
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from pisces_jax.utils.errors import UserError
 
 
 def secret(*words: object) -> np.uint64:
-    """What a permutation is chosen by."""
+    """A 64-bit key of a permutation, hashed from `words`."""
     low, high = identity(*words).tolist()
     return np.uint64(low << 32 | high)
 
 
 def shuffled(positions: Int64[np.ndarray, "P"], n: int, *key: object) -> Int64[np.ndarray, "P"]:
-    """Where a permutation of `range(n)`, chosen by `key`, takes `positions`."""
+    """`positions` through a permutation of `range(n)` that `key` chooses."""
     positions = np.asarray(positions, np.int64)
     return permuted(positions, np.full(positions.shape, n), np.full(positions.shape, secret(*key)))
 
@@ -30,10 +30,10 @@ def shuffled(positions: Int64[np.ndarray, "P"], n: int, *key: object) -> Int64[n
 def permuted(
     positions: Int64[np.ndarray, "P"], n: Int64[np.ndarray, "P"], secrets: UInt64[np.ndarray, "P"]
 ) -> Int64[np.ndarray, "P"]:
-    """Each position (below its n) through a permutation of `range(n)` of its own, chosen by its secret.
+    """Each position (below its n) through a permutation of `range(n)` of its own, which its secret chooses.
 
-    It does not depend on NumPy's generators, whose streams may change: a Feistel network over the least power of two
-    that is not below n, walked until it lands below n, which takes two rounds at most on average.
+    A Feistel network over the least power of two that is not below n, repeated until the result is below n (cycle
+    walking), on average twice at most. It does not use NumPy's generators, whose streams may change.
     """
     bits = np.frexp(np.asarray(n - 1, np.float64))[1].astype(np.uint64)  # n <= 2^bits < 2 n for n above 1
     result = np.asarray(positions).astype(np.uint64)
@@ -50,7 +50,7 @@ def permuted(
 def _feistel(
     values: UInt64[np.ndarray, "P"], bits: UInt64[np.ndarray, "P"], secrets: UInt64[np.ndarray, "P"]
 ) -> UInt64[np.ndarray, "P"]:
-    """Eight rounds over `bits` bits, split in two: a bijection whatever the round function is."""
+    """Eight rounds over `bits` bits in two halves: a bijection for any round function."""
     low = bits >> np.uint64(1)
     low_mask = (np.uint64(1) << low) - np.uint64(1)
     high_mask = (np.uint64(1) << (bits - low)) - np.uint64(1)
@@ -62,7 +62,7 @@ def _feistel(
 
 
 def mixed(values: UInt64[np.ndarray, "P"]) -> UInt64[np.ndarray, "P"]:
-    """splitmix64: numbers in a row become random numbers, all different."""
+    """splitmix64: maps consecutive numbers to random ones, all different."""
     values = values * np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -72,7 +72,7 @@ def mixed(values: UInt64[np.ndarray, "P"]) -> UInt64[np.ndarray, "P"]:
 def stream(
     positions: Int64[np.ndarray, "P"], n: Int64[np.ndarray, "P"], secrets: UInt64[np.ndarray, "P"], shuffle: bool = True
 ) -> Int64[np.ndarray, "P"]:
-    """Elements of endless streams of `range(n)`, a new permutation every pass."""
+    """Elements of endless streams over `range(n)`, with a new permutation in every pass."""
     passes, places = np.divmod(positions, n)
     if not shuffle:
         return places
@@ -81,29 +81,17 @@ def stream(
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Sources by name and weight; `usable[s]` are the indices of the examples that source s may give.
+    """Sources by name; an epoch takes `counts[s]` examples of source s, out of those whose indices `usable[s]` holds.
 
-    An epoch takes `round(share * examples_per_epoch)` examples of each source from that source's endless stream, going
-    on where the epoch before stopped, and shuffles them together. Without `shuffle`, sources are read in order and
-    interleaved evenly.
+    They come from the source's endless stream, which goes on where the epoch before stopped, and are shuffled
+    together. Without `shuffle`, sources are read in order and interleaved evenly.
     """
 
     names: Sequence[str]
-    weights: Sequence[float]
+    counts: Sequence[int]
     usable: Sequence[Shaped[np.ndarray, "N"]]
     seed: int
-    examples_per_epoch: int | None = None  # None: as many as there are usable examples
     shuffle: bool = True
-
-    def __post_init__(self) -> None:
-        check_mixture(self.names, self.weights, [len(usable) for usable in self.usable])
-        if sum(self.counts) == 0:
-            raise UserError("an epoch of this mixture has no example: set a greater examples_per_epoch")
-
-    @functools.cached_property
-    def counts(self) -> list[int]:
-        """Examples of each source in every epoch."""
-        return shares(self.weights, self.examples_per_epoch or sum(len(usable) for usable in self.usable))
 
     def at(self, epoch: int, places: Int64[np.ndarray, "P"]) -> tuple[Int32[np.ndarray, "P"], Int64[np.ndarray, "P"]]:
         """The examples at these places of an epoch: each source's number and the index in that source."""
@@ -129,15 +117,16 @@ class Mixture:
         return np.argsort(np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in self.counts]), kind="stable")
 
 
-def shares(weights: Sequence[float], total: int) -> list[int]:
-    """`total` divided by weight."""
-    return [round(weight / sum(weights) * total) for weight in weights]
+def mixture_counts(
+    names: Sequence[str], weights: Sequence[float], usable: Sequence[int], examples_per_epoch: int | None = None
+) -> list[int]:
+    """How many examples of each source an epoch takes: its share of `examples_per_epoch`, rounded.
 
+    `usable` has the number of examples that each source can give. An epoch has by default as many as all together.
 
-def check_mixture(names: Sequence[str], weights: Sequence[float], usable: Sequence[int]) -> None:
-    """
     Raises:
-        UserError: names that are the same, weights that are negative or all zero, or a source with nothing to give.
+        UserError: two names are the same, weights are negative or all zero, a source has nothing to give, or an epoch
+            would be empty.
     """
     if len(set(names)) != len(names):
         raise UserError(f"two sources of the mixture have the same name ({', '.join(names)}): rename one")
@@ -145,4 +134,9 @@ def check_mixture(names: Sequence[str], weights: Sequence[float], usable: Sequen
         raise UserError(f"mixture weights {list(weights)} must not be negative, nor all zero: change them")
     for name, weight, n in zip(names, weights, usable, strict=True):
         if weight > 0 and n == 0:
-            raise UserError(f"no example of source {name} can be used: remove it from the mixture or mend it")
+            raise UserError(f"no example of source {name} can be used: fix it or remove it from the mixture")
+    total = examples_per_epoch or sum(usable)
+    counts = [round(weight / sum(weights) * total) for weight in weights]
+    if not sum(counts):
+        raise UserError("an epoch of this mixture has no example: set a greater data.examples_per_epoch")
+    return counts

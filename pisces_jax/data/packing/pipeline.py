@@ -1,7 +1,7 @@
-"""From packed rows or pairs to batches on this host, through Grain; the state of an iterator is one number.
+"""From items (groups of packed rows, or pairs) to this host's batches, through Grain; the state is one number.
 
-Grain (0.2) imports JAX for its tree functions, where JAX is installed; nothing here or in Grain's reading
-asks JAX for a device, so worker processes take no accelerator. Workers are spawned, never forked.
+Grain (0.2) imports JAX for its tree functions where JAX is installed. Nothing here or in Grain's reading asks JAX for
+a device, so worker processes take no accelerator. Workers are spawned, never forked.
 """
 
 import collections
@@ -14,33 +14,50 @@ import grain
 import numpy as np
 from absl import flags
 
-from pisces_jax.data.packing import lengths
-from pisces_jax.data.packing.pairs import Pairs
-from pisces_jax.data.packing.rows import LEAST_SEEN, MAX_BROKEN, Broken, PackedGroups
+from pisces_jax.data.packing.items import LEAST_SEEN, MAX_BROKEN, Broken, Items
 from pisces_jax.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-
 Batch = dict[str, np.ndarray]
 
 
-class _Batches:
-    """Batch number b of one host, by random access: what Grain reads. It is pickled to worker processes."""
+def batches(
+    items: Items,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    one_pass: bool = False,
+    num_batches: int | None = None,
+    threads: int = 2,
+    workers: int = 0,
+    prefetch: int = 4,
+    max_broken: float = MAX_BROKEN,
+) -> "BatchIterator":
+    """This process's contiguous share of batches of `batch_size` items over all processes, stacked along a new axis.
 
-    def __init__(
-        self,
-        items: PackedGroups | Pairs,
-        batch_size: int,
-        process_index: int,
-        process_count: int,
-        end: int | None,
-    ):
-        if batch_size % process_count:
-            raise UserError(f"batch size {batch_size} is not a multiple of {process_count} processes: change it")
-        self.items, self.batch_size, self.end = items, batch_size, end
-        share = batch_size // process_count
-        self.mine = range(process_index * share, (process_index + 1) * share)
+    Epochs follow each other without end. With `one_pass` the iterator ends with the first epoch, as evaluation needs
+    it, and empty items fill up the last batch. `num_batches` is an upper limit. `prefetch` batches are made ahead by
+    `threads`, or by `workers` processes where Python's threads are too slow; with neither, batches are made when they
+    are asked for.
+
+    Raises:
+        UserError: `process_count` does not divide `batch_size`.
+    """
+    if batch_size % process_count:
+        raise UserError(f"batch size {batch_size} is not a multiple of {process_count} processes: change it")
+    share = batch_size // process_count
+    mine = range(process_index * share, (process_index + 1) * share)
+    source = _Batches(items, batch_size, mine, items.per_epoch if one_pass else None)
+    return BatchIterator(source, threads, workers, prefetch, num_batches, max_broken)
+
+
+class _Batches:
+    """One host's batches by number: what Grain reads. It is pickled to worker processes."""
+
+    def __init__(self, items: Items, batch_size: int, mine: range, end: int | None):
+        self.items, self.batch_size, self.mine, self.end = items, batch_size, mine, end
 
     def __len__(self) -> int:
         return 2**60 if self.end is None else math.ceil(self.end / self.batch_size)
@@ -54,34 +71,30 @@ class _Batches:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches in order; the state is the number of the next one, good for any threads, workers and hosts, and a digest
-    of the lengths, by which a state of other data is refused.
+    """Batches in order (see `batches`).
 
-    `broken` counts, by (key, reason), examples of this host's batches so far that are masked. As soon as they are
-    more than `max_broken` of the `seen` examples (of a thousand at least), the next batch is a `UserError` that holds
-    the counts.
+    The state is the number of the next batch, good for any number of threads, workers and hosts, and a digest of the
+    lengths, by which a state of other data is refused.
+
+    `seen` counts the examples of this host's batches so far, and `broken` those that are masked, by (key, reason). As
+    soon as the share of broken examples (of at least `LEAST_SEEN`) exceeds `max_broken`, `next` raises a `UserError`
+    that holds the counts.
     """
 
     def __init__(
-        self,
-        batches: _Batches,
-        threads: int,
-        workers: int,
-        prefetch: int,
-        num_batches: int | None,
-        max_broken: float = MAX_BROKEN,
+        self, source: _Batches, threads: int, workers: int, prefetch: int, num_batches: int | None, max_broken: float
     ):
-        self._batches, self._threads, self._workers, self._prefetch = batches, threads, workers, prefetch
-        self._end = len(batches) if num_batches is None else min(num_batches, len(batches))
+        self._source, self._threads, self._workers, self._prefetch = source, threads, workers, prefetch
+        self._end = len(source) if num_batches is None else min(num_batches, len(source))
         self._next = 0
         self._max_broken = max_broken
-        self.digest = lengths.digest(batches.items.lengths)
         self._reader: Any = None
+        self.digest = source.items.digest
         self.seen = 0
         self.broken: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def __len__(self) -> int:
-        """Batches in all (2^60 where they have no end)."""
+        """The number of batches (2^60 if there is no end)."""
         return self._end
 
     def __next__(self) -> Batch:
@@ -96,7 +109,7 @@ class BatchIterator(Iterator[Batch]):
             self.broken[one.key, one.reason] += 1
         if broken and self.broken.total() > self._max_broken * max(self.seen, LEAST_SEEN):
             self.close()
-            raise UserError(f"{self.report()}: mend them or raise data.max_broken (now {self._max_broken:g})")
+            raise UserError(f"{self.report()}: fix them or raise data.max_broken (now {self._max_broken:g})")
         return batch
 
     def report(self) -> str:
@@ -112,14 +125,14 @@ class BatchIterator(Iterator[Batch]):
         return f"{self.broken.total()} of {self.seen} examples are broken: {'; '.join(counted)}"
 
     def _open(self) -> Iterator[tuple[Batch, int, list[Broken]]]:
-        # Grain's own states differ with the number of workers: a reader always starts anew, at a slice.
-        dataset = grain.MapDataset.source(self._batches).slice(slice(self._next, self._end))
-        # Worker processes each read with one thread; the buffer is per process.
+        # Grain's own states differ with the number of workers, so a reader always starts anew, at a slice.
+        dataset = grain.MapDataset.source(self._source).slice(slice(self._next, self._end))
+        # Worker processes read with one thread each; the buffer is per process.
         threads = 1 if self._workers else self._threads
         buffer = max(threads, self._prefetch) if threads else 0
         reader = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
         if self._workers:
-            if not flags.FLAGS.is_parsed():  # Grain asks absl for flags of its own, also where nobody uses absl
+            if not flags.FLAGS.is_parsed():  # Grain reads absl flags of its own, also where nobody uses absl
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=self._prefetch)
             reader = reader.mp_prefetch(options)
@@ -132,61 +145,18 @@ class BatchIterator(Iterator[Batch]):
         """Continues with batch `state["next_batch"]`.
 
         Raises:
-            UserError: the state is of other data. One without a digest, as checkpoints of before have it, is believed.
+            UserError: the state is of other data. A state without a digest, as in early checkpoints, is accepted.
         """
         if state.get("lengths", self.digest) != self.digest:
             raise UserError(
-                "the examples of data.train, or their lengths, are not those of the checkpoint, so its place in them "
-                "means nothing: put the data back as they were, or start anew in another --workdir"
+                "the examples of data.train, or their lengths, are not those of the checkpoint, so its position in "
+                "them means nothing: restore the data, or start anew in another --workdir"
             )
         self.close()
         self._next = int(state["next_batch"])
 
     def close(self) -> None:
-        """Ends threads and worker processes; the iterator can still be used and opens them again."""
+        """Ends threads and worker processes. The iterator can still be used; it starts them again."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-
-
-def packed_iterator(
-    groups: PackedGroups,
-    batch_size: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    one_pass: bool = False,
-    num_batches: int | None = None,
-    threads: int = 2,
-    workers: int = 0,
-    prefetch: int = 4,
-    max_broken: float = MAX_BROKEN,
-) -> BatchIterator:
-    """Batches of `batch_size` groups over all processes, with the keys of `PackedGroups` and a leading axis.
-
-    This process gets its contiguous share of every batch. With `one_pass` the iterator ends with the first
-    epoch (the last batch is filled up with empty groups), as evaluation wants it; else epochs follow on.
-    `num_batches` is an upper limit. Batches are made ahead (`prefetch` of them) by `threads`, or by `workers`
-    processes where Python's threads are too slow; with neither, when asked for.
-    """
-    end = groups.per_epoch if one_pass else None
-    batches = _Batches(groups, batch_size, process_index, process_count, end)
-    return BatchIterator(batches, threads, workers, prefetch, num_batches, max_broken)
-
-
-def pairs_iterator(
-    pairs: Pairs,
-    batch_size: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    one_pass: bool = False,
-    num_batches: int | None = None,
-    threads: int = 2,
-    workers: int = 0,
-    prefetch: int = 4,
-    max_broken: float = MAX_BROKEN,
-) -> BatchIterator:
-    """`batch_size` pairs over all processes, with the keys of `Pairs`; see `packed_iterator`."""
-    batches = _Batches(pairs, batch_size, process_index, process_count, pairs.per_epoch if one_pass else None)
-    return BatchIterator(batches, threads, workers, prefetch, num_batches, max_broken)

@@ -1,0 +1,48 @@
+"""The parts of a finished run as folders of weights, each from the run that holds it."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pisces_jax.inference.model import PARTS, find_run
+from pisces_jax.training.checkpoints import load_part, read_config
+from pisces_jax.training.config import decoder_run, part_settings
+from pisces_jax.training.tokenizer import load_tokenizer
+from pisces_jax.utils import cli
+from pisces_jax.utils.errors import UserError
+from pisces_jax.weights.export import export_part, new_folder
+
+
+def export_run(workdir: Path, run: str, parts: list[str], dtype: str | None, out: Path) -> None:
+    """Writes `parts` (all that there are, if empty) of a run (the last unified one, if "") into folders below `out`.
+
+    Raises:
+        UserError: the run or a part of it does not exist, or `out` cannot be written.
+    """
+    run = run or find_run(workdir)
+    config = read_config(workdir / run)
+    where = _runs_of_parts(workdir, run, config)
+    if unknown := [part for part in parts if part not in where]:
+        raise UserError(f"--part={unknown[0]}: the parts of {workdir / run} are {', '.join(where)}")
+    tokenizer = load_tokenizer(config, workdir)
+    with new_folder(out) as scratch:
+        for part in parts or where:
+            settings = part_settings(read_config(workdir / where[part]), part, tokenizer.vocab_size)
+            params = load_part(workdir, where[part], part)
+            beside = tokenizer if part == "language_model" else None
+            family = export_part(scratch / part, part, settings, params, dtype=dtype, tokenizer=beside)
+            cli.say(f"{part}: {family} layout, in {out / part}")
+
+
+def _runs_of_parts(workdir: Path, run: str, config: ConfigDict) -> dict[str, str]:
+    """For each part of a model, the run that it is taken from: its own, or the decoder's."""
+    where: dict[str, str] = {}
+    decoders = {"unified": decoder_run(config), "text": ""}
+    if decoder := decoders.get(config.program, run):
+        latent = "autoencoder" in read_config(workdir / decoder).model
+        where |= dict.fromkeys(("generation_encoder", "decoder", *(("autoencoder",) if latent else ())), decoder)
+    own = {"unified": PARTS, "text": ("language_model",), "pretrain": ("understanding_encoder",)}
+    where |= dict.fromkeys(own.get(config.program, ()), run)
+    if config.program == "pretrain":  # of one encoder, perhaps
+        where = {part: run for part in where if part in config.model}
+    return where

@@ -1,0 +1,308 @@
+"""The published `config.json` formats: for each family its fields, defaults, reader and writer.
+
+Published files leave out what equals a default of their library's configuration class, so those defaults are repeated
+here (`DEFAULTS`); `tests/test_parity.py` compares them with transformers and diffusers. A reader refuses what is not
+supported: it gives `refuse` what the file describes and what to do instead.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pisces_jax.models.autoencoder import AutoencoderConfig
+from pisces_jax.models.dit import DiTConfig
+from pisces_jax.models.layers import ACTIVATIONS
+from pisces_jax.models.transformer import RopeScaling, TransformerConfig
+from pisces_jax.models.vit import ViTConfig
+from pisces_jax.utils.errors import UserError
+from pisces_jax.weights.sizes import CLIP_MEAN, CLIP_STD, EVA_CLIP_E_PLUS_224
+
+NATIVE = "pisces_jax"
+Json = Mapping[str, Any]
+Refuse = Callable[[str, str], UserError]
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": dict(
+        vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
+        hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
+    ),
+    "siglip": dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
+        image_size=224, patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6,
+    ),
+    "clip": dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
+        image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+    ),
+    "autoencoder": dict(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1, act_fn="silu",
+        norm_num_groups=32, scaling_factor=0.18215, shift_factor=None, latents_mean=None, latents_std=None,
+        use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
+    ),
+}  # fmt: skip
+# Our field -> theirs, where both hold the same value.
+_LLAMA = dict(
+    vocab_size="vocab_size", width="hidden_size", mlp_hidden="intermediate_size", layers="num_hidden_layers",
+    heads="num_attention_heads", eps="rms_norm_eps", tied_embedding="tie_word_embeddings",
+)  # fmt: skip
+_VIT = dict(
+    width="hidden_size", mlp_hidden="intermediate_size", layers="num_hidden_layers", heads="num_attention_heads",
+    image_size="image_size", patch_size="patch_size", eps="layer_norm_eps",
+)  # fmt: skip
+_TIMM = dict(width="embed_dim", layers="depth", heads="num_heads", patch_size="patch_size")
+_EVA = dict(image_size="image_size", patch_size="patch_size", width="width", layers="layers")
+_AUTOENCODER = dict(
+    latent_channels="latent_channels", blocks="layers_per_block", groups="norm_num_groups",
+    quant_conv="use_quant_conv", scale="scaling_factor",
+)  # fmt: skip
+# What every supported model says; another value is another model.
+_LLAMA_FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
+_EVA_FIXED: dict[str, Any] = dict(
+    qkv_bias=True, postnorm=True, rope=False, naiveswiglu=False, subln=False, init_value=None, ls_init_value=None,
+    global_average_pool=False,
+)  # fmt: skip
+# The settings of ViTConfig that make a CLIP or an EVA-CLIP-E of it; those of SigLIP are its defaults.
+_CLIP_FORM: dict[str, Any] = dict(class_token=True, patch_bias=False, embedding_norm=True, final_norm=False)
+_EVA_FORM: dict[str, Any] = dict(norm="post", class_token=True, final_norm=False, biases="qv")
+_FORMS = {"siglip": {}, "clip": _CLIP_FORM, "eva": _EVA_FORM}
+_CLIP_PIXELS: dict[str, Any] = dict(mean=CLIP_MEAN, std=CLIP_STD)
+_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "gelu_quick", "silu": "silu"}
+assert set(_ACTIVATIONS.values()) == set(ACTIVATIONS)
+# timm's files name an architecture, whose settings are in timm's code.
+TIMM = {"eva02_enormous_patch14_clip_224": EVA_CLIP_E_PLUS_224}
+BICUBIC = 3  # of PIL, and so in the files of image processors
+
+
+def _ours(fields: Mapping[str, str], values: Json) -> dict[str, Any]:
+    return {ours: values[theirs] for ours, theirs in fields.items()}
+
+
+def _theirs(fields: Mapping[str, str], config: Any) -> dict[str, Any]:
+    return {theirs: getattr(config, ours) for ours, theirs in fields.items()}
+
+
+def _require(values: Json, fixed: Json, refuse: Refuse, what: str, instead: str) -> None:
+    for key, value in fixed.items():
+        given = values.get(key, value)
+        if given != value and (given or value):  # null stands for False
+            raise refuse(f"{what} with {key} {given!r}", instead)
+
+
+# LLaMA (transformers)
+
+
+def _read_llama(values: Json, refuse: Refuse) -> TransformerConfig:
+    v = {**DEFAULTS["llama"], **values}
+    # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling.
+    scaled = v.get("rope_parameters") or v.get("rope_scaling") or {}
+    rope = {"rope_theta": v.get("rope_theta", 10_000.0), **scaled}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise refuse(f"rotary embeddings of rope_type {kind!r}", "the supported ones are default and llama3")
+    _require(v, _LLAMA_FIXED, refuse, "a LLaMA", "take one without biases and with silu")
+    scaling = None
+    if kind == "llama3":
+        scaling = RopeScaling(
+            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )  # fmt: skip
+    heads = v["num_attention_heads"]
+    return TransformerConfig(
+        **_ours(_LLAMA, v), kv_heads=v.get("num_key_value_heads") or heads,
+        head_dim=v.get("head_dim") or v["hidden_size"] // heads, rope_theta=float(rope["rope_theta"]),
+        rope_scaling=scaling,
+    )  # fmt: skip
+
+
+def _write_llama(c: TransformerConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
+    longer = {}
+    if (s := c.rope_scaling) is not None:
+        rope |= dict(
+            rope_type="llama3", factor=s.factor, low_freq_factor=s.low_freq_factor,
+            high_freq_factor=s.high_freq_factor, original_max_position_embeddings=s.original_max_position,
+        )  # fmt: skip
+        # What every published model with this scaling says; transformers' own default is shorter.
+        longer = {"max_position_embeddings": 131_072}
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"} if c.rope_scaling else None
+    return dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", **_theirs(_LLAMA, c), **_LLAMA_FIXED, **longer,
+        num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
+        rope_parameters=rope, rope_theta=c.rope_theta, rope_scaling=scaling,  # of transformers 5, and of 4
+    )  # fmt: skip
+
+
+# SigLIP and CLIP (transformers)
+
+
+def _read_vit(family: str, values: Json, refuse: Refuse, **form: Any) -> ViTConfig:
+    v = {**DEFAULTS[family], **(values.get("vision_config") or values)}
+    if v["num_channels"] != 3:
+        raise refuse(f"pictures of {v['num_channels']} channels", "take an encoder of RGB pictures")
+    if v["hidden_act"] not in _ACTIVATIONS:
+        raise refuse(f"the activation {v['hidden_act']!r}", f"the supported ones are {', '.join(_ACTIVATIONS)}")
+    return ViTConfig(**_ours(_VIT, v), activation=_ACTIVATIONS[v["hidden_act"]], **form)
+
+
+def _write_vit(family: str, name: str, c: ViTConfig, **more: Any) -> dict[str, Any]:
+    activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == c.activation)
+    kind = dict(architectures=[name], model_type=f"{family}_vision_model", num_channels=3, hidden_act=activation)
+    return {**kind, **_theirs(_VIT, c), **more}
+
+
+def preprocessor_json(family: str, c: ViTConfig) -> dict[str, Any]:
+    """The `preprocessor_config.json` of an encoder in a published layout."""
+    square = {"height": c.image_size, "width": c.image_size}
+    values = dict(image_mean=list(c.mean), image_std=list(c.std), rescale_factor=1 / 255, resample=BICUBIC)
+    if family == "siglip":
+        return dict(values, image_processor_type="SiglipImageProcessor", size=square)
+    size = {"shortest_edge": c.image_size}
+    return dict(values, image_processor_type="CLIPImageProcessor", size=size, crop_size=square, do_center_crop=True)
+
+
+# EVA-CLIP: timm, open_clip (with timm inside), and the files of EVA-CLIP and Emu2
+
+
+def _eva_settings(values: Json) -> Json | None:
+    if values.get("architecture") in TIMM:
+        return values
+    tower = values.get("model_cfg", values)
+    tower = tower.get("vision_config") or tower.get("vision_cfg") or {} if isinstance(tower, Mapping) else {}
+    known = tower.get("timm_model_name") in TIMM or "eva_model_name" in tower or "postnorm" in tower
+    return tower if known else None
+
+
+def _read_eva(values: Json, refuse: Refuse) -> ViTConfig:
+    tower, instead = _eva_settings(values) or {}, "take EVA-CLIP-E or E-plus"
+    name = tower.get("architecture") or tower.get("timm_model_name")
+    if name in TIMM:
+        arguments = tower.get("model_args") or {}
+        # Tests and small runs change sizes; any other argument would make it another model.
+        if unknown := sorted(set(arguments) - {*_TIMM.values(), "mlp_ratio", "img_size"}):
+            raise refuse(f"an EVA-CLIP with model_args {', '.join(unknown)}", instead)
+        changes: dict[str, Any] = _ours({k: v for k, v in _TIMM.items() if v in arguments}, arguments)
+        changes["image_size"] = arguments.get("img_size") or tower.get("image_size") or TIMM[name].image_size
+        if "mlp_ratio" in arguments:
+            changes["mlp_hidden"] = int(arguments["mlp_ratio"] * changes.get("width", TIMM[name].width))
+        return dataclasses.replace(TIMM[name], **changes)
+    _require(tower, _EVA_FIXED, refuse, "an EVA-CLIP tower", instead)
+    if not tower.get("postnorm"):
+        raise refuse("an EVA-CLIP tower without postnorm", instead)
+    width = tower["width"]
+    return ViTConfig(
+        **_ours(_EVA, tower), heads=width // tower["head_width"], mlp_hidden=int(width * tower["mlp_ratio"]),
+        activation="gelu", eps=tower.get("layer_norm_eps", 1e-6), **_EVA_FORM, **_CLIP_PIXELS,
+    )  # fmt: skip
+
+
+def _write_eva(c: ViTConfig) -> dict[str, Any]:
+    ratio = c.mlp_hidden / c.width
+    while int(c.width * ratio) < c.mlp_hidden:  # readers round down
+        ratio = math.nextafter(ratio, math.inf)
+    tower = dict(
+        eva_model_name="eva-clip-4b-14-x", **_theirs(_EVA, c), head_width=c.width // c.heads, mlp_ratio=ratio,
+        qkv_bias=True, postnorm=True, layer_norm_eps=c.eps,
+    )  # fmt: skip
+    return dict(vision_config=tower)
+
+
+# Autoencoders (diffusers)
+
+
+def _autoencoder_fixed(levels: int, quant_conv: bool) -> dict[str, Any]:
+    return dict(
+        in_channels=3, out_channels=3, act_fn="silu", mid_block_add_attention=True, latents_mean=None, latents_std=None,
+        use_post_quant_conv=quant_conv, down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    )  # fmt: skip
+
+
+def _read_autoencoder(values: Json, refuse: Refuse) -> AutoencoderConfig:
+    v = {**DEFAULTS["autoencoder"], **values}
+    fixed = _autoencoder_fixed(len(v["block_out_channels"]), v["use_quant_conv"])
+    _require(v, fixed, refuse, "an autoencoder", "take that of SDXL, SD3 or FLUX")
+    return AutoencoderConfig(
+        **_ours(_AUTOENCODER, v), channels=tuple(v["block_out_channels"]), shift=v["shift_factor"] or 0.0
+    )
+
+
+def _write_autoencoder(c: AutoencoderConfig) -> dict[str, Any]:
+    fixed = {k: v for k, v in _autoencoder_fixed(len(c.channels), c.quant_conv).items() if v is not None}
+    return dict(
+        _class_name="AutoencoderKL", **_theirs(_AUTOENCODER, c), block_out_channels=list(c.channels),
+        shift_factor=c.shift or None, **fixed,
+    )  # fmt: skip
+
+
+# Our own layout, for any part
+
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (TransformerConfig, ViTConfig, AutoencoderConfig, DiTConfig)}
+
+
+def _read_native(values: Json, refuse: Refuse) -> Any:
+    if values["kind"] is None:  # projectors and heads have no settings
+        return None
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["settings"].items()}
+    if settings.get("rope_scaling"):
+        settings["rope_scaling"] = RopeScaling(**settings["rope_scaling"])
+    return _KINDS[values["kind"]](**settings)
+
+
+def _write_native(config: Any) -> dict[str, Any]:
+    settings = None if config is None else dataclasses.asdict(config)
+    if isinstance(config, TransformerConfig) and settings is not None:
+        settings["vocab_multiple"] = 1  # files hold the tokens that exist, without padding
+    return dict(model_type=NATIVE, kind=None if config is None else type(config).__name__, settings=settings)
+
+
+# All of them
+
+
+READERS: dict[str, Callable[[Json, Refuse], Any]] = {
+    NATIVE: _read_native, "llama": _read_llama, "eva": _read_eva, "autoencoder": _read_autoencoder,
+    "siglip": lambda values, refuse: _read_vit("siglip", values, refuse),
+    "clip": lambda values, refuse: _read_vit("clip", values, refuse, **_CLIP_FORM, **_CLIP_PIXELS),
+}  # fmt: skip
+WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    NATIVE: _write_native, "llama": _write_llama, "eva": _write_eva, "autoencoder": _write_autoencoder,
+    "siglip": lambda c: _write_vit("siglip", "SiglipVisionModel", c, vision_use_head=False),
+    "clip": lambda c: _write_vit("clip", "CLIPVisionModel", c),
+}  # fmt: skip
+
+
+def family_of_file(values: Json, refuse: Refuse) -> str:
+    """The family that a `config.json` describes."""
+    if values.get("model_type") == NATIVE:
+        return NATIVE
+    if _eva_settings(values) is not None:
+        return "eva"
+    kind = values.get("_class_name") or values.get("model_type") or values.get("architecture") or "an unknown model"
+    known = {
+        "llama": "llama", "siglip": "siglip", "siglip_vision_model": "siglip", "clip": "clip",
+        "clip_vision_model": "clip", "AutoencoderKL": "autoencoder",
+    }  # fmt: skip
+    if kind not in known:
+        raise refuse(f"{kind!r}", f"the supported kinds are {', '.join(known)} and EVA-CLIP")
+    return known[kind]
+
+
+def family_of(config: Any) -> str:
+    """The published layout in which a part with these settings is written; ours where there is none."""
+    if isinstance(config, TransformerConfig):
+        return "llama"
+    if isinstance(config, AutoencoderConfig):
+        return "autoencoder" if config.eps == 1e-6 else NATIVE
+    if isinstance(config, ViTConfig):
+        plain = ViTConfig(1, 1, 1, 1, 1, 1)
+        fixed = {f.name for f in dataclasses.fields(config)} - _FREE_VIT
+        for family, form in _FORMS.items():
+            same = all(getattr(config, name) == form.get(name, getattr(plain, name)) for name in fixed)
+            if same and (family != "eva" or config.activation == "gelu"):  # EVA's files do not name theirs
+                return family
+    return NATIVE
+
+
+# Settings of ViTConfig that published layouts can express, or that make no other model.
+_FREE_VIT = {*_VIT, "activation", "mean", "std", "post_scale", "positions", "remat", "unroll", "attention"}

@@ -1,0 +1,192 @@
+"""Parts written as folders: in their published layout, or in ours; tensor by tensor, and all or nothing."""
+
+import functools
+import glob
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from pisces_jax.data.tokenizers import Tokenizer
+from pisces_jax.models.vit import ViTConfig
+from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import synchronize, umask
+from pisces_jax.weights.architecture import config_json, part_of
+from pisces_jax.weights.config_json import NATIVE, family_of, preprocessor_json
+from pisces_jax.weights.families import FAMILIES, Family
+from pisces_jax.weights.folder import Flat, Folder, flatten, native_family, progress_bar
+from pisces_jax.weights.layout import Entry
+from pisces_jax.weights.tensors import Pending, slabs, write_folder
+
+
+def import_folder(source: str, target: Path, dtype: str | None = None) -> tuple[Folder, int]:
+    """Rewrites a published folder in our own layout, one tensor at a time.
+
+    Returns the folder that was read and its number of parameters.
+
+    Raises:
+        UserError: the folder is unsupported or damaged, or `target` cannot be written.
+    """
+    folder = Folder.open(source)
+    settings = folder.settings
+    views = folder.views(flatten(folder.shapes()), getattr(settings, "vocab_size", None))
+    tree = traverse_util.unflatten_dict(views, sep="/")
+    export_part(target, part_of(folder.path, settings), settings, tree, dtype=dtype, native=True)
+    return folder, sum(math.prod(view.shape) for view in views.values())
+
+
+def export_part(
+    target: Path,
+    part: str,
+    settings: Any,
+    params: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    native: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> str:
+    """Writes a part's parameters with a `config.json`, all or nothing, and returns the family of the layout.
+
+    Args:
+        params: a tree of arrays, or of views of files.
+        dtype: what to store in, by default each array in its own.
+        native: whether to use our layout also where there is a published one.
+        tokenizer: of a language model, to be saved in the same folder.
+
+    Raises:
+        UserError: `target` exists already, or cannot be written.
+    """
+    flat = flatten(params)
+    name = NATIVE if native else family_of(settings)
+    pending = _pending(native_family(flat) if name == NATIVE else FAMILIES[name], settings, flat, dtype)
+    total = sum(tensor.nbytes for tensor in pending)
+    _check_room(target, total)
+    sizes: Counter[np.dtype] = Counter()
+    for array in flat.values():
+        sizes[np.dtype(dtype or array.dtype)] += math.prod(array.shape)
+    most = str(sizes.most_common(1)[0][0])  # the dtype of most parameters
+    files = {"config.json": config_json(name, settings, part, most)}
+    if tokenizer is not None:
+        ids = dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad)
+        files["config.json"] |= ids
+        files["generation_config.json"] = ids
+    if isinstance(settings, ViTConfig) and name != NATIVE:
+        files["preprocessor_config.json"] = preprocessor_json(name, settings)
+    stem = "diffusion_pytorch_model" if name == "autoencoder" else "model"
+    with new_folder(target) as scratch, progress_bar(f"writing {part}", total) as bar:
+        write_folder(scratch, pending, stem, bar.update)
+        if tokenizer is not None:
+            tokenizer.save(scratch)
+        for file, values in files.items():
+            (scratch / file).write_text(json.dumps(values, indent=1) + "\n")
+    return name
+
+
+def _check_room(target: Path, size: int) -> None:
+    above = target.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if (free := shutil.disk_usage(above).free) < 1.02 * size:
+        raise UserError(
+            f"{above} has {free / 2**30:.1f} GiB free and {target.name} takes {size / 2**30:.1f}: free some space or "
+            "give another folder"
+        )
+
+
+def _pending(family: Family, settings: Any, flat: Flat, dtype: str | None) -> list[Pending]:
+    """What is to be written, in the order of the table, layer by layer."""
+    tokens = getattr(settings, "vocab_size", None)
+    fused: dict[str, list[Entry]] = {}
+    for entry in family.table(settings):
+        fused.setdefault(entry.theirs, []).append(entry)
+    layered = [rows for rows in fused.values() if rows[0].stacked]
+    depth = flat[layered[0][0].ours].shape[0] if layered else 0
+    jobs: list[tuple[list[Entry], int | None]] = [(rows, None) for rows in fused.values() if not rows[0].stacked]
+    jobs += [(rows, i) for i in range(depth) for rows in layered]
+    pending = []
+    for rows, layer in jobs:
+        ours = [flat[row.ours] for row in rows]
+        shape = tuple(ours[0].shape[rows[0].stacked :])  # of one layer
+        if rows[0].vocabulary and tokens is not None:
+            shape = (tokens, *shape[1:])
+        name = family.prefixes[0] + rows[0].theirs.format(i=layer)
+        kind = np.dtype(dtype) if dtype else functools.reduce(np.promote_types, [np.dtype(a.dtype) for a in ours])
+        give = functools.partial(_pieces, rows, ours, layer, shape)
+        pending.append(Pending(name, rows[0].published_shape(shape), kind, give))
+    return pending
+
+
+def _pieces(
+    rows: Sequence[Entry], ours: Sequence[Any], layer: int | None, shape: tuple[int, ...]
+) -> Iterator[np.ndarray]:
+    for entry, array in zip(rows, ours, strict=True):
+        left, right = entry.pattern.split(" -> ")
+        if layer is not None:
+            yield entry.to_theirs(np.asarray(array[layer : layer + 1])[0])
+        elif left == right:  # the layouts are the same
+            yield from slabs(array, shape)
+        else:
+            yield entry.to_theirs(np.asarray(array[:]))
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder that takes the place of `target` when the block ends well, and is removed when it does not.
+
+    It is locked while its process lives; what a killed process left for the same target is removed first.
+
+    Raises:
+        UserError: `target` exists already, or cannot be written.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists already: give a new folder")
+    prefix = f".{target.name}.writing-"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(glob.escape(prefix) + "*"):
+            if (lock := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+        held = _lock(scratch)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+    try:
+        yield scratch
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                synchronize(path)  # a power cut must not leave a folder with its name and without its content
+        scratch.chmod(0o777 & ~umask())
+        os.replace(scratch, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}: free some space") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if held is not None:  # not earlier: any process may remove an unlocked scratch folder
+            os.close(held)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on `folder`, to be closed, that ends with the process; None if another process holds it, or the file
+    system has no locks."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pisces_jax import sharding
 from pisces_jax.data import sources
+from pisces_jax.planning import shardings
 from pisces_jax.training.config_files import load_stages
 from pisces_jax.training.programs import PROGRAMS
 from pisces_jax.utils import cli
@@ -170,15 +171,16 @@ TRAINED = {"--workdir": "{trained}/run", "--run": None}
 RUNS = {
     r"pisces_jax\.xla_flags .*": {},
     r"pisces_jax\.\w+( \w+)? --help": {},
-    r"pisces_jax\.plan .*--topology=cpu:2.*": {"--json": "{tmp}/plan.json"},
+    r"pisces_jax\.plan .*--topology=cpu:2.*": {"--config": f"{TINY}:decoder", "--json": "{tmp}/plan.json"},
     r"pisces_jax\.data (stats|inspect) .*": {
         **TRAINED, "--config": f"{TINY}:unified", "--config.": None, "--out": "{tmp}/out", "--first": "0",
         "--count": "1",
     },
     r"pisces_jax\.data index .*": {"--path": "{tmp}/shard.tar", "--index_dir": "{tmp}", "--workers": "1"},
-    r"pisces_jax\.answer .*": {**TRAINED, "--image": "{trained}/picture.png"},
+    r"pisces_jax\.answer .*": {**TRAINED, "--image": "{trained}/picture.png", "--question": "how many?"},
     r"pisces_jax\.generate .*": {
         **TRAINED, "--out": "{tmp}/drawn", "--prompts_file": "{tmp}/prompts.txt", "--num_images": "1",
+        "--prompt": "a red circle",
         "--geneval": "{tmp}/geneval/00000/metadata.jsonl",
     },
     r"pisces_jax\.evaluate --workdir=\S+ --task=(?!pictures).*": {
@@ -241,6 +243,16 @@ def places(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "plan" in c[0] and "cpu:" in show(c)], ids=show)
+def test_plans_on_cpus_are_not_refused(command, monkeypatch):
+    """Without the compilation, which is run on a tiny config below."""
+    flags = parse(command, monkeypatch)
+    (config,) = load_stages(str(ROOT / flags.config), {}).values()
+    mesh = {"fsdp": int(flags.topology.partition(":")[2]), **(flags.mesh or {})}
+    assert shardings.trainer_without_devices(config, mesh).abstract.trained
+
+
+@pytest.mark.slow
 def test_what_runs_on_a_laptop_runs(places, trained, monkeypatch, capsys):
     """All in one test: commands that differ in paths and amounts alone are run once."""
     done = set()
@@ -321,6 +333,7 @@ def test_examples_of_planning_run(name, monkeypatch, capsys):
     assert "GiB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_runs(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -332,6 +345,7 @@ def test_the_example_of_the_readme_runs(trained, tmp_path, monkeypatch, capsys):
     assert "[" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_examples_of_extensions_run(tmp_path, monkeypatch):
     """The Python blocks of docs/extend.md in order: one that begins with a file's name is that module, the others are
     one script."""

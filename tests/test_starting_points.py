@@ -49,7 +49,7 @@ def sources(task):
 
 
 def runs(folder, language):
-    """A latent decoder and a stage, as `training/full.py` makes them, small."""
+    """A latent decoder and a stage, as the full-size configs have them, small."""
     encoder = dict(generation_encoder=settings(EVA), pool=3)
     decoder = run_config(
         name="decoder", program="decoder", steps=1, batch_size=8,

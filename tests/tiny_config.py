@@ -33,10 +33,10 @@ def data(*tasks: str) -> dict:
     )
 
 
-def run(name: str, program: str, *tasks: str, model: dict, init_from: dict, **more: object) -> ConfigDict:
+def run(name: str, program: str, *tasks: str, model: dict, batch_size: int = 8, **more: object) -> ConfigDict:
     return run_config(
-        name=name, program=program, steps=2, batch_size=8, data=data(*tasks), model={**MODEL, **model},
-        init_from=init_from, flow=dict(steps=2), **more,
+        name=name, program=program, steps=2, batch_size=batch_size, data=data(*tasks), model={**MODEL, **model},
+        flow=dict(steps=2), **more,
     )  # fmt: skip
 
 
@@ -44,17 +44,15 @@ def get_config(stage: str = "") -> ConfigDict:
     log = dict(every=1, evaluate_every=2, evaluate_batches=1, samples_every=2, samples=2)
     pretrained = dict(generation_encoder="pretrain", understanding_encoder="pretrain")
     stages = dict(
-        pretrain=run(
-            "pretrain", "pretrain", "pair", model=dict(decoder=DECODER, text_tower=TOWER), init_from={}, log=log
-        ),
+        pretrain=run("pretrain", "pretrain", "pair", model=dict(decoder=DECODER, text_tower=TOWER), log=log),
         decoder=run(
             "decoder", "decoder", "pair", model=dict(decoder=DECODER),
             init_from=dict(generation_encoder="pretrain", decoder="pretrain"),
             optimizer=dict(param_groups=FROZEN, ema=0.9),
         ),
         unified=run(
-            "unified", "unified", "question", "draw_described", decoder="decoder", train_decoder=True,
-            init_from=dict(pretrained, decoder="decoder"),  # which learns on
+            "unified", "unified", "question", "draw_described", batch_size=16, decoder="decoder", train_decoder=True,
+            init_from=dict(pretrained, decoder="decoder"),
             model=dict(language_model=LANGUAGE, hidden=dict(projector=16, vector_head=16), decoder=DECODER),
             optimizer=dict(param_groups=FROZEN), sampling=dict(describe=True, max_tokens=16), log=log,
         ),

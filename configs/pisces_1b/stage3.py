@@ -1,16 +1,62 @@
-"""Pisces 1B, stage 3, instructions for both tasks.
-
-LLaMA-3.2-1B-Instruct, SigLIP-so400m at 384 px, CLIP ViT-L/14 at 336 px;
-the folders of published weights are in docs/weights.md.
-For one host of 8 GPUs after stage2.py; never run at this size yet.
+"""Pisces 1B, stage 3: instructions for both tasks.
 
     python -m pisces_jax.train --config=configs/pisces_1b/stage3.py --workdir=runs/pisces_1b
+
+It goes on from stage2.py in the same work directory.
+LLaMA-3.2-1B-Instruct, SigLIP-so400m at 384 px, CLIP ViT-L/14 at 336 px;
+published weights are in docs/weights.md, data in docs/data.md.
+
+Hardware: planned for one host of 8 GPUs, not run yet.
 """
 
+import parts
 from ml_collections import ConfigDict
 
-from pisces_jax.training.full import PISCES_1B, stage
+from pisces_jax.training.config import run_config
 
 
 def get_config() -> ConfigDict:
-    return stage(3, PISCES_1B, batch_size=128)
+    return run_config(
+        name="stage3",
+        program="unified",
+        steps=8000,
+        batch_size=128,
+        compute_dtype="bfloat16",
+        model=dict(
+            language_model=parts.LANGUAGE_MODEL,
+            understanding_encoder=parts.UNDERSTANDING_ENCODER,
+            generation_encoder=parts.GENERATION_ENCODER,
+            pool=parts.POOL,
+            hidden=parts.HIDDEN,
+        ),
+        init_from=dict(
+            understanding_encoder=parts.UNDERSTANDING_FOLDER,
+            generation_encoder=parts.GENERATION_FOLDER,
+            **dict.fromkeys(parts.TRAINED, "stage2"),
+        ),
+        param_dtype=dict(understanding_encoder="bfloat16", generation_encoder="bfloat16"),
+        decoder="decoder",
+        data=dict(
+            tokenizer=parts.LANGUAGE_FOLDER,
+            row_length=4096,
+            rows_per_pool=1,
+            read_slots=4,
+            draw_slots=12,
+            features="features",
+            read_stretch=True,  # SigLIP's preprocessing
+            **parts.train_and_evaluate(
+                conversation=dict(parts.CONVERSATIONS, recipe="conversation"),
+                draw_caption=dict(parts.INSTRUCTIONS, recipe="draw_caption"),
+                draw_described=dict(parts.DETAILED, recipe="draw_described"),
+            ),
+        ),
+        loss=dict(chunk=16_384),
+        optimizer=dict(
+            learning_rate=2e-5,
+            warmup_steps=500,
+            final_rate=0.1,
+            b2=0.95,
+            param_groups=(("(understanding|generation)_encoder/.*", 0.0, 0.0), parts.NO_DECAY, (".*", 1.0, 0.05)),
+        ),
+        log=dict(every=20, evaluate_every=1000, checkpoint_every=500, keep=2),
+    )

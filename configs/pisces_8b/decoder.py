@@ -1,22 +1,56 @@
-"""Pisces 8B, the flow-matching decoder, from frozen generation features to latents.
-
-LLaMA-3.1-8B-Instruct, SigLIP-so400m at 384 px, EVA-CLIP-E-plus at 448 px;
-the folders of published weights are in docs/weights.md.
-For a TPU slice (docs/scale.md); never run at this size yet.
-Planned, peak a device and seconds a step (a prediction): v4-128 17.5 GiB, 0.71 s; v5p-128 17.5 GiB, 0.43 s;
-v5e-256 4.3 GiB, 0.25 s; v6e-256 4.3 GiB, 0.07 s.
+"""Pisces 8B, the flow-matching decoder, from the frozen, pooled features to the autoencoder's latents.
 
     python -m pisces_jax.train --config=configs/pisces_8b/decoder.py --workdir=runs/pisces_8b
+
+The first run of a work directory.
+LLaMA-3.1-8B-Instruct, SigLIP-so400m at 384 px, EVA-CLIP-E-plus at 448 px;
+published weights are in docs/weights.md, data in docs/data.md.
+
+Hardware: planned for a TPU slice, not run yet. Peak memory per device and seconds per step by the plan (docs/scale.md):
+v4-128 17.5 GiB, 0.71 s; v5p-128 17.5 GiB, 0.43 s; v5e-256 4.3 GiB, 0.25 s; v6e-256 4.3 GiB, 0.07 s.
 """
 
+import parts
 from ml_collections import ConfigDict
 
-from pisces_jax.training.full import PISCES_8B, decoder_run
+from pisces_jax.training.config import run_config
 
 
 def get_config() -> ConfigDict:
-    config = decoder_run(PISCES_8B)
-    # In two parts the outputs of all projections fit, on v4-128 too: nothing but attention and norms is done again.
-    config.optimizer.grad_accum_steps = 2
-    config.model.decoder.remat = "dots"
-    return config
+    return run_config(
+        name="decoder",
+        program="decoder",
+        steps=100_000,
+        batch_size=2048,
+        compute_dtype="bfloat16",
+        model=dict(
+            generation_encoder=parts.GENERATION_ENCODER,
+            pool=parts.POOL,
+            decoder=dict(parts.DECODER, remat="dots"),
+            autoencoder=parts.AUTOENCODER,
+        ),
+        init_from=dict(generation_encoder=parts.GENERATION_FOLDER, autoencoder=parts.AUTOENCODER_FOLDER),
+        param_dtype=dict(generation_encoder="bfloat16", autoencoder="bfloat16"),
+        data=dict(
+            tokenizer=parts.LANGUAGE_FOLDER,
+            text_length=128,
+            features="features",
+            **parts.train_and_evaluate(pair=dict(parts.CAPTIONS, recipe="pair")),
+        ),
+        flow=dict(times="logit_normal", drop=0.1, steps=30, guidance=3.0),
+        optimizer=dict(
+            learning_rate=1e-4,
+            warmup_steps=1000,
+            final_rate=0.1,
+            b2=0.999,
+            ema=0.9999,
+            grad_accum_steps=2,  # so the outputs of all products with weights (remat="dots") fit on v4-128 too
+            param_groups=(
+                ("generation_encoder/.*", 0.0, 0.0),
+                ("autoencoder/.*", 0.0, 0.0),
+                parts.NO_DECAY,
+                (".*", 1.0, 0.01),
+            ),
+        ),
+        log=dict(every=50, evaluate_every=2000, checkpoint_every=1000, samples_every=5000),
+    )

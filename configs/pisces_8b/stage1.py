@@ -1,19 +1,63 @@
-"""Pisces 8B, stage 1, short captions: reading and drawing jointly.
-
-LLaMA-3.1-8B-Instruct, SigLIP-so400m at 384 px, EVA-CLIP-E-plus at 448 px;
-the folders of published weights are in docs/weights.md.
-For a TPU slice (docs/scale.md) after decoder.py; never run at this size yet.
-Planned, peak a device and seconds a step (a prediction): v4-128 17.8 GiB, 9.88 s; v5p-128 17.6 GiB, 5.92 s;
-v5e-256 5.0 GiB, 3.45 s; v6e-256 5.0 GiB, 0.74 s.
-Where memory is to spare, a quarter faster by the plan: docs/scale.md, "Faster where memory is to spare".
+"""Pisces 8B, stage 1: short captions, reading and drawing jointly.
 
     python -m pisces_jax.train --config=configs/pisces_8b/stage1.py --workdir=runs/pisces_8b
+
+Run it after decoder.py, in the same work directory.
+LLaMA-3.1-8B-Instruct, SigLIP-so400m at 384 px, EVA-CLIP-E-plus at 448 px;
+published weights are in docs/weights.md, data in docs/data.md.
+
+Hardware: planned for a TPU slice, not run yet. Peak memory per device and seconds per step by the plan (docs/scale.md):
+v4-128 17.8 GiB, 9.88 s; v5p-128 17.6 GiB, 5.92 s; v5e-256 5.0 GiB, 3.45 s; v6e-256 5.0 GiB, 0.74 s. Where memory is to
+spare it is a quarter faster by the plan: docs/scale.md, "Faster where memory is to spare".
 """
 
+import parts
 from ml_collections import ConfigDict
 
-from pisces_jax.training.full import PISCES_8B, stage
+from pisces_jax.training.config import run_config
 
 
 def get_config() -> ConfigDict:
-    return stage(1, PISCES_8B)
+    return run_config(
+        name="stage1",
+        program="unified",
+        steps=40_000,
+        batch_size=512,
+        compute_dtype="bfloat16",
+        model=dict(
+            language_model=parts.LANGUAGE_MODEL,
+            understanding_encoder=parts.UNDERSTANDING_ENCODER,
+            generation_encoder=parts.GENERATION_ENCODER,
+            pool=parts.POOL,
+            hidden=parts.HIDDEN,
+        ),
+        init_from=dict(
+            understanding_encoder=parts.UNDERSTANDING_FOLDER,
+            generation_encoder=parts.GENERATION_FOLDER,
+            language_model=parts.LANGUAGE_FOLDER,  # the projectors and the vector head are new
+        ),
+        param_dtype=dict(understanding_encoder="bfloat16", generation_encoder="bfloat16"),
+        decoder="decoder",
+        data=dict(
+            tokenizer=parts.LANGUAGE_FOLDER,
+            row_length=4096,
+            rows_per_pool=1,
+            read_slots=4,
+            draw_slots=12,
+            features="features",
+            read_stretch=True,  # SigLIP's preprocessing
+            **parts.train_and_evaluate(
+                caption=dict(parts.CAPTIONS, recipe="caption"),
+                draw_caption=dict(parts.CAPTIONS, recipe="draw_caption"),
+            ),
+        ),
+        loss=dict(chunk=16_384),
+        optimizer=dict(
+            learning_rate=7e-5,
+            warmup_steps=500,
+            final_rate=0.1,
+            b2=0.95,
+            param_groups=(("(understanding|generation)_encoder/.*", 0.0, 0.0), parts.NO_DECAY, (".*", 1.0, 0.05)),
+        ),
+        log=dict(every=20, evaluate_every=1000, checkpoint_every=500, keep=2),
+    )

@@ -230,7 +230,7 @@ def test_full_size_configs_are_whole(config):
         ]
         rules = optimizer.match(optimizer.read_table(run.optimizer.param_groups), names)
         frozen = {name.split("/")[0] for name, rule in rules.items() if not rule.multiple}
-        assert frozen <= set(run.parts) and "generation_encoder" in frozen
+        assert frozen <= set(run.init_from) and "generation_encoder" in frozen
         if run.program == "unified":
             assert program.model.config.draw_vectors == 64 and program.model.config.read_vectors == 729
             assert program.model.config.language_model.vocab_rows == 128_512

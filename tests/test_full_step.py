@@ -12,7 +12,7 @@ from pisces_jax.models.layers import REMAT_POLICIES
 from pisces_jax.models.transformer import Transformer, TransformerConfig
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training.optimizer import flatten
-from pisces_jax.training.programs import TextProgram, make_program
+from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import make_trainer
 
 LANGUAGE = dict(width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_hidden=48, rope_theta=1000.0)
@@ -61,7 +61,7 @@ def test_saved_context_runs_attention_forward_once():
 
 
 def text_config(**optimizer):
-    config = tiny.config(program="text", batch_size=4, model=dict(language_model=LANGUAGE), loss=dict(chunk=8))
+    config = tiny.config(batch_size=4, model=dict(language_model=LANGUAGE), loss=dict(chunk=8))
     config.data.train = {"a": {}, "b": {}}
     config.optimizer.update({"b1": 0.9, "clip": 0.0, **optimizer})
     return config
@@ -80,7 +80,9 @@ def test_text_alone_is_the_unified_step_without_pictures():
     import flax.linen as nn
 
     params = nn.unbox(params)
-    text = TextProgram(Transformer(unified.model.config.language_model), {"text": 1.0}, 8, ("a", "b"))
+    alone = text_config()
+    alone.model = dict(language_model=tiny.model_settings(32)["language_model"])
+    text = make_program(alone, 32)
     expected, _ = jax.jit(unified.losses)(params, rows(), jax.random.key(0))
     got, reported = jax.jit(text.losses)({"language_model": params["language_model"]}, rows(), jax.random.key(0))
     assert float(got["text"].total) == pytest.approx(float(expected["text"].total), rel=1e-6)

@@ -92,6 +92,10 @@ class Toy(Program):
     def from_config(cls, config, vocab_size):
         return cls()
 
+    @classmethod
+    def parts(cls, config):
+        return ("a", "b")
+
     def batch_spec(self, config):
         n = config.batch_size
         shapes = {"x": ((n, 3), jnp.float32), "y": ((n,), jnp.float32), "valid": ((n,), jnp.bool_)}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pisces_jax.inference.model import PARTS, find_run
+from pisces_jax.inference.model import find_run
 from pisces_jax.training.checkpoints import load_part, read_config
 from pisces_jax.training.config import decoder_run, part_settings
+from pisces_jax.training.programs import program_class
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError
@@ -37,12 +38,7 @@ def export_run(workdir: Path, run: str, parts: list[str], dtype: str | None, out
 def _runs_of_parts(workdir: Path, run: str, config: ConfigDict) -> dict[str, str]:
     """For each part of a model, the run that it is taken from: its own, or the decoder's."""
     where: dict[str, str] = {}
-    decoders = {"unified": decoder_run(config), "text": ""}
-    if decoder := decoders.get(config.program, run):
-        latent = "autoencoder" in read_config(workdir / decoder).model
-        where |= dict.fromkeys(("generation_encoder", "decoder", *(("autoencoder",) if latent else ())), decoder)
-    own = {"unified": PARTS, "text": ("language_model",), "pretrain": ("understanding_encoder",)}
-    where |= dict.fromkeys(own.get(config.program, ()), run)
-    if config.program == "pretrain":  # of one encoder, perhaps
-        where = {part: run for part in where if part in config.model}
-    return where
+    if (decoder := decoder_run(config)) and decoder != run:
+        held = read_config(workdir / decoder)
+        where |= dict.fromkeys(program_class(held).parts(held), decoder)
+    return where | dict.fromkeys(program_class(config).parts(config), run)

@@ -25,17 +25,9 @@ from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import is_finished, load_part, read_config
 from pisces_jax.training.programs import program_class
+from pisces_jax.training.programs.unified import PARTS
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
-
-PARTS = (
-    "language_model",
-    "understanding_encoder",
-    "generation_encoder",
-    "understanding_projector",
-    "generation_projector",
-    "vector_head",
-)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""The collectives of a compiled program: kind, mesh axes, bytes on the wire, how often a step runs them.
+"""The collectives of a compiled program: kind, mesh axes, bytes on the wire, and how often a step runs them.
 
-Read from the optimized program's text. Bytes are those that one device sends in a ring: an all-gather its result ×
-(n−1)/n, a reduce-scatter and an all-to-all their operand × (n−1)/n, an all-reduce twice that, a permute its operand.
-A reduce-scatter that the TPU compiler writes as a fusion of an all-reduce and a slice counts as what it is. Between
-slices the compiler hands operands to the hosts (`send`, marked with what the hosts do with them): these count as the
-same collectives over mesh axis `data`.
+They are read from the text of the optimized program. Bytes are those that one device sends in a ring of n devices: for
+an all-gather its result × (n−1)/n, for a reduce-scatter and an all-to-all their operand × (n−1)/n, for an all-reduce
+twice that, for a permute its operand. The TPU compiler writes some reduce-scatters as a fusion of an all-reduce and a
+slice; these count as reduce-scatters. Between slices it hands operands to the hosts (`send`, marked with what the hosts
+do with them); these count as the same collectives over mesh axis `data`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
     "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
 }  # fmt: skip
-# What hosts do with what they are sent, as the TPU compiler marks it.
+# What hosts do with operands that they are sent, as the TPU compiler marks it.
 _BETWEEN_SLICES = {
     "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
     "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
@@ -31,10 +31,14 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([^\s=]+) = (.*)$")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Equal collectives of a program: `bytes` a device sends in each of `executions` a step.
+    """Equal collectives of a program.
 
-    `axis` names the mesh axes along which devices take part, joined by "+"; `scope` is the model's own name for where
-    it is.
+    Attributes:
+        axis: the mesh axes along which the devices of a group lie, joined by "+".
+        bytes: what a device sends in each execution.
+        executions: per step.
+        group: devices that take part.
+        scope: the model's own name for the place.
     """
 
     kind: str
@@ -64,12 +68,21 @@ class _Program:
         return next(i for i in self.computations[computation].values() if i.root)
 
 
+@dataclasses.dataclass
+class _Frame:
+    """A computation; of a fused one also where it is called, with which operands."""
+
+    computation: str
+    caller: "_Frame | None" = None
+    operands: Sequence[str] = ()
+
+
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """All collectives of an optimized program for a mesh whose devices are numbered in the order of its axes.
 
     Raises:
-        ValueError: a loop with collectives whose number of trips cannot be read from the program, or a transfer
-            between slices of a kind that is not known.
+        ValueError: a loop with collectives whose number of trips cannot be read, replica groups of an unknown form, or
+            an unknown kind of transfer between slices.
     """
     program = _parse(text)
     found: Counter[tuple[str, str, float, int, str]] = Counter()
@@ -88,7 +101,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 
     def count(name: str, i: _Instruction, kind: str, times: int) -> None:
         if "async_collective" in name or "async_collective" in i.attributes:
-            # An overlapped collective appears in several fusions, with one channel.
+            # An overlapped collective appears in several fusions with the same channel.
             channel = re.search(r"channel_id=(\d+)", i.attributes)
             key = (kind, channel.group(1) if channel else i.name)
             if kind != "collective-permute" and key in seen:
@@ -128,14 +141,16 @@ def _kind(i: _Instruction) -> str | None:
 
 
 def _slices(i: _Instruction) -> int:
-    """How many slices take part; `{1,2}x{0:3}` are two, of which each device speaks to its like. A permute has no such
-    list, and two ends."""
+    """How many slices take part: in `{1,2}x{0:3}` two, in which devices of the same place talk to each other.
+
+    A permute has no such list, and two ends.
+    """
     match = re.search(r'_xla_megascale_target="\{([\d,]+)\}', i.attributes)
     return len(match.group(1).split(",")) if match else 2
 
 
 def _called(i: _Instruction) -> list[str]:
-    """The computations that an instruction runs once, or one of which it runs; of a loop its body."""
+    """The computations that an instruction runs: of a loop its body, of a conditional all branches."""
     if i.opcode == "while":
         return [_attribute(i, "body")]
     if i.opcode == "conditional":
@@ -144,13 +159,13 @@ def _called(i: _Instruction) -> list[str]:
 
 
 def _communicates(program: _Program, computation: str) -> bool:
-    """Whether a collective is in it, however deep: how often a loop without any runs is of no consequence."""
+    """Whether a collective is in it, at any depth. Loops without any need not be counted."""
     instructions = program.computations[computation].values()
     return any(_kind(i) or any(_communicates(program, called) for called in _called(i)) for i in instructions)
 
 
 def wire_bytes(found: Sequence[Collective]) -> float:
-    """Bytes that a device sends in a step."""
+    """Bytes that a device sends per step."""
     return sum(c.bytes * c.executions for c in found)
 
 
@@ -172,10 +187,9 @@ def _parse(text: str) -> _Program:
             if call is None:
                 continue
             inside, attributes = _parenthesis(rest[call.end() :])
-            # A constant's value stands where operands stand.
-            operands = [inside] if call.group(1) == "constant" else re.findall(r"%([^\s,)]+)", inside)
-            if call.group(1) == "parameter":
-                operands = [inside]
+            # A constant's value and a parameter's number stand where operands stand.
+            plain = call.group(1) in ("constant", "parameter")
+            operands = [inside] if plain else re.findall(r"%([^\s,)]+)", inside)
             current[name] = _Instruction(name, shape, call.group(1), operands, attributes, bool(root))
     return _Program(computations, entry)
 
@@ -189,7 +203,7 @@ def _shape_and_rest(text: str) -> tuple[str, str]:
 
 
 def _parenthesis(text: str) -> tuple[str, str]:
-    """What stands before the closing parenthesis, and what comes after it."""
+    """The text before the closing parenthesis, and after it."""
     depth = 1
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -218,77 +232,53 @@ def _size(shape: str) -> float:
 
 
 def _trips(program: _Program, computation: str, loop: _Instruction) -> int:
-    """(limit − start) / step of a loop that counts upwards, as the compiler writes scans."""
-    condition, body = _attribute(loop, "condition"), _attribute(loop, "body")
-    start_tuple = program.computations[computation][loop.operands[0]]
-    compare, arguments = _compare(program, condition)
-    index = _tuple_index(program, condition, arguments[0])
-    limit = _constant(program, condition, arguments[1])
-    if limit is None and (place := _tuple_index(program, condition, arguments[1])) is not None:
-        limit = _constant(program, computation, start_tuple.operands[place])
-    start = None if index is None else _constant(program, computation, start_tuple.operands[index])
-    step = None
-    if index is not None:
-        step = _increment(program, body, program.root(body).operands[index])
-    if limit is None or start is None or not step or "direction=LT" not in compare.attributes:
+    """(limit − start) / step of a loop that counts upwards, as the compiler writes scans.
+
+    The program for TPUs has no `known_trip_count`.
+    """
+    outside, condition, body = (
+        _Frame(name) for name in (computation, _attribute(loop, "condition"), _attribute(loop, "body"))
+    )
+    _, carried = _trace(program, outside, loop.operands[0])
+    inside, compare = _trace(program, condition, program.root(condition.computation).name)
+    limit = start = step = None
+    if compare.opcode == "compare" and "direction=LT" in compare.attributes:
+        _, counter = _trace(program, inside, compare.operands[0])
+        end = _trace(program, inside, compare.operands[1])
+        limit = _constant(end[1])
+        if limit is None and (place := _tuple_index(end[1])) is not None:
+            limit = _constant(_trace(program, outside, carried.operands[place])[1])
+        if (place := _tuple_index(counter)) is not None:
+            start = _constant(_trace(program, outside, carried.operands[place])[1])
+            where, add = _trace(program, body, program.root(body.computation).operands[place])
+            terms = [_constant(_trace(program, where, o)[1]) for o in add.operands] if add.opcode == "add" else []
+            step = next((value for value in terms if value is not None), None)
+    if limit is None or start is None or not step:
         raise ValueError(f"loop {loop.name}: its number of trips cannot be read")
     return -(-(limit - start) // step)
 
 
-def _compare(program: _Program, computation: str) -> tuple[_Instruction, list[str]]:
-    """The comparison that a condition ends in, and its arguments' names in the condition itself."""
-    root = program.root(computation)
-    if root.opcode == "compare":
-        return root, root.operands
-    if root.opcode == "fusion":
-        called = _attribute(root, "calls")
-        compare, arguments = _compare(program, called)
-        inner = program.computations[called]
-        return compare, [
-            root.operands[int(inner[a].operands[0])] if inner[a].opcode == "parameter" else f"{called}:{a}"
-            for a in arguments
-        ]
-    raise ValueError(f"condition {computation} ends in {root.opcode}")
+def _trace(program: _Program, frame: _Frame, name: str) -> tuple[_Frame, _Instruction]:
+    """The instruction that makes a value: behind copies, in a fusion, or outside it."""
+    while True:
+        i = program.computations[frame.computation][name]
+        if i.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
+            name = i.operands[0]
+        elif i.opcode == "fusion":
+            frame = _Frame(_attribute(i, "calls"), frame, i.operands)
+            name = program.root(frame.computation).name
+        elif i.opcode == "parameter" and frame.caller is not None:
+            frame, name = frame.caller, frame.operands[int(i.operands[0])]
+        else:
+            return frame, i
 
 
-def _find(program: _Program, computation: str, name: str) -> tuple[str, _Instruction]:
-    """An instruction, behind copies; `computation:name` names one of another computation."""
-    if ":" in name:
-        computation, name = name.split(":")
-    i = program.computations[computation][name]
-    while i.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-        i = program.computations[computation][i.operands[0]]
-    return computation, i
-
-
-def _constant(program: _Program, computation: str, name: str) -> int | None:
-    _, i = _find(program, computation, name)
+def _constant(i: _Instruction) -> int | None:
     return int(i.operands[0]) if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.operands[0]) else None
 
 
-def _tuple_index(program: _Program, computation: str, name: str) -> int | None:
-    _, i = _find(program, computation, name)
+def _tuple_index(i: _Instruction) -> int | None:
     return int(_attribute(i, "index")) if i.opcode == "get-tuple-element" else None
-
-
-def _increment(program: _Program, computation: str, name: str) -> int | None:
-    """The constant that an instruction adds, also inside a fusion."""
-    where, i = _find(program, computation, name)
-    if i.opcode == "fusion":
-        called = _attribute(i, "calls")
-        inner = program.root(called)
-        if inner.opcode != "add":
-            return None
-        for operand in inner.operands:
-            argument = program.computations[called][operand]
-            outer = (where, i.operands[int(argument.operands[0])]) if argument.opcode == "parameter" else None
-            value = _constant(program, *outer) if outer else _constant(program, called, operand)
-            if value is not None:
-                return value
-        return None
-    if i.opcode != "add":
-        return None
-    return next((v for o in i.operands if (v := _constant(program, where, o)) is not None), None)
 
 
 def _group(attributes: str, kind: str, mesh_shape: Mapping[str, int]) -> list[int]:
@@ -300,11 +290,8 @@ def _group(attributes: str, kind: str, mesh_shape: Mapping[str, int]) -> list[in
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return [int(n) for n in match.group(1).split(",")]
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        groups, size, shape, order = match.groups()
-        ids = np.arange(int(groups) * int(size)).reshape([int(n) for n in shape.split(",")])
-        if order:
-            ids = ids.transpose([int(n) for n in order.split(",")])
-        return ids.reshape(int(groups), int(size))[0].tolist()
+        _, size, shape, order = match.groups()
+        return _iota(shape, order)[: int(size)]
     named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? ?\{([^}]*)\}"
     if match := re.search(named, attributes):
         sizes, device_ids, axes = match.groups()
@@ -315,7 +302,7 @@ def _group(attributes: str, kind: str, mesh_shape: Mapping[str, int]) -> list[in
 
 
 def _device_ids(text: str | None) -> list[int] | None:
-    """`0,2,1,3`, or in short `[4,2]T(1,0)`: 0 to 7 as 4 × 2, transposed."""
+    """`0,2,1,3`, or a short form of it as for `_iota`."""
     if not text:
         return None
     if re.fullmatch(r"[\d,]+", text):
@@ -323,15 +310,18 @@ def _device_ids(text: str | None) -> list[int] | None:
     match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if match is None:
         raise ValueError(f"device ids of an unknown form: {text}")
-    shape = [int(n) for n in match.group(1).split(",")]
-    ids = np.arange(math.prod(shape)).reshape(shape)
-    if match.group(2):
-        ids = ids.transpose([int(n) for n in match.group(2).split(",")])
-    return ids.reshape(-1).tolist()
+    return _iota(*match.groups())
+
+
+def _iota(shape: str, order: str | None) -> list[int]:
+    """`[4,2]T(1,0)`: the numbers from 0 to 7 as 4 × 2, transposed."""
+    sizes = [int(n) for n in shape.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(n) for n in order.split(",")] if order else None).reshape(-1).tolist()
 
 
 def _mesh_group(sizes: str, device_ids: list[int] | None, axes: str) -> list[int]:
-    """Of `'a'=16,'b'=4` the group along the named axes; `'a':(2)4` is the part of a of size 4 with 2 before it."""
+    """In a mesh `'a'=16,'b'=4`, the group along the named axes; `'a':(2)4`: the part of a of size 4 behind one of 2."""
     names = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
     factors: list[tuple[int, bool]] = []
     wanted = {
@@ -353,7 +343,7 @@ def _axis(group: Sequence[int], mesh_shape: Mapping[str, int]) -> str:
 
 
 def _scope(op_name: str) -> str:
-    """The part of an operation's name that the model gave, without JAX's own words."""
+    """The part of an operation's name that the model gave it, without JAX's own words."""
     words = [w for w in op_name.split("/") if w not in ("while", "body", "closed_call", "shard_map", "checkpoint")]
     words = [w for w in words if not re.match(r"(jit|jvp|transpose|vmap|remat|rematted|cond|branch)", w)]
     return "/".join(words[:3])

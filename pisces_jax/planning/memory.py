@@ -1,18 +1,26 @@
-"""What holds a device's memory, by formula from shapes and shardings: beside the compiler's figures, never forced to
-agree with them.
+"""What fills a device's memory, by formula from shapes and shardings.
+
+It stands beside the compiler's figures and is not adjusted to agree with them.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.sharding import batch_shards
 from pisces_jax.training.step import Trainer
+
+
+def main_part(config: ConfigDict) -> str:
+    """The part that holds most of a step's activations."""
+    return "language_model" if "language_model" in config.model else "decoder"
 
 
 def shard_bytes(shape: tuple[int, ...], dtype: Any, sharding: Any) -> int:
@@ -21,6 +29,7 @@ def shard_bytes(shape: tuple[int, ...], dtype: Any, sharding: Any) -> int:
 
 
 def tree_bytes(tree: Any, shardings: Any) -> int:
+    """Bytes of a tree of arrays on one device."""
     return sum(
         shard_bytes(leaf.shape, leaf.dtype, sharding)
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
@@ -28,31 +37,29 @@ def tree_bytes(tree: Any, shardings: Any) -> int:
 
 
 def memory_by_part(trainer: Trainer) -> dict[str, int]:
-    """Bytes a device: parameters of each part, averaged weights, optimizer, gradients, batch, saved activations."""
+    """Bytes per device of the parameters of each part, averaged weights, optimizer, gradients, batch and of the
+    activations that each part saves."""
     abstract, shardings = trainer.abstract, trainer.shardings
-    parts: dict[str, int] = {}
+    found: Counter[str] = Counter()
     for tree, where in ((abstract.trained, shardings.trained), (abstract.frozen, shardings.frozen)):
         for part in tree:
-            name = f"parameters/{part}"
-            parts[name] = parts.get(name, 0) + tree_bytes(tree[part], where[part])
+            found[f"parameters/{part}"] += tree_bytes(tree[part], where[part])
     if abstract.ema:
-        parts["ema"] = tree_bytes(abstract.ema, shardings.ema)
-    parts["optimizer"] = tree_bytes(abstract.optimizer, shardings.optimizer)
-    gradients = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, trainer.config.optimizer.grad_dtype or x.dtype), abstract.trained
-    )
-    parts["gradients"] = tree_bytes(gradients, shardings.trained)
-    batch = trainer.abstract_batch()
-    parts["batch"] = sum(shard_bytes(x.shape, x.dtype, x.sharding) for x in batch.values())
-    return parts | {f"activations/{k}": v for k, v in saved_activations(trainer).items()}
+        found["ema"] = tree_bytes(abstract.ema, shardings.ema)
+    found["optimizer"] = tree_bytes(abstract.optimizer, shardings.optimizer)
+    dtype = trainer.config.optimizer.grad_dtype
+    gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), abstract.trained)
+    found["gradients"] = tree_bytes(gradients, shardings.trained)
+    found["batch"] = sum(shard_bytes(x.shape, x.dtype, x.sharding) for x in trainer.abstract_batch().values())
+    return found | {f"activations/{part}": size for part, size in saved_activations(trainer).items()}
 
 
 def saved_activations(trainer: Trainer) -> dict[str, int]:
-    """What the blocks save for the backward pass by their rematerialisation policy, in bytes a device.
+    """Bytes per device that the blocks of each part save for the backward pass, by their rematerialisation policy.
 
-    A block always has its input; "attention" adds attention's result and one float32 a head for the softmax,
-    "dots" the outputs of all projections too. "offload" saves to the host, "none" is counted like
-    "dots" with the hidden layer's activation twice more: what the compiler keeps there is its own choice.
+    All but "offload", which saves to the host, keep a block's input. "attention" adds attention's result and one
+    float32 per head for the softmax, "dots" the outputs of all projections too. "none" counts as "dots" and the hidden
+    layer's activations once more: what the compiler keeps there is its own choice.
     """
     config = trainer.config
     item = jnp.dtype(config.compute_dtype).itemsize
@@ -61,13 +68,13 @@ def saved_activations(trainer: Trainer) -> dict[str, int]:
     found = {}
     for part, (settings, positions) in trainer.program.block_positions(config).items():
         if part in trainer.abstract.trained or part == "language_model":
-            per_position = _llama if isinstance(settings, TransformerConfig) else _vit
+            per_position = _transformer if isinstance(settings, TransformerConfig) else _vit
             found[part] = int(settings.layers * (positions // shards) * per_position(settings, tensor, item))
     return found
 
 
-def _llama(c: TransformerConfig, tensor: int, item: int) -> float:
-    """Bytes a position and layer."""
+def _transformer(c: TransformerConfig, tensor: int, item: int) -> float:
+    """Bytes per position and layer."""
     heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     context = (heads * item + 4 * c.heads) / tensor
     projections = ((heads + 2 * kv + 2 * c.mlp_hidden) / tensor + 2 * c.width) * item
@@ -75,6 +82,7 @@ def _llama(c: TransformerConfig, tensor: int, item: int) -> float:
 
 
 def _vit(c: ViTConfig, tensor: int, item: int) -> float:
+    """Bytes per position and layer."""
     context = (c.width * item + 4 * c.heads) / tensor
     projections = ((3 * c.width + c.mlp_hidden) / tensor + 2 * c.width) * item
     return _saved(c.remat, c.width * item, context, projections, c.mlp_hidden * item / tensor)
@@ -91,9 +99,8 @@ def _saved(remat: str, block_input: float, context: float, projections: float, h
 
 
 def by_kind(parts: Mapping[str, int]) -> dict[str, int]:
-    """The same, parameters of all parts and activations of all parts together."""
-    kinds: dict[str, int] = {}
+    """The same with the parameters of all parts, and the activations of all parts, added up."""
+    kinds: Counter[str] = Counter()
     for name, size in parts.items():
-        kind = name.partition("/")[0]
-        kinds[kind] = kinds.get(kind, 0) + size
-    return kinds
+        kinds[name.partition("/")[0]] += size
+    return dict(kinds)

@@ -1,4 +1,4 @@
-"""One of everything on the real machine before a long run: `train --dry_run`."""
+"""Tries everything once on the real machine before a long run: `train --dry_run`."""
 
 import shutil
 import time
@@ -23,16 +23,17 @@ from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.processes import primary
+from pisces_jax.utils.units import gib
 
 BATCHES, STEPS = 3, 3
-MESSAGE = 2**24  # bytes of a timed collective on each device
+MESSAGE = 2**24  # bytes per device of a timed collective
 
 
 def preflight(config: ConfigDict, workdir: Path, say: Callable[[str], None]) -> None:
-    """Tries input, step, collectives and checkpoint with random weights; leaves nothing in `workdir`.
+    """Tries input, step, collectives and checkpoint with random weights. Nothing is left in `workdir`.
 
     Raises:
-        UserError: the first thing that would have stopped the run.
+        UserError: the first problem that would have stopped the run.
     """
     hosts, devices = jax.process_count(), jax.devices()
     say(f"devices     {len(devices)} {devices[0].device_kind} on {hosts} process{'es' if hosts > 1 else ''}")
@@ -67,18 +68,18 @@ def _try_all(config: ConfigDict, workdir: Path, scratch: Path, say: Callable[[st
         rate = BATCHES * program.examples(batch) / (time.perf_counter() - start)
     finally:
         iterator.close()
-    say(f"input       {rate:.1f} examples a second in this process")
+    say(f"input       {rate:.1f} examples per second in this process")
 
     state = trainer.init(jax.random.key(config.seed))
     on_mesh = trainer.put(batch)
     start = time.perf_counter()
     compiled = trainer.train_step().lower(state, on_mesh).compile()
     analysis: Any = compiled.memory_analysis()
-    say(f"compiled    in {time.perf_counter() - start:.0f} s; peak {_gib(analysis.peak_memory_in_bytes)} a device")
-    say("            by formula: " + ", ".join(f"{k} {_gib(v)}" for k, v in by_kind(memory_by_part(trainer)).items()))
+    say(f"compiled    in {time.perf_counter() - start:.0f} s; peak {gib(analysis.peak_memory_in_bytes)} per device")
+    say("            by formula: " + ", ".join(f"{k} {gib(v)}" for k, v in by_kind(memory_by_part(trainer)).items()))
     metrics = []
     for number in range(STEPS + 1):
-        if number == 1:  # the first fills caches
+        if number == 1:  # the first step fills caches
             jax.block_until_ready(state)
             start = time.perf_counter()
         state, measured = compiled(state, on_mesh)
@@ -88,19 +89,19 @@ def _try_all(config: ConfigDict, workdir: Path, scratch: Path, say: Callable[[st
     check_finite(merge(metrics), 0, STEPS + 1)
     needed = program.examples(batch) / seconds
     verdict = "input keeps up" if rate >= needed else f"input is {needed / rate:.1f} times too slow for the step"
-    say(f"step        {seconds:.3f} s, {needed:.1f} examples a second in this process: {verdict}")
+    say(f"step        {seconds:.3f} s, {needed:.1f} examples per second in this process: {verdict}")
     used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if used:
-        say(f"memory      {_gib(used)} at most so far on this process's first device")
+        say(f"memory      peak {gib(used)} so far on this process's first device")
 
     for axis, size in mesh.shape.items():
         if size > 1:
-            say(f"collective  {axis} ({size}): {time_all_reduce(trainer, axis) / 1e9:.2f} GB a second and device")
+            say(f"collective  {axis} ({size}): {time_all_reduce(trainer, axis) / 1e9:.2f} GB/s per device")
     _try_checkpoint(trainer, state, scratch, say)
 
 
 def time_all_reduce(trainer: Trainer, axis: str) -> float:
-    """Bytes a second that each device sends in an all-reduce over one mesh axis."""
+    """Bytes per second that each device sends in an all-reduce over one mesh axis."""
     mesh = trainer.mesh
     n = mesh.shape[axis]
     run = jax.jit(
@@ -126,13 +127,13 @@ def _try_checkpoint(trainer: Trainer, state: State, scratch: Path, say: Callable
     restored = checkpoints.restore(state)
     checkpoints.close()
     if restored is None or not _same(restored[0], state) or restored[1] != {"next_batch": 1}:
-        raise UserError(f"a checkpoint written to {scratch.parent} does not come back as it was: use another disk")
+        raise UserError(f"a checkpoint written to {scratch.parent} is not read back unchanged: use another disk")
     size = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.ema, state.optimizer)))
-    say(f"checkpoint  {_gib(size)} written in {seconds:.1f} s, read back bit for bit")
+    say(f"checkpoint  {gib(size)} written in {seconds:.1f} s, read back bit for bit")
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two trees on the same shardings are equal, compared where they lie."""
+    """Whether two trees with the same shardings are equal, compared shard by shard."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(
         np.array_equal(np.asarray(x.data), np.asarray(y.data))
@@ -146,7 +147,3 @@ def _clear(scratch: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("dry_run")
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -1,36 +1,38 @@
-"""A plan in words, for a person."""
+"""Plans as text, for people."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 from pisces_jax.planning.compiled import Plan
 from pisces_jax.planning.memory import by_kind
+from pisces_jax.utils.units import GIB, gib
 
 
 def describe(plan: Plan) -> str:
     """The whole plan: memory, collectives, FLOPs, prediction, and what to change where it does not fit."""
     lines = [
         f"{plan.config} on {_where(plan)}, mesh {mesh_text(plan.mesh)}, batch {plan.batch_size}, "
-        f"{plan.rows_per_device:g} rows a device, gradient-accumulation steps {plan.grad_accum_steps}, "
+        f"{plan.rows_per_device:g} rows per device, gradient-accumulation steps {plan.grad_accum_steps}, "
         f"remat {plan.remat}",
         "",
     ]
     if plan.hbm_bytes is None:
-        lines.append(f"memory    peak {gib(plan.peak_bytes)} a device (CPU: no limit known)")
+        lines.append(f"memory    peak {gib(plan.peak_bytes)} per device (CPU: no known limit)")
     else:
         word = "fits" if plan.fits else "does NOT fit"
         spare = plan.hbm_bytes - plan.peak_bytes
         rest = f"{gib(spare)} to spare" if spare >= 0 else f"{gib(-spare)} too much"
-        lines.append(f"memory    {word}: peak {gib(plan.peak_bytes)} of {gib(plan.hbm_bytes)} a device, {rest}")
+        lines.append(f"memory    {word}: peak {gib(plan.peak_bytes)} of {gib(plan.hbm_bytes)} per device, {rest}")
     figures = ", ".join(f"{name} {gib(size)}" for name, size in plan.compiler.items() if name != "peak")
-    lines.append(f"          compiler: {figures or 'no figures, since it did not compile'}")
+    lines.append(f"          compiler: {figures or 'no figures, as it did not compile'}")
     lines.append("          analytic: " + ", ".join(f"{k} {gib(v)}" for k, v in by_kind(plan.memory).items()))
     largest = sorted(plan.memory.items(), key=lambda item: -item[1])[:6]
     lines.append("          largest:  " + ", ".join(f"{k} {gib(v)}" for k, v in largest))
     if plan.collectives:
-        lines += ["", f"wire      {plan.wire_bytes_per_step / 1e9:.2f} GB a device and step"]
+        lines += ["", f"wire      {plan.wire_bytes_per_step / 1e9:.2f} GB per device and step"]
         lines += [f"          {line}" for line in collective_lines(plan)]
-    lines += ["", f"FLOPs     {plan.model_flops_per_step / 1e12:.2f} T a device and step (model FLOPs, causal half)"]
+    flops = f"{plan.model_flops_per_step / 1e12:.2f} T per device and step"
+    lines += ["", f"FLOPs     {flops} (model FLOPs, causal attention as half)"]
     if plan.model_flops_per_step_trained != plan.model_flops_per_step:
         lines[-1] += f", {plan.model_flops_per_step_trained / 1e12:.2f} T without frozen parts"
     lines += [f"          {part} {flops / 1e12:.3f} T" for part, flops in plan.model_flops_by_part.items()]
@@ -38,7 +40,7 @@ def describe(plan: Plan) -> str:
         bounds = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan.roofline_seconds.items())
         lines += [
             "", f"roofline  {bounds}; MFU at most {plan.mfu_bound:.1%}",
-            f"predicted {plan.predicted_step_seconds:.3f} s a step, MFU {plan.predicted_mfu:.1%} "
+            f"predicted {plan.predicted_step_seconds:.3f} s per step, MFU {plan.predicted_mfu:.1%} "
             "(a prediction: docs/scale.md)",
         ]  # fmt: skip
     lines += ["", f"compiled in {plan.compile_seconds:.0f} s"]
@@ -50,7 +52,7 @@ def describe(plan: Plan) -> str:
 
 
 def collective_lines(plan: Plan) -> list[str]:
-    """Collectives by kind and mesh axis: gigabytes a step, and how many are run."""
+    """Collectives by kind and mesh axis: gigabytes per device and step, and how many run."""
     sizes: Counter[tuple[str, str]] = Counter()
     counts: Counter[tuple[str, str]] = Counter()
     for c in plan.collectives:
@@ -63,9 +65,9 @@ def collective_lines(plan: Plan) -> list[str]:
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """A line each, for a search and for the documents."""
+    """A Markdown table with a row per plan."""
     names = (
-        "config", "topology", "mesh", "rows a device", "accumulation", "remat", "peak GiB", "fits", "wire GB",
+        "config", "topology", "mesh", "rows per device", "accumulation", "remat", "peak GiB", "fits", "wire GB",
         "predicted s", "predicted MFU", "compile s",
     )  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
@@ -75,27 +77,22 @@ def table(plans: Sequence[Plan]) -> str:
         wire = f"{p.wire_bytes_per_step / 1e9:.1f}" if p.collectives else "–"
         lines.append(
             f"| {p.config} | {_where(p)} | {mesh_text(p.mesh)} | {p.rows_per_device:g} | {p.grad_accum_steps} | "
-            f"{p.remat} | "
-            f"{p.peak_bytes / 2**30:.2f} | {'yes' if p.fits else 'no'} | {wire} | {seconds} | {mfu} | "
+            f"{p.remat} | {p.peak_bytes / GIB:.2f} | {'yes' if p.fits else 'no'} | {wire} | {seconds} | {mfu} | "
             f"{p.compile_seconds:.0f} |"
         )
     return "\n".join(lines)
 
 
 def settings(plan: Plan) -> str:
-    """What to set for this plan."""
+    """The flags of `train` that run this plan."""
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in plan.mesh.items()]
     part = "language_model" if "parameters/language_model" in plan.memory else "decoder"
-    remat = [f"--config.model.{part}.remat={plan.remat}"]
-    return " ".join([*sizes, f"--config.optimizer.grad_accum_steps={plan.grad_accum_steps}", *remat])
+    accumulation = f"--config.optimizer.grad_accum_steps={plan.grad_accum_steps}"
+    return " ".join([*sizes, accumulation, f"--config.model.{part}.remat={plan.remat}"])
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _where(plan: Plan) -> str:

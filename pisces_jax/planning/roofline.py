@@ -1,8 +1,8 @@
 """How long a step must take at least, and how long it is predicted to take.
 
-Three bounds: products at the chip's peak, HBM traffic at its bandwidth, collectives at the bandwidth of the links
-they use. The greatest is the bound of a step in which everything overlaps. The prediction divides it by `EFFICIENCY`,
-which is calibrated on published runs (docs/scale.md); it is a prediction, not a measurement.
+There are three lower bounds: matrix products at the chip's peak, HBM traffic at its bandwidth, and collectives at the
+bandwidth of the links that they use. The greatest is the time of a step in which everything overlaps. The prediction
+divides it by `EFFICIENCY`, which is calibrated on published runs (docs/scale.md). It is not a measurement.
 """
 
 import dataclasses
@@ -12,19 +12,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from pisces_jax.planning.hlo import Collective
-from pisces_jax.planning.slices import Chip
+from pisces_jax.planning.memory import by_kind
+from pisces_jax.training import flops
+from pisces_jax.training.step import Trainer
+from pisces_jax.utils.chips import Tpu
 
-# What is computed again, as a share of a trained part's model FLOPs: a forward pass is a third of them. "dots"
-# and "none" compute no product with weights again.
+# What is computed again, as a share of a trained part's model FLOPs, of which its forward pass is a third. "dots" and
+# "none" compute no product with weights again.
 AGAIN = {"full": 1 / 3, "attention": 1 / 3, "offload": 1 / 3, "dots": 0.0, "none": 0.0}
 
 
 class Published(NamedTuple):
-    """A published run: its MFU, and what its rematerialisation saved, in our words. At their shapes all five are
-    bound by products, and not by the interconnect (docs/scale.md).
+    """A published run: its MFU, and its rematerialisation in our words.
+
+    At their shapes all of them are bound by products, not by the interconnect (docs/scale.md).
     """
 
     name: str
@@ -33,7 +40,7 @@ class Published(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the roofline: executed FLOPs over time and peak."""
+        """Executed FLOPs over time and peak: the share of the roofline."""
         return self.mfu * (1 + AGAIN[self.remat])
 
 
@@ -49,7 +56,7 @@ EFFICIENCY = statistics.median(run.share for run in PUBLISHED)
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds a step, each if it were alone."""
+    """Seconds per step, each bound as if it were alone."""
 
     compute: float
     hbm: float
@@ -64,39 +71,30 @@ class Roofline:
         return self.bound / EFFICIENCY
 
 
-def roofline(
-    chip: Chip,
-    executed_flops: float,
-    hbm_bytes: float,
-    found: Sequence[Collective],
-    devices: np.ndarray,
-    axes: Sequence[str],
-) -> Roofline:
+def roofline(chip: Tpu, executed_flops: float, hbm_bytes: float, found: Sequence[Collective], mesh: Mesh) -> Roofline:
     """The bounds of a step.
 
     Args:
-        executed_flops: of one device, what is computed again included.
-        hbm_bytes: read and written by one device.
+        executed_flops: per device, with what rematerialisation computes again.
+        hbm_bytes: that one device reads and writes.
         found: the step's collectives.
-        devices: the mesh's devices, for where each axis lies on the torus.
     """
-    bandwidth = {axis: axis_bandwidth(chip, devices, axes, axis) for axis in {c.axis for c in found}}
-    wire = sum(c.bytes * c.executions / bandwidth[c.axis] for c in found)
+    wire = sum(c.bytes * c.executions / axis_bandwidth(chip, mesh, c.axis) for c in found)
     return Roofline(executed_flops / chip.flops, hbm_bytes / chip.hbm_bandwidth, wire)
 
 
-def axis_bandwidth(chip: Chip, devices: np.ndarray, axes: Sequence[str], axis: str) -> float:
-    """Bytes a second that one device can send in a collective along these mesh axes (joined by "+").
+def axis_bandwidth(chip: Tpu, mesh: Mesh, axis: str) -> float:
+    """Bytes per second that one device can send in a collective along these mesh axes (joined by "+").
 
     Each dimension of the torus that the group spans gives a ring: both directions where the slice is closed in that
-    dimension, one where it is not. A group over several slices goes at the speed of the network between them.
+    dimension, one where it is not. A group over several slices has the speed of the network between them.
     """
     chosen = axis.split("+")
-    group = devices[tuple(slice(None) if name in chosen else 0 for name in axes)].reshape(-1)
+    group = mesh.devices[tuple(slice(None) if name in chosen else 0 for name in mesh.shape)].reshape(-1)
     if len({getattr(d, "slice_index", 0) for d in group}) > 1:
         return chip.dcn_bandwidth
     coords = np.array([d.coords for d in group])
-    everywhere = np.array([d.coords for d in devices.reshape(-1)])
+    everywhere = np.array([d.coords for d in mesh.devices.reshape(-1)])
     total = 0.0
     for dimension in range(chip.dimensions):
         if len(set(coords[:, dimension])) > 1:
@@ -105,18 +103,32 @@ def axis_bandwidth(chip: Chip, devices: np.ndarray, axes: Sequence[str], axis: s
     return total or chip.link_bandwidth
 
 
+def work(trainer: Trainer) -> tuple[dict[str, float], float]:
+    """Per device and step: model FLOPs by part, and all that is executed, with what rematerialisation repeats."""
+    config, trained, devices = trainer.config, set(trainer.shardings.trained), trainer.mesh.devices.size
+    whole = flops.step_flops_by_part(trainer.program, trainer.program.batch_spec(config), trained)
+    by_part = {part: value / devices for part, value in whole.items()}
+    remat = {k: c.get("remat", "none") for k, c in config.model.items() if isinstance(c, ConfigDict) and k in trained}
+    return by_part, executed_flops(by_part, remat)
+
+
 def executed_flops(by_part: Mapping[str, float], remat: Mapping[str, str]) -> float:
-    """Model FLOPs, and what rematerialisation computes again of trained parts (`remat` has their policies)."""
+    """Model FLOPs and what rematerialisation computes again of trained parts (`remat` has their policies)."""
     return sum(flops * (1 + AGAIN[remat.get(part, "none")]) for part, flops in by_part.items())
 
 
-def hbm_traffic(memory: Mapping[str, int], weights: float) -> float:
-    """Bytes that a device reads and writes at least: optimizer and masters once each way, `weights` bytes of gathered
-    weights over all passes, gradients and saved activations written and read.
+def hbm_traffic(trainer: Trainer, memory: Mapping[str, int]) -> float:
+    """Bytes that a device reads and writes at least.
+
+    State, gradients and saved activations are read and written once; gathered weights are read in each pass, four
+    times where they are trained.
     """
-    state = sum(v for k, v in memory.items() if k.partition("/")[0] in ("parameters", "optimizer", "ema"))
-    activations = sum(v for k, v in memory.items() if k.startswith("activations/"))
-    return 2 * (state + memory.get("gradients", 0) + activations) + weights
+    kinds = by_kind(memory)
+    kept = sum(kinds.get(kind, 0) for kind in ("parameters", "optimizer", "ema", "gradients", "activations"))
+    item = jnp.dtype(trainer.config.compute_dtype).itemsize
+    tensor = trainer.mesh.shape["tensor"]
+    weights = 4 * count(trainer.abstract.trained) / tensor * item + count(trainer.abstract.frozen) / tensor * item
+    return 2 * kept + weights
 
 
 def count(tree: Any) -> int:

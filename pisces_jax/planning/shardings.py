@@ -1,23 +1,22 @@
-"""Where every parameter lies: for golden files, and for the notebook that draws it. Needs no devices at all."""
+"""Where every parameter lies on a mesh, for the golden files and the notebook. It needs no devices."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from pisces_jax.planning.compiled import VOCABULARY
+from pisces_jax.planning.compiled import planned_program
+from pisces_jax.planning.roofline import count
 from pisces_jax.sharding import abstract_mesh, spec_axes
 from pisces_jax.training.optimizer import flatten
-from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import Trainer, make_trainer
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One parameter on a mesh: `axes` has the mesh axes of each dimension, `bytes` are those of one device."""
+    """One parameter on a mesh: the mesh axes of each dimension, and its bytes per device."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,13 +36,12 @@ class Parameter:
 
 
 def trainer_without_devices(config: ConfigDict, mesh: Mapping[str, int], vocab_size: int = 0) -> Trainer:
-    """A run's trainer on a mesh of those sizes that has no devices: shapes and shardings can be asked for.
+    """A run's trainer on a mesh of those sizes that has no devices: shapes and shardings alone.
 
     Raises:
         UserError: as `training.step.make_trainer`.
     """
-    program = make_program(config, vocab_size or config.data.tokenizer_vocabulary or VOCABULARY)
-    return make_trainer(program, config, abstract_mesh(**mesh))
+    return make_trainer(planned_program(config, vocab_size), config, abstract_mesh(**mesh))
 
 
 def parameters(trainer: Trainer) -> list[Parameter]:
@@ -63,7 +61,7 @@ def parameters(trainer: Trainer) -> list[Parameter]:
 
 
 def describe(trainer: Trainer) -> str:
-    """A line for every parameter, then one for every dimension that does not divide: what the golden files hold."""
+    """The text of the golden files: a line per parameter, then one per dimension that does not divide."""
     lines = [str(p) for p in parameters(trainer)]
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves((trainer.abstract.trained, trainer.abstract.frozen)))
-    return "\n".join([*lines, *(f"does not divide: {f}" for f in trainer.fallbacks), f"{count} parameters"])
+    lines += [f"does not divide: {f}" for f in trainer.fallbacks]
+    return "\n".join([*lines, f"{count((trainer.abstract.trained, trainer.abstract.frozen))} parameters"])

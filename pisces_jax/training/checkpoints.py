@@ -29,6 +29,7 @@ from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import write_atomic
 from pisces_jax.utils.processes import primary, primary_first
+from pisces_jax.utils.units import gib
 from pisces_jax.weights.folder import part_shapes, read_source
 from pisces_jax.weights.sources import folder_mark, is_folder
 
@@ -127,7 +128,7 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free
         if free < 1.1 * size:
             raise UserError(
-                f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint takes {size / 2**30:.2f}: "
+                f"{self._folder} has {gib(free)} free and a checkpoint takes {gib(size)}: "
                 "free some space and run the same command again"
             )
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(changed), iterator=ocp.args.JsonSave(dict(iterator)))

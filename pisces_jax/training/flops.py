@@ -1,8 +1,8 @@
-"""Model FLOPs by formula, for MFU: what the mathematics needs, whatever is computed again.
+"""Model FLOPs by formula, for MFU: what the mathematics needs, without what rematerialisation computes again.
 
-A matrix product of [m, k] by [k, n] is 2·m·k·n. Causal attention is counted in half: T²/2 pairs of positions.
-Elementwise work, norms and softmax are left out. A trained part counts three times its forward pass (its gradient
-with respect to inputs and to weights), a frozen part once.
+A matrix product of [m, k] by [k, n] is 2·m·k·n. Causal attention counts as half: T²/2 pairs of positions. Elementwise
+operations, norms and softmax are left out. A trained part counts as three forward passes (the backward pass has the
+gradients with respect to inputs and to weights), a frozen part as one.
 """
 
 import itertools
@@ -17,19 +17,7 @@ from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
-
-# Peak bfloat16 FLOP/s of a device, from the makers' data sheets, by the start of `device_kind`.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
+from pisces_jax.utils.chips import find_chip
 
 
 def _encoder(width: int, mlp: int, layers: int, positions: int) -> float:
@@ -38,7 +26,7 @@ def _encoder(width: int, mlp: int, layers: int, positions: int) -> float:
 
 
 def vit(c: ViTConfig) -> float:
-    """One picture, forward."""
+    """The forward pass of one picture."""
     positions = c.vectors + c.class_token
     channels = (3, *c.stem)
     stem = sum(18.0 * a * b * (c.image_size / 2**i) ** 2 for i, (a, b) in enumerate(itertools.pairwise(channels), 1))
@@ -48,18 +36,19 @@ def vit(c: ViTConfig) -> float:
 
 
 def text_tower(c: TextTowerConfig) -> float:
+    """The forward pass of one text of full length."""
     return _encoder(c.width, c.mlp_hidden, c.layers, c.max_length)
 
 
 def transformer(c: TransformerConfig, positions: int) -> float:
-    """One row of `positions`, forward; the output matrix at every position."""
+    """The forward pass of one row of `positions` tokens, with logits at every position."""
     weights = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.mlp_hidden
     attention = 4.0 * positions**2 / 2 * c.heads * c.head_dim
     return c.layers * (2.0 * positions * weights + attention) + 2.0 * positions * c.width * c.vocab_size
 
 
 def dit(c: DiTConfig) -> float:
-    """One picture at one time, forward."""
+    """The forward pass of one picture at one time."""
     n, m = c.side**2, c.condition_vectors
     per_layer = 2.0 * n * (4 * c.width**2 + 3 * c.width * c.mlp_hidden) + 2.0 * m * 2 * c.width**2
     per_layer += 4.0 * n * (n + m) * c.width + 2.0 * 4 * c.width**2
@@ -70,7 +59,7 @@ def dit(c: DiTConfig) -> float:
 
 
 def autoencoder(c: AutoencoderConfig, cells: int) -> float:
-    """Encoding one picture of `cells`² latents: its convolutions and the attention in the middle."""
+    """Encoding one picture to `cells`² latents: the convolutions and the attention in the middle."""
     total, before = 0.0, c.channels[0]
     for level, width in enumerate(c.channels):
         pixels = float(cells * 2 ** (len(c.channels) - 1 - level)) ** 2
@@ -86,13 +75,16 @@ def autoencoder(c: AutoencoderConfig, cells: int) -> float:
 
 
 def projector(inputs: int, hidden: int, outputs: int) -> float:
-    """One vector, forward."""
+    """The forward pass of one vector."""
     return 2.0 * hidden * (inputs + outputs)
 
 
 def step_flops_by_part(program: Any, spec: Mapping[str, Any], trained: set[str]) -> dict[str, float]:
-    """Model FLOPs of one training step over a global batch of that specification; `trained` are the parts with any
-    trained parameter."""
+    """Model FLOPs of one training step over a global batch with this specification, by part.
+
+    Args:
+        trained: the parts with any trained parameter.
+    """
     forward: dict[str, float] = program.forward_flops(spec)
     return {
         part: (3 if part in trained and part not in program.targets else 1) * flops for part, flops in forward.items()
@@ -104,19 +96,17 @@ def step_flops(program: Any, spec: Mapping[str, Any], trained: set[str]) -> floa
     return sum(step_flops_by_part(program, spec, trained).values())
 
 
-def peak_flops() -> tuple[float, str]:
-    """FLOP/s of all devices and where the number is from: a data sheet, or on CPU a float32 product timed here."""
-    device = jax.devices()[0]
-    for kind, peak in PEAKS.items():
-        if device.device_kind.startswith(kind):
-            return peak * jax.device_count(), f"data sheet of {kind}, bfloat16"
+def peak_flops() -> float:
+    """Peak FLOP/s of all devices: bfloat16 by the data sheet, or on a CPU the best of five float32 products."""
+    if (chip := find_chip(jax.devices()[0].device_kind)) is not None:
+        return chip.flops * jax.device_count()
     n = 1024
     a = jnp.ones((n, n))
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
-    best = float("inf")
+    seconds = []
     for _ in range(5):
         start = time.perf_counter()
         product(a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, f"float32 product of {n}² matrices timed on this machine"
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)

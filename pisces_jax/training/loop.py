@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     start = int(state.step)
     writer = Writer(run, start, tensorboard=config.log.tensorboard)
     step = trainer.train_step()
-    peak, _ = flops.peak_flops()
+    peak = flops.peak_flops()
 
     pending: list[Any] = []
     clock = Clock()

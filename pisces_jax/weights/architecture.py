@@ -102,9 +102,11 @@ def part_of(folder: Path, settings: Any) -> str:
 
 def config_json(family: str, config: Any, part: str, dtype: str) -> dict[str, Any]:
     """The `config.json` of a part's settings in the layout of a family."""
-    values = WRITERS[family](config) | {"dtype": dtype}
+    values = WRITERS[family](config)
     if family == NATIVE:
         values["part"] = part
+    if family != "autoencoder":  # diffusers does not write a dtype
+        values["dtype"] = dtype
     if family == "llama":
         values["torch_dtype"] = dtype  # the key of transformers 4
     return values

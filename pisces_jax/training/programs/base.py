@@ -68,6 +68,11 @@ class Program(abc.ABC):
         """
 
     @classmethod
+    @abc.abstractmethod
+    def parts(cls, config: ConfigDict) -> tuple[str, ...]:
+        """The parts of the trained model that a run of this config has, and that `convert export` writes."""
+
+    @classmethod
     def cached_inputs(cls, config: ConfigDict) -> dict[str, CachedInput]:
         """By the name of the batch's array: what `python -m pisces_jax.cache` keeps of the pictures of this config."""
         return {}

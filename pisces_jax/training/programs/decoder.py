@@ -35,6 +35,10 @@ class DecoderProgram(PicturesProgram):
         return cls(Reconstruction.from_config(config), {"reconstruction": config.loss.reconstruction})
 
     @classmethod
+    def parts(cls, config: ConfigDict) -> tuple[str, ...]:
+        return Reconstruction.parts(config)
+
+    @classmethod
     def cached_inputs(cls, config: ConfigDict) -> dict[str, CachedInput]:
         """Pooled features, and the latents of an autoencoder."""
         inputs = {"features": CachedInput("generation_encoder", "", {"pool": config.model.pool})}

@@ -76,6 +76,11 @@ class PretrainProgram(PicturesProgram):
             TextTower(tower, dtype), ContrastiveHead(tower.width, dtype), weights, loss.same_text, loss.contrast,
         )  # fmt: skip
 
+    @classmethod
+    def parts(cls, config: ConfigDict) -> tuple[str, ...]:
+        drawn = Reconstruction.parts(config) if "generation_encoder" in config.model else ()
+        return drawn + (("understanding_encoder",) if "understanding_encoder" in config.model else ())
+
     @property
     def picture_size(self) -> int:
         """The generation encoder's, or that of the understanding encoder where it is trained alone."""

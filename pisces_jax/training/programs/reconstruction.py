@@ -46,6 +46,11 @@ class Reconstruction:
     feature_noise: float
     autoencoder: Autoencoder | None = None
 
+    @staticmethod
+    def parts(config: ConfigDict) -> tuple[str, ...]:
+        """The encoder, the decoder, and the autoencoder whose latents it makes."""
+        return ("generation_encoder", "decoder", *(("autoencoder",) if "autoencoder" in config.model else ()))
+
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Reconstruction":
         """

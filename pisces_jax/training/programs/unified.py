@@ -33,6 +33,16 @@ from pisces_jax.training.programs.base import (
 from pisces_jax.training.programs.reconstruction import Reconstruction
 from pisces_jax.utils.errors import UserError
 
+# The parts of `models.pisces.Pisces`; without encoders the first alone.
+PARTS = (
+    "language_model",
+    "understanding_encoder",
+    "generation_encoder",
+    "understanding_projector",
+    "generation_projector",
+    "vector_head",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class UnifiedProgram(Program):
@@ -80,6 +90,11 @@ class UnifiedProgram(Program):
             Pisces(pisces, jnp.dtype(config.compute_dtype)), weights, config.loss.chunk, tuple(config.data.train),
             reconstruction, config.loss.true_vectors,
         )  # fmt: skip
+
+    @classmethod
+    def parts(cls, config: ConfigDict) -> tuple[str, ...]:
+        own = PARTS if cls.reads_and_draws(config) else PARTS[:1]
+        return own + (Reconstruction.parts(config)[1:] if config.train_decoder else ())
 
     @classmethod
     def cached_inputs(cls, config: ConfigDict) -> dict[str, CachedInput]:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -19,12 +21,13 @@ from jax.sharding import PartitionSpec as P
 from pisces_jax import xla_flags
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.planning import hlo, memory, report, roofline, search, slices
+from pisces_jax.planning.advice import advise
 from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan, memory_asked_for
 from pisces_jax.sharding import make_mesh, user_mesh
 from pisces_jax.training import flops
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.base import check_batch
-from pisces_jax.utils.chips import TPUS
+from pisces_jax.utils.chips import TPUS, find_chip
 from pisces_jax.utils.errors import UserError
 
 needs_libtpu = pytest.mark.skipif(
@@ -141,6 +144,19 @@ def test_names_of_slices():
     for chip in TPUS.values():
         assert all(len(s.split("x")) == chip.dimensions for s in chip.shapes)
         assert [slices.chips(s) for s in chip.shapes] == sorted(slices.chips(s) for s in chip.shapes)
+
+
+@pytest.mark.parametrize(
+    "device_kind, name",
+    [
+        ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5p", "v5p"), ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"), ("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+    ],
+)  # fmt: skip
+def test_chips_by_the_names_of_their_devices(device_kind, name):
+    assert find_chip(device_kind).name == name
+    assert find_chip("cpu") is None
 
 
 def test_more_cpus_than_there_are():
@@ -335,6 +351,28 @@ def test_the_search_tries_the_fastest_first():
     assert order(fast, 1, "full") < order(fast, 4, "dots")
 
 
+def test_advice_says_what_each_change_saves():
+    """On a mesh of 2 × 4: half of what is replicated, half of float32 moments, half of float32 frozen weights."""
+    config = unified(mesh=dict(data=2, fsdp=4))
+    trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 32)
+    by_part = memory.memory_by_part(trainer)
+    trained = sum(v for k, v in by_part.items() if k.startswith("parameters/") and k != "parameters/generation_encoder")
+    frozen = by_part["parameters/generation_encoder"]
+    gigabytes = {k: v * 2**20 for k, v in by_part.items()}  # so that the small model's sizes can be read in GiB
+    lines = advise(trainer, gigabytes, 33 * 2**30, 16 * 2**30)
+    assert [line.partition(":")[0].partition("=")[0] for line in lines[:-1]] == [
+        "config.model.language_model.remat", "--mesh", "config.optimizer.mu_dtype",
+        "config.param_dtype.generation_encoder",
+    ]  # fmt: skip
+    assert lines[1].startswith("--mesh=data=1,fsdp=8,tensor=1:")
+    saved = [float(re.search(r"([\d.]+) GiB", line).group(1)) for line in lines[1:4]]
+    counters = 16 / 2**10  # the optimizer's own, in "GiB"
+    assert saved[0] == pytest.approx((3 * trained + frozen) / 2 / 2**10, abs=counters)
+    assert saved[1] == pytest.approx(trained / 2 / 2**10, abs=counters)
+    assert saved[2] == pytest.approx(frozen / 2 / 2**10, abs=counters)
+    assert lines[-1] == "a slice with at least 3 times as many chips: 17.00 GiB per device are missing"
+
+
 def test_what_does_not_fit_is_told_from_other_errors():
     """Both forms in which the compiler refuses."""
     said = "Ran out of memory on HBM, the total required for HLO temporaries (33.13G) exceeds available HBM (30.75G)"
@@ -376,6 +414,30 @@ def test_the_command(tmp_path):
     ):
         done = command(*arguments)
         assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_no_accelerator_of_this_machine_is_touched():
+    """What JAX finds when it is first imported, where the user's environment names an accelerator."""
+    code = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jax":
+            print(os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"])
+sys.meta_path.insert(0, Watch())
+sys.argv = ["plan", "--config=no_such_file.py", "--topology=cpu:3"]
+from pisces_jax import plan
+assert "jax" not in sys.modules
+try:
+    plan.main()
+except Exception as error:
+    print(error)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "tpu", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    first, error = done.stdout.splitlines()
+    assert first == "cpu --xla_force_host_platform_device_count=3"
+    assert "no_such_file.py" in error
 
 
 def tiny_text(**mesh):

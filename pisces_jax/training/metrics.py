@@ -1,4 +1,4 @@
-"""What a run measures: averages gathered on the device, written as JSON lines and, if asked for, for TensorBoard."""
+"""What a run measures: averages taken on the device, written as JSON lines and, on request, for TensorBoard."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from pisces_jax.utils.processes import primary
 
 
 def merge(parts: Sequence[Mapping[str, Average]]) -> dict[str, float]:
-    """The averages of several steps as one number each; those of nothing are left out."""
+    """The averages of several steps as one number each. Averages of nothing are left out."""
     parts = jax.device_get(list(parts))
     totals: dict[str, list[float]] = {}
     for part in parts:
@@ -30,7 +30,11 @@ def merge(parts: Sequence[Mapping[str, Average]]) -> dict[str, float]:
 
 
 def check_finite(values: Mapping[str, float], first: int, last: int) -> None:
-    """Raises `UserError` naming what is no finite number, and the steps between which it came about."""
+    """Checks the averages of the steps between `first` and `last`.
+
+    Raises:
+        UserError: names what is infinite or NaN, and the steps.
+    """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise UserError(
@@ -40,9 +44,9 @@ def check_finite(values: Mapping[str, float], first: int, last: int) -> None:
 
 
 class Clock:
-    """Where the time of a run goes: what is not counted under a cause is time in steps.
+    """Where the time of a run goes: whatever is not counted under a cause is time in steps.
 
-    Waiting for input counts whole, also where the device was still busy with the step before.
+    Waiting for input counts in full, even where the device was still busy with the previous step.
     """
 
     def __init__(self) -> None:
@@ -58,16 +62,19 @@ class Clock:
             self._seconds[cause] = self._seconds.get(cause, 0.0) + time.perf_counter() - start
 
     def shares(self) -> dict[str, float]:
-        """`goodput`, the share of the time so far that went into steps, and `lost/CAUSE`, the share of each cause."""
+        """`goodput`: the share of the time so far that went into steps; `lost/CAUSE`: the share of each cause."""
         total = time.perf_counter() - self._start
         lost = {f"lost/{cause}": seconds / total for cause, seconds in self._seconds.items()}
         return {"goodput": 1.0 - sum(lost.values()), **lost}
 
 
 class Writer:
-    """Appends to metrics.jsonl; lines past `step` (of a run that went on from an earlier checkpoint) are dropped.
+    """Appends to metrics.jsonl. Only the first of several processes writes.
 
-    Of several processes only the first writes.
+    A run may continue from a checkpoint older than its last line: lines after `step` are dropped.
+
+    Raises:
+        UserError: TensorBoard without TensorFlow.
     """
 
     def __init__(self, run: Path, step: int, *, tensorboard: bool) -> None:
@@ -84,7 +91,7 @@ class Writer:
                 from clu import metric_writers  # imports TensorFlow
             except ImportError as error:
                 raise UserError(
-                    "log.tensorboard needs TensorFlow: install pisces-jax[tensorboard], or leave it out: "
+                    "log.tensorboard needs TensorFlow: install pisces-jax[tensorboard], or set it to False: "
                     "metrics.jsonl holds the same numbers"
                 ) from error
             self._summary = metric_writers.SummaryWriter(str(run))
@@ -107,7 +114,7 @@ class Writer:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The entries of a run's metrics.jsonl in order; a line that was cut off when the run was killed is left out."""
+    """The entries of a run's metrics.jsonl in order, without a line that was cut off when the run was killed."""
     path = run / "metrics.jsonl"
     entries = []
     for line in path.read_text().splitlines() if path.exists() else []:

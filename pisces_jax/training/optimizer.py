@@ -1,4 +1,4 @@
-"""What trains, how fast and with which weight decay: a table of patterns over parameter names; AdamW and Muon."""
+"""AdamW and Muon, with a table of parameter groups: which parameters train, how fast, with which weight decay."""
 
 import dataclasses
 import math
@@ -20,7 +20,11 @@ Flat = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A row of the table: the first whose pattern matches a whole parameter name holds for it."""
+    """A row of the table: the first whose pattern matches the whole name of a parameter applies to it.
+
+    Attributes:
+        multiple: of the learning rate; 0 freezes.
+    """
 
     pattern: str
     multiple: float
@@ -28,6 +32,11 @@ class Rule:
 
 
 def read_table(rows: Sequence[Sequence[Any]]) -> tuple[Rule, ...]:
+    """The rules of config key `optimizer.param_groups`.
+
+    Raises:
+        UserError: a row of another form, or a pattern that is not a regular expression.
+    """
     try:
         table = tuple(Rule(str(p), float(m), float(w)) for p, m, w in rows)
         for rule in table:
@@ -41,7 +50,7 @@ def match(table: Sequence[Rule], names: Sequence[str]) -> dict[str, Rule]:
     """The rule of each parameter.
 
     Raises:
-        UserError: a parameter without a rule, or a rule that matches no parameter at all (a misspelling).
+        UserError: a parameter without a rule, or a rule that matches no parameter (a misspelling).
     """
     rules = {}
     for name in names:
@@ -58,27 +67,33 @@ def match(table: Sequence[Rule], names: Sequence[str]) -> dict[str, Rule]:
 
 
 def flatten(tree: Mapping[str, Any]) -> Flat:
+    """Leaves by name, as `language_model/layers/mlp/up`."""
     return traverse_util.flatten_dict(dict(tree), sep="/")
 
 
 def unflatten(flat: Flat) -> dict[str, Any]:
+    """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def split(tree: Mapping[str, Any], rules: Mapping[str, Rule]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trained, frozen) subtrees: the frozen get no gradients and no optimizer state."""
+    """The trained and the frozen parameters; the frozen have no gradients and no optimizer state."""
     flat = flatten(tree)
     trained = {k: v for k, v in flat.items() if rules[k].multiple}
-    frozen = {k: v for k, v in flat.items() if not rules[k].multiple}
-    return unflatten(trained), unflatten(frozen)
+    return unflatten(trained), unflatten({k: v for k, v in flat.items() if k not in trained})
 
 
 def join(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `split`."""
     return unflatten({**flatten(trained), **flatten(frozen)})
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine to `final_rate` of the peak."""
+    """Linear warm-up, then a cosine down to `final_rate` times the peak.
+
+    Raises:
+        UserError: the warm-up is as long as the run or longer.
+    """
     if config.warmup_steps >= steps:
         raise UserError(f"optimizer.warmup_steps {config.warmup_steps} must be less than the {steps} steps of the run")
     return optax.warmup_cosine_decay_schedule(
@@ -92,8 +107,14 @@ def _per_parameter(values: Any, apply: Any) -> optax.GradientTransformation:
 
 
 def _muon_axes(rows: Sequence[Sequence[Any]], flat: Flat) -> dict[str, MuonDimensionNumbers]:
-    """The input and output axes of each parameter that a row (pattern, input axes, output axes) matches; those axes
-    are a parameter's last ones, and any before them count matrices (the layers of a scan)."""
+    """The axes that make up the rows and columns of each matrix that Muon updates.
+
+    `rows` are (pattern, number of input axes, number of output axes). These are the last axes of a parameter that the
+    pattern matches; axes before them number matrices (the layers of a scan).
+
+    Raises:
+        UserError: a row of another form, one that matches no trained parameter, or one with more axes than it has.
+    """
     found = {}
     for row in rows:
         try:
@@ -131,10 +152,19 @@ def _muon(axes: Mapping[str, MuonDimensionNumbers], config: ConfigDict) -> optax
 def make_optimizer(
     config: ConfigDict, steps: int, trained: Mapping[str, Any], rules: Mapping[str, Rule]
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, AdamW (Loshchilov & Hutter 2019) with each parameter's own decay and rate.
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) with each parameter's own weight decay and rate.
 
-    The matrices that `config.muon` names take Muon's direction in place of Adam's (Jordan et al. 2024), with Adam's
-    usual size (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning rate and decay serve both.
+    The matrices that `config.muon` names take Muon's direction (Jordan et al. 2024) in place of Adam's. It is scaled to
+    the usual size of Adam's (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that both share learning rate and decay.
+
+    Args:
+        config: the config's key `optimizer`.
+        steps: of the run.
+        trained: the trained parameters, or their shapes.
+        rules: by parameter name.
+
+    Raises:
+        UserError: as `learning_rate`, or rows of `muon` that do not fit the parameters.
     """
     flat = flatten(trained)
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype))

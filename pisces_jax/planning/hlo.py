@@ -346,4 +346,4 @@ def _scope(op_name: str) -> str:
     """The part of an operation's name that the model gave it, without JAX's own words."""
     words = [w for w in op_name.split("/") if w not in ("while", "body", "closed_call", "shard_map", "checkpoint")]
     words = [w for w in words if not re.match(r"(jit|jvp|transpose|vmap|remat|rematted|cond|branch)", w)]
-    return "/".join(words[:3])
+    return "/".join(words[:4])  # such as language_model/layers/mlp/up

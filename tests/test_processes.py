@@ -121,7 +121,7 @@ def test_processes_that_pack_other_examples_stop(tmp_path):
     for name, held in ("whole", lines), ("holed", [*lines[:4], "{", *lines[5:]]):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metadata.jsonl").write_text("\n".join(held))
-    for other, expected in ("whole", (0, "agreed")), ("holed", (1, "do not find the same examples")):
+    for other, expected in ("whole", (0, "agreed")), ("holed", (1, "find different examples")):
         port = free_port()
         started = [
             subprocess.Popen(
@@ -271,5 +271,5 @@ def test_dry_run_tries_everything_and_leaves_nothing(tmp_path):
     preflight(config, tmp_path / "new", said.append)
     assert said[-1] == "go" and not (tmp_path / "new").exists()
     text = "\n".join(said)
-    for word in ("8 cpu on 1 process", "examples a second", "peak", "collective  fsdp (2)", "read back bit for bit"):
+    for word in ("8 cpu on 1 process", "examples per second", "peak", "collective  fsdp (2)", "read back bit for bit"):
         assert word in text, text

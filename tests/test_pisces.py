@@ -37,6 +37,12 @@ class GivenVectors(Pisces):
         return images
 
 
+def forward(model, params, batch):
+    """Hidden states, predicted vectors and true ones."""
+    hidden, states, target = model.apply({"params": params}, batch)
+    return hidden, model.apply({"params": params}, states, method="predict"), target
+
+
 def make(model=None, seed=0):
     model = model or Pisces(tiny.PISCES)
     shapes = (jnp.zeros((1, 8, 8, 3), jnp.uint8), jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, 4), jnp.int32))
@@ -68,7 +74,7 @@ def outputs(params):
 
     @jax.jit
     def run(batch):
-        hidden, predicted, target = model.apply({"params": params}, batch)
+        hidden, predicted, target = forward(model, params, batch)
         targets, learned = text_targets(batch)
         text = text_cross_entropy(hidden, params["language_model"]["head"], targets)
         text = jnp.where(learned, text, 0)
@@ -185,7 +191,7 @@ def test_vector_loss_is_shifted_by_one(params):
     model = Pisces(tiny.PISCES)
     batch = tiny.batch(*(tiny.pack(rows, idle=5) for rows in ROWS))
     program = UnifiedProgram(model, {"text": 1.0, "vectors": 1.0}, 0, ("a",))
-    hidden, predicted, target = jax.device_get(jax.jit(lambda b: model.apply({"params": params}, b))(batch))
+    hidden, predicted, target = jax.device_get(jax.jit(lambda b: forward(model, params, b))(batch))
     losses, _ = jax.jit(lambda b: program.losses(params, b, jax.random.key(0)))(batch)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     hidden = hidden.reshape(2, 2, T, -1).astype(np.float64)
@@ -236,7 +242,7 @@ def test_the_decoder_learns_on_from_predicted_vectors(params, true_vectors):
         return losses["reconstruction"].compute(), losses["reconstruction"].count
 
     (got, count), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(every)
-    _, predicted, target = jax.jit(lambda b: Pisces(c).apply({"params": params}, b))(batch)
+    _, predicted, target = jax.jit(lambda b: forward(Pisces(c), params, b))(batch)
     valid = np.flatnonzero(batch["draw_valid"])
     vectors = (target if true_vectors else predicted).reshape(-1, m, 16)[valid]
     images, ids = batch["draw_images"].reshape(-1, 16, 16, 3), batch["draw_id"].reshape(-1, 2)
@@ -254,8 +260,8 @@ def test_without_fed_vectors_predictions_are_of_the_text_alone():
     for fed in (False, True):
         model = GivenVectors(dataclasses.replace(tiny.PISCES, place_embedding=True, fed_vectors=fed))
         params = make(Pisces(model.config))
-        hidden, predicted, _ = model.apply({"params": params}, batch)
-        changed = model.apply({"params": params}, other)
+        hidden, predicted, _ = forward(model, params, batch)
+        changed = forward(model, params, other)
         same = np.array_equal(hidden, changed[0]) and np.array_equal(predicted, changed[1])
         assert same != fed
         # Queries tell the places of a picture apart.

@@ -14,6 +14,7 @@ from flax import linen as nn
 from pisces_jax.data.example import Text
 from pisces_jax.inference.model import Model
 from pisces_jax.inference.rollout import Prompts, Rollout
+from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
 
@@ -122,7 +123,7 @@ def fast(model, params):
         rows, tokens = rollout.sample_text(
             params, rows, keys, max_tokens=max_tokens, temperature=temperature, stop=stop, allowed=allowed
         )
-        return tokens, rollout.draw_vectors(params, rows, L.begin_image)
+        return tokens, rollout.draw_vectors(params, rows, L.begin_image, keys, FlowConfig())[1]
 
     def call(rows, allowed, seeds=None, **kwargs):
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds or range(len(rows))))
@@ -188,9 +189,11 @@ def test_without_fed_vectors_a_rollout_gives_what_training_predicts(model):
         draw_start=np.full((1, 1), len(ids) + 1, np.int32),
         draw_valid=np.ones((1, 1), bool),
     )
-    _, predicted, _ = queried.apply({"params": params}, batch)
+    _, states, _ = queried.apply({"params": params}, batch)
+    predicted = queried.apply({"params": params}, states, method="predict")
     rollout = Rollout(queried)
-    vectors = rollout.draw_vectors(params, rollout.prefill(params, prompts([ROWS[0]]), SLOTS), L.begin_image)
+    rows = rollout.prefill(params, prompts([ROWS[0]]), SLOTS)
+    _, vectors = rollout.draw_vectors(params, rows, L.begin_image, jax.random.split(jax.random.key(0), 1), FlowConfig())
     np.testing.assert_allclose(vectors[0], predicted[0, 0], rtol=2e-4, atol=2e-5)
 
 

@@ -47,6 +47,7 @@ class Model(Protocol):
         max_tokens: int = ...,
         temperature: float = ...,
         guidance: float | None = ...,
+        vector_guidance: float | None = ...,
         seed: int = ...,
     ) -> Sequence[Drawn]: ...
     def features(self, images: Pictures) -> Vectors: ...

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from pisces_jax.utils.cli import Parser, number
 from pisces_jax.utils.errors import UserError
 
+DRAWING = ("describe", "temperature", "guidance", "vector_guidance")
+
 
 def add_run_flags(parser: Parser) -> None:
     """Which run to use."""
@@ -24,17 +26,19 @@ def add_drawing_flags(parser: Parser) -> None:
     parser.add_argument("--nodescribe", action="store_false", dest="describe", help="draw directly")
     parser.add_argument("--temperature", type=number(0), help="of the descriptions; 0: the likeliest words")
     parser.add_argument("--guidance", type=number(0), help="scale of the decoder's guidance; 1: none")
+    parser.add_argument("--vector_guidance", type=number(0), help="scale of the flow head's guidance; 1: none")
 
 
 def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict[str, Any]:
     """Arguments of `Model.draw`, from the flags and, where they are not given, from the run's config."""
     chosen = config.sampling
-    flag = {name: getattr(given, name, None) for name in ("describe", "temperature", "guidance")}
+    flag = {name: getattr(given, name, None) for name in DRAWING}
     return {
         "describe": chosen.describe if flag["describe"] is None else flag["describe"],
         "max_tokens": chosen.max_tokens,
         "temperature": chosen.temperature if flag["temperature"] is None else flag["temperature"],
         "guidance": flag["guidance"],
+        "vector_guidance": flag["vector_guidance"],
     }
 
 

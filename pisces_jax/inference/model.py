@@ -25,9 +25,10 @@ from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import is_finished, load_part, read_config
 from pisces_jax.training.programs import program_class
-from pisces_jax.training.programs.unified import PARTS
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
+
+NOISE = 1  # folded into a drawing's key for the flow head's noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +77,12 @@ class Model:
     ) -> None:
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.pisces = Pisces(settings.pisces_config(config, tokenizer.vocab_size), jnp.dtype(config.compute_dtype))
+        self.vector_flow = settings.vector_flow_config(config)
         self.params, self._decoder, self.decoder_params, self.flow = params, decoder, decoder_params, flow
         rollout = Rollout(self.pisces)
         c = self.pisces.config
         self._layout = Layout(
-            c.read_vectors, c.draw_vectors, config.data.row_length, rows=1, read_slots=1, draw_slots=1,
+            c.read_vectors, c.draw_positions, config.data.row_length, rows=1, read_slots=1, draw_slots=1,
             read_size=c.read_size, draw_size=c.draw_size,
             read_stretch=config.data.read_stretch,
         )  # fmt: skip
@@ -101,18 +103,22 @@ class Model:
                 allowed=jnp.asarray(plain),
             )[1]
 
-        def draw(params: Any, prompts: Prompts, keys: Any, max_tokens: int, temperature: float) -> Any:
-            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + max_tokens + c.draw_vectors + 2)
+        def draw(
+            params: Any, prompts: Prompts, keys: Any, max_tokens: int, temperature: float, flow: FlowConfig
+        ) -> Any:
+            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + max_tokens + c.draw_positions + 2)
             tokens = jnp.zeros((prompts.tokens.shape[0], 0), jnp.int32)
             if max_tokens:
                 rows, tokens = rollout.sample_text(
                     params, rows, keys, max_tokens=max_tokens, temperature=temperature,
                     stop=(tokenizer.begin_image, tokenizer.eos), allowed=jnp.asarray(allowed_draw),
                 )  # fmt: skip
-            return tokens, rollout.draw_vectors(params, rows, tokenizer.begin_image)
+            # The noise has keys of its own, which do not depend on how much text came before.
+            noise = jax.vmap(lambda k: jax.random.fold_in(k, NOISE))(keys)
+            return tokens, rollout.draw_vectors(params, rows, tokenizer.begin_image, noise, flow)[1]
 
         self._answer = jax.jit(answer, static_argnums=(3, 4))
-        self._draw = jax.jit(draw, static_argnums=(3, 4))
+        self._draw = jax.jit(draw, static_argnums=(3, 4, 5))
         self._features = jax.jit(lambda p, x: apply(self.pisces, p, x, method="features"))
         if decoder is not None:
             self._decode = jax.jit(decoder.decode, static_argnums=3)
@@ -151,16 +157,27 @@ class Model:
         max_tokens: int = 96,
         temperature: float = 1.0,
         guidance: float | None = None,
+        vector_guidance: float | None = None,
         seed: int = 0,
     ) -> list[Drawing]:
         """A picture for each prompt. With `describe` the model first writes, sampled at `temperature`, a description
-        of its own (at most `max_tokens` tokens), and then draws from prompt and description in the same rollout."""
+        of its own (at most `max_tokens` tokens), and then draws from prompt and description in the same rollout.
+
+        Args:
+            guidance, vector_guidance: scales of the decoder's and of the flow head's guidance; None: the config's.
+
+        Raises:
+            UserError: guidance of a network that was trained without dropped conditions, or of a regression head.
+        """
+        if vector_guidance is not None and self.pisces.config.generator is None:
+            raise UserError("--vector_guidance is of the flow head, and this model's head is regression: leave it out")
+        flow = _with_guidance(self.vector_flow, vector_guidance, "--vector_guidance")
         drawings: list[Drawing] = []
         for first in self._batches(len(prompts), "drawing"):
             some = prompts[first : first + self.batch_size]
             keys = self._keys(seed, first)
             tokens, vectors = self._draw(
-                self.params, self._prompts(some), keys, max_tokens if describe else 0, temperature
+                self.params, self._prompts(some), keys, max_tokens if describe else 0, temperature, flow
             )  # fmt: skip
             images = self.decode(vectors, seed=seed, first=first, guidance=guidance)
             drawings += [
@@ -183,7 +200,7 @@ class Model:
         """Pictures from visual vectors [N, m, C]; picture i's noise comes from (seed, first + i)."""
         if self._decoder is None or self.flow is None:
             raise UserError("this run names no decoder (config key decoder): it can answer but not draw")
-        flow = self.flow if guidance is None else dataclasses.replace(self.flow, guidance=float(guidance))
+        flow = _with_guidance(self.flow, guidance, "--guidance")
         images = []
         for start in range(0, len(vectors), self.batch_size):
             some = vectors[start : start + self.batch_size]
@@ -224,6 +241,13 @@ class Model:
         return Prompts(*map(jnp.asarray, (tokens, length, images, row, start, valid)))
 
 
+def _with_guidance(flow: FlowConfig, guidance: float | None, flag: str) -> FlowConfig:
+    try:
+        return flow if guidance is None else dataclasses.replace(flow, guidance=float(guidance))
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
 def _pad(x: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]) if len(x) < size else x
 
@@ -239,7 +263,8 @@ def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
     if not program_class(config).reads_and_draws(config):
         raise UserError(f"{workdir / run} is a {config.program} run: reading and drawing need a unified one")
     tokenizer = load_tokenizer(config, workdir)
-    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in PARTS}
+    names = settings.pisces_config(config, tokenizer.vocab_size).parts
+    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in names}
     decoder, decoder_params, flow = load_decoder(workdir, config)
     return Model(config, tokenizer, params, decoder, decoder_params, flow, batch_size)
 

@@ -1,8 +1,9 @@
 """Generation of text and visual vectors by the unified model, one after the other, with the key-value cache.
 
 A rollout starts from prompts (`prefill`), may sample text (`sample_text`), and may draw (`draw_vectors`): `[IMG]`,
-then m vectors, each predicted from the state before it and fed back through the projector. The rows of a batch advance
-together, each at its own length; a row's result does not depend on the other rows.
+then m vectors. With regression each is predicted from the state before it and fed back through the projector; with the
+flow head m queries are fed in at once, and the generator makes all vectors from noise, given the states at the queries.
+The rows of a batch advance together, each at its own length; a row's result does not depend on the other rows.
 
 Letters: B rows, T prompt positions, m drawn vectors, C their width.
 """
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pisces_jax.losses.flow import FlowConfig, guided, integrate
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces, place_vectors, slot_positions
 from pisces_jax.models.transformer import Cache, empty_cache
@@ -72,6 +74,12 @@ class Rollout:
         hidden, cache = self._apply(params, x[:, None], rows.length[:, None], None, rows.cache, method="run")
         return Rows(cache, rows.length + move, jnp.where(move[:, None], hidden[:, 0], rows.hidden))
 
+    def extend(self, params: Any, rows: Rows, x: Float[Array, "B n D"]) -> tuple[Rows, Float[Array, "B n D"]]:
+        """n positions further with inputs x; the states at them."""
+        positions = rows.length[:, None] + jnp.arange(x.shape[1])
+        hidden, cache = self._apply(params, x, positions, None, rows.cache, method="run")
+        return Rows(cache, rows.length + x.shape[1], hidden[:, -1]), hidden
+
     def sample_text(
         self,
         params: Any,
@@ -108,16 +116,45 @@ class Rollout:
         (rows, _), tokens = jax.lax.scan(step, (rows, jnp.ones(rows.length.shape, bool)), jnp.arange(max_tokens))
         return rows, tokens.T
 
-    def draw_vectors(self, params: Any, rows: Rows, begin_image: int) -> Float[Array, "B m C"]:
-        """`[IMG]`, then the m vectors of a picture."""
+    def draw_vectors(
+        self, params: Any, rows: Rows, begin_image: int, keys: Array, flow: FlowConfig
+    ) -> tuple[Rows, Float[Array, "B m C"]]:
+        """`[IMG]`, then the m vectors of a picture; the rows have them in their cache where the model feeds vectors.
+
+        Args:
+            keys: one random key per row, of the flow head's noise.
+            flow: how the flow head is sampled.
+        """
         move = jnp.ones(rows.length.shape, bool)
         begin = self._apply(params, jnp.full((rows.length.shape[0], 1), begin_image), method="embed")[:, 0]
         rows = self.advance(params, rows, begin, move)
+        if self.model.config.generator is not None:
+            return self._draw_by_flow(params, rows, keys, flow)
 
         def step(rows: Rows, place: Array) -> tuple[Rows, Array]:
             vector = self._apply(params, rows.hidden, method="predict")
             x = self._apply(params, vector[:, None], place[None], method="feed")[:, 0]
             return self.advance(params, rows, x, move), vector
 
-        _, vectors = jax.lax.scan(step, rows, jnp.arange(self.model.config.draw_vectors))
-        return vectors.swapaxes(0, 1)
+        rows, vectors = jax.lax.scan(step, rows, jnp.arange(self.model.config.draw_vectors))
+        return rows, vectors.swapaxes(0, 1)
+
+    def _draw_by_flow(
+        self, params: Any, rows: Rows, keys: Array, flow: FlowConfig
+    ) -> tuple[Rows, Float[Array, "B m C"]]:
+        c = self.model.config
+        assert c.generator is not None
+        queries = self._apply(params, method="query_inputs")
+        rows, states = self.extend(params, rows, jnp.broadcast_to(queries, (len(keys), *queries.shape)))
+        shape = (c.generator.size, c.generator.size, c.generator.channels)
+        noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+
+        def network(*args: Array) -> Array:
+            return self._apply(params, *args, method="generate")
+
+        made = integrate(guided(network, states, flow), noise, flow.steps)
+        vectors = self._apply(params, made, method="from_map")
+        if c.fed_vectors:
+            x = self._apply(params, vectors, jnp.arange(c.draw_vectors), method="feed")
+            rows, _ = self.extend(params, rows, x)
+        return rows, vectors

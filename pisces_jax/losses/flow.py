@@ -23,6 +23,7 @@ class FlowConfig:
     Attributes:
         times: distribution of t: "uniform", or "logit_normal", where the logit of t is standard normal (Esser et al.
             2024, arXiv 2403.03206).
+        grid: t is one of 0, 1/grid, …, (grid − 1)/grid, as in training on a scheduler's steps; 0: any number.
         zero_share: fraction of the samples with t = 0 exactly, where a sampler of few steps starts.
         prediction: what the network predicts: "velocity" or "data". The loss compares velocities in both cases.
         floor: lower bound of 1 − t, in the conversion of data to velocity and in `weight`.
@@ -31,9 +32,15 @@ class FlowConfig:
         drop: fraction of the samples whose condition is dropped, for guidance.
         steps: number of Euler steps of a sampler.
         guidance: scale of classifier-free guidance, see `guided`; 1 is no guidance.
+        guidance_from, guidance_to: the times t between which there is guidance (Kynkäänniemi et al. 2024, arXiv
+            2404.07724).
+
+    Raises:
+        ValueError: an unknown name, or guidance of a network that is trained without dropped conditions.
     """
 
     times: str = "uniform"
+    grid: int = 0
     zero_share: float = 0.0
     prediction: str = "velocity"
     floor: float = 0.05
@@ -41,6 +48,8 @@ class FlowConfig:
     drop: float = 0.1
     steps: int = 20
     guidance: float = 1.0
+    guidance_from: float = 0.0
+    guidance_to: float = 1.0
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -50,6 +59,11 @@ class FlowConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"flow.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.guidance != 1.0 and not self.drop:
+            raise ValueError(
+                f"guidance {self.guidance:g} needs a network that has seen dropped conditions: train with drop > 0, or set "
+                "guidance to 1"
+            )
 
 
 def interpolate(noise: Float[Array, "B ..."], data: Float[Array, "B ..."], t: Float[Array, "B"]) -> Array:
@@ -62,6 +76,8 @@ def sample_time(key: jax.Array, config: FlowConfig) -> Float[Array, ""]:
     """A random time in [0, 1)."""
     kind, value = jax.random.split(key)
     t = jax.random.uniform(value) if config.times == "uniform" else jax.nn.sigmoid(jax.random.normal(value))
+    if config.grid:
+        t = jnp.floor(t * config.grid) / config.grid
     return jnp.where(jax.random.uniform(kind) < config.zero_share, 0.0, t)
 
 
@@ -107,6 +123,8 @@ def guided(network: Callable[..., Array], condition: Float[Array, "B ..."], conf
         x2, t2, c2 = (jnp.concatenate([a, a]) for a in (x, t, condition))
         v = velocity(network(x2, t2, c2, jnp.concatenate([keep, ~keep])), x2, t2, config)
         conditional, null = jnp.split(v, 2)
-        return null + config.guidance * (conditional - null)
+        inside = (t >= config.guidance_from) & (t < config.guidance_to)
+        scale = jnp.where(inside, config.guidance, 1.0).reshape(-1, *[1] * (x.ndim - 1))
+        return null + scale * (conditional - null)
 
     return field

@@ -31,6 +31,16 @@ def vector_error(predicted: Float[Array, "*B C"], target: Float[Array, "*B C"]) 
     return jnp.mean(jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32)), axis=-1)
 
 
+def cosine_error(predicted: Float[Array, "*B C"], target: Float[Array, "*B C"]) -> Float[Array, "*B"]:
+    """One minus the cosine between each vector and its target, in float32 (MetaMorph, arXiv 2412.14164)."""
+    a, b = (x.astype(jnp.float32) for x in (predicted, target))
+    lengths = jnp.sum(jnp.square(a), -1) * jnp.sum(jnp.square(b), -1)
+    return 1 - jnp.sum(a * b, -1) * jax.lax.rsqrt(jnp.maximum(lengths, 1e-12))
+
+
+VECTOR_ERRORS = {"mse": vector_error, "cosine": cosine_error}
+
+
 def flow_matching(
     network: object, data: Float[Array, "B ..."], condition: Array, keys: Array, config: FlowConfig
 ) -> Float[Array, "B"]:

@@ -49,6 +49,11 @@ class DiTConfig:
             covers a patch, one for each place in its cell, are added to the embedding of the patch and to its output: a
             first estimate of the picture, which the blocks refine. The keys of the condition get a two-dimensional
             rotary embedding.
+        published: the embeddings are those of BLIP3-o's generator (`LuminaNextDiT2DModel` of diffusers behind a
+            projection), so that its weights fit: the condition passes a two-layer MLP in place of a norm and a linear
+            map, and is zero before it where it is dropped; its mean is normalised; cross-attention has queries of its
+            own; times have 256 frequencies and
+            min(width, 1024) numbers. That network counts σ = 1 − t and gives noise − data; here both are turned round.
         remat, unroll: as in `layers.scanned`.
 
     Raises:
@@ -65,6 +70,7 @@ class DiTConfig:
     condition_width: int
     condition_vectors: int
     local_condition: bool = False
+    published: bool = False
     rope_theta: float = 10_000.0
     eps: float = 1e-5
     remat: str = "none"
@@ -76,8 +82,15 @@ class DiTConfig:
         if self.width % self.heads or self.width // self.heads % 4:
             raise ValueError(f"width {self.width} must be a multiple of 4 times the {self.heads} heads")
         side = self.condition_side
+        if self.local_condition and self.published:
+            raise ValueError("local_condition has no place in the published form: choose one")
         if self.local_condition and (side**2 != self.condition_vectors or self.side % side):
             raise ValueError(f"{self.condition_vectors} condition vectors are not a grid over {self.side}² patches")
+
+    @property
+    def time_width(self) -> int:
+        """Numbers that describe the time and the mean of the condition."""
+        return min(self.width, 1024) if self.published else self.width
 
     @property
     def side(self) -> int:
@@ -104,7 +117,7 @@ class JointAttention(nn.Module):
         def project(name: str, source: Array, norm: bool) -> Array:
             z = Linear((c.width,), ("embed",), ("mlp",), bias=False, dtype=self.dtype, name=name)(source)
             if norm:
-                z = LayerNorm(dtype=self.dtype, name=f"{name}_norm")(z)
+                z = LayerNorm(1e-5 if c.published else 1e-6, dtype=self.dtype, name=f"{name}_norm")(z)
             return z.reshape(*z.shape[:-1], *heads)
 
         q = apply_rope(project("query", x, True), rope)
@@ -113,6 +126,8 @@ class JointAttention(nn.Module):
         yk = project("condition_key", y, True)
         if condition_rope is not None:
             yk = apply_rope(yk, condition_rope)
+        if c.published:
+            q = apply_rope(project("condition_query", x, True), rope)
         cross = attention(q, yk, project("condition_value", y, False))
         gate = self.param("gate", logical(nn.initializers.zeros, None), (c.heads,)).astype(self.dtype)
         z = own + jnp.tanh(gate)[:, None] * cross
@@ -131,7 +146,7 @@ class DiTBlock(nn.Module):
         self,
         x: Float[Array, "B N D"],
         y: Float[Array, "B M D"],
-        t: Float[Array, "B D"],
+        t: Float[Array, "B E"],
         rope: CosSin,
         condition_rope: Any,
     ) -> tuple[Float[Array, "B N D"], None]:
@@ -176,13 +191,22 @@ class DiT(nn.Module):
         def linear(name: str, x: Array, in_axis: str, out_axis: str, width: int = c.width, scale: float = 1.0) -> Array:
             return Linear((width,), (in_axis,), (out_axis,), scale=scale, dtype=self.dtype, name=name)(x)
 
-        normed = LayerNorm(name="condition_norm", dtype=self.dtype)(condition)
-        y = linear("condition_embedding", normed, "features", "embed")
-        y = jnp.where(keep[:, None, None], y, 0)
+        if c.published:
+            t = 1 - t
+            condition = jnp.where(keep[:, None, None], condition, 0)
+            h = linear("condition_up", condition, "features", "embed")
+            y = linear("condition_down", jax.nn.gelu(h, approximate=True), "embed", "embed_out")
+            pooled = LayerNorm(eps=1e-5, name="pooled_norm", dtype=self.dtype)(y.mean(1))
+        else:
+            normed = LayerNorm(name="condition_norm", dtype=self.dtype)(condition)
+            y = linear("condition_embedding", normed, "features", "embed")
+            y = jnp.where(keep[:, None, None], y, 0)
+            pooled = y.mean(1)
 
-        h = linear("time_up", time_embedding(t, c.width).astype(self.dtype), "embed", "embed_out")
-        h = linear("time_down", jax.nn.silu(h), "embed", "embed_out")
-        h = h + linear("pooled_embedding", y.mean(1), "embed", "embed_out")
+        h = time_embedding(t, 256 if c.published else c.width).astype(self.dtype)
+        h = linear("time_up", h, "embed", "embed_out", c.time_width)
+        h = linear("time_down", jax.nn.silu(h), "embed", "embed_out", c.time_width)
+        h = h + linear("pooled_embedding", pooled, "embed", "embed_out", c.time_width)
 
         # A grid of vectors says nearly everything about the picture. The embedding of the noisy picture starts small,
         # so that its noise does not hide them.
@@ -190,7 +214,10 @@ class DiT(nn.Module):
         patches = patchify(x.astype(self.dtype), c.patch_size)
         z = linear("patch_embedding", patches, "patch", "embed", scale=small)
         head_width = c.width // c.heads
-        rope = cos_sin(grid_angles(*grid_centres(c.side), head_width, c.rope_theta), c.unroll)
+        ys, xs = grid_centres(c.side)
+        if c.published:  # cross-attention rotates the queries alone, so where the count of places starts matters
+            ys, xs = ys - 0.5, xs - 0.5
+        rope = cos_sin(grid_angles(ys, xs, head_width, c.rope_theta), c.unroll)
         condition_rope = None
         estimate: Array | float = 0.0
         if c.local_condition:
@@ -214,4 +241,5 @@ class DiT(nn.Module):
         modulation = linear("final_modulation", jax.nn.silu(h), "embed", "modulation", scale=0.0)
         z = LayerNorm(affine=False, dtype=self.dtype)(z) * (1 + modulation[:, None])
         out = linear("output", z, "embed", "patch", c.patch_size**2 * c.channels, scale=0.0)
-        return unpatchify(out + estimate, c.patch_size).astype(jnp.promote_types(self.dtype, jnp.float32))
+        out = -out if c.published else out + estimate
+        return unpatchify(out, c.patch_size).astype(jnp.promote_types(self.dtype, jnp.float32))

@@ -1,8 +1,12 @@
 """The unified model (Pisces, arXiv 2506.10395): one causal language model, two visual encoders.
 
 A picture that is read enters as the understanding encoder's long sequence of vectors, `V_n = MLP(φ(I))`; a picture
-that is drawn as the generation encoder's short, pooled one, `V_m = MLP(Pool(ϕ(I)))`. The state at `[IMG]` predicts
-vector 0 and the state at vector k predicts vector k+1, by regression to the pooled features themselves.
+that is drawn is learned as the generation encoder's short, pooled one, `Pool(ϕ(I))`, by one of two vector heads:
+
+- regression (Pisces): the vectors are fed in, `V_m = MLP(Pool(ϕ(I)))`; the state at `[IMG]` predicts vector 0 and the
+  state at vector k predicts vector k+1.
+- flow (BLIP3-o, arXiv 2505.09568): m learned queries stand behind `[IMG]`; the states at the queries are the condition
+  of a diffusion transformer, the generator, that makes the whole map of vectors from noise.
 
 A batch holds groups of rows. The rows of a group share a pool of pictures, each with a pointer (row, start) to its
 place. Without its encoders the model is the language model alone.
@@ -20,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pisces_jax.models.layers import Projector
+from pisces_jax.models.dit import DiT, DiTConfig
+from pisces_jax.models.layers import Projector, logical
 from pisces_jax.models.transformer import Cache, Transformer, TransformerConfig
 from pisces_jax.models.vit import ViT, ViTConfig, pooled_features
 from pisces_jax.sharding import constrain
@@ -33,13 +38,18 @@ class PiscesConfig:
     Attributes:
         pool: stride a of Pool_{a×a}.
         projector_hidden, vector_head_hidden: hidden widths of the two-layer MLPs.
-        place_embedding: adds to each drawn vector that is fed in learned embeddings of the row and the column of the
-            vector that comes next. Pisces has none: a CLIP's vectors say where they are. Those of the small runs'
-            autoencoders do not.
+        generator: settings of the flow head's diffusion transformer; None: the head is regression. Its width of the
+            condition is the language model's, and its picture the square map of the m vectors.
+        standardise: the flow head makes vectors with the mean 0 and the standard deviation 1 in each dimension; the
+            statistics are the part `feature_statistics`.
+        place_embedding: for regression. Adds to each drawn vector that is fed in learned embeddings of the row and the
+            column of the vector that comes next. Pisces has none: a CLIP's vectors say where they are. Those of the small
+            runs' autoencoders do not.
         fed_vectors: whether drawn vectors are fed in at all. Without, the place embedding alone is fed in: one learned
-            query per place, as in BLIP3-o. A vector that regression predicts is a mean and tells nothing that the text
+            query per place. A vector that regression predicts is a mean and tells nothing that the text
             before it does not, while a true one shows how the picture goes on; a model trained on true vectors learns
-            to follow them, and in a rollout its own lead it astray. Pisces feeds them.
+            to follow them, and in a rollout its own lead it astray. Pisces feeds them. With the flow head they are
+            fed in after the queries, and take m more positions: what comes later in the row sees the picture itself.
     """
 
     language_model: TransformerConfig
@@ -48,12 +58,27 @@ class PiscesConfig:
     pool: int = 1
     projector_hidden: int = 0
     vector_head_hidden: int = 0
+    generator: DiTConfig | None = None
+    standardise: bool = False
     place_embedding: bool = False
     fed_vectors: bool = True
 
     def __post_init__(self) -> None:
         if (self.understanding_encoder is None) != (self.generation_encoder is None):
             raise ValueError("a unified model has both encoders or none")
+        if self.generator is None and self.standardise:
+            raise ValueError("standardise is a setting of the flow head: name a generator, or leave it out")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parameters' parts."""
+        if self.generation_encoder is None:
+            return ("language_model",)
+        common = ("language_model", "understanding_encoder", "generation_encoder", "understanding_projector")
+        if self.generator is None:
+            return (*common, "generation_projector", "vector_head")
+        extra = ("feature_statistics",) * self.standardise + ("generation_projector",) * self.fed_vectors
+        return (*common, *extra, "queries", "generator")
 
     @property
     def read_vectors(self) -> int:
@@ -75,6 +100,11 @@ class PiscesConfig:
         """m: vectors of a picture that is drawn."""
         return 0 if self.generation_encoder is None else self.generation_encoder.vectors // self.pool**2
 
+    @property
+    def draw_positions(self) -> int:
+        """Positions that a drawn picture takes in its row, behind `[IMG]`."""
+        return self.draw_vectors * (2 if self.generator is not None and self.fed_vectors else 1)
+
 
 def slot_positions(
     row: Int[Array, "B P"], start: Int[Array, "B P"], valid: Array, vectors: int, length: int, rows: int
@@ -92,12 +122,40 @@ def place_vectors(x: Float[Array, "B GT D"], index: Int[Array, "B P n"], vectors
     )
 
 
-def take_states(x: Float[Array, "B GT D"], index: Int[Array, "B P n"]) -> Float[Array, "B P n D"]:
-    """The states one position before each vector: those that predict it. Zeros for idle slots."""
-    flat = index.reshape(index.shape[0], -1) - 1
-    last = x.shape[1] - 1
-    taken = jax.vmap(lambda a, i: a.at[i].get(mode="fill", fill_value=0))(x, jnp.where(flat >= last, last + 1, flat))
+def take_states(x: Float[Array, "B GT D"], index: Int[Array, "B P n"], before: int) -> Float[Array, "B P n D"]:
+    """The states `before` positions before each of those in `index`. Zeros for idle slots."""
+    flat, end = index.reshape(index.shape[0], -1), x.shape[1]
+    taken = jax.vmap(lambda a, i: a.at[i].get(mode="fill", fill_value=0))(x, jnp.where(flat >= end, end, flat - before))
     return taken.reshape(*index.shape, x.shape[-1])
+
+
+class Queries(nn.Module):
+    """Learned inputs of the language model, one per drawn vector (BLIP3-o's latent queries)."""
+
+    number: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "m D"]:
+        init = logical(nn.initializers.normal(1.0), "position", "embed")
+        return self.param("embedding", init, (self.number, self.width)).astype(self.dtype)
+
+
+class FeatureStatistics(nn.Module):
+    """Mean and standard deviation of the pooled features in each dimension, measured once and never trained."""
+
+    width: int
+
+    def setup(self) -> None:
+        self.mean = self.param("mean", logical(nn.initializers.zeros, "norm"), (self.width,))
+        self.std = self.param("std", logical(nn.initializers.ones, "norm"), (self.width,))
+
+    def standardise(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        return (x - self.mean) / self.std
+
+    def restore(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        return x * self.std + self.mean
 
 
 class Pisces(nn.Module):
@@ -115,10 +173,18 @@ class Pisces(nn.Module):
         self.understanding_encoder = ViT(c.understanding_encoder, self.dtype)
         self.generation_encoder = ViT(c.generation_encoder, self.dtype)
         self.understanding_projector = Projector(width, c.projector_hidden, self.dtype)
-        grid = math.isqrt(c.draw_vectors) if c.place_embedding else 0
-        self.generation_projector = Projector(width, c.projector_hidden, self.dtype, grid)
+        features = c.generation_encoder.output_width
+        if c.generator is None or c.fed_vectors:
+            grid = math.isqrt(c.draw_vectors) if c.place_embedding and c.generator is None else 0
+            self.generation_projector = Projector(width, c.projector_hidden, self.dtype, grid)
+        if c.generator is not None:
+            self.queries = Queries(c.draw_vectors, width, self.dtype)
+            self.generator = DiT(c.generator, self.dtype)
+            if c.standardise:
+                self.feature_statistics = FeatureStatistics(features)
+            return
         # Features are small: a head that starts at the usual size has its own random vectors to unlearn first.
-        self.vector_head = Projector(c.generation_encoder.output_width, c.vector_head_hidden, self.dtype, scale=0.1)
+        self.vector_head = Projector(features, c.vector_head_hidden, self.dtype, scale=0.1)
 
     def read(self, images: Int[Array, "B S S 3"]) -> Float[Array, "B n D"]:
         """Pictures to read as the language model's inputs."""
@@ -134,9 +200,45 @@ class Pisces(nn.Module):
             features = jnp.zeros_like(features)
         return self.generation_projector(features, place)
 
+    def drawn_inputs(self, features: Float[Array, "*B m C"]) -> Float[Array, "*B positions D"]:
+        """What stands at the positions of a drawn picture."""
+        c = self.config
+        places = jnp.arange(c.draw_vectors)
+        if c.generator is None:
+            return self.feed(features, places)
+        queries = jnp.broadcast_to(self.queries(), (*features.shape[:-1], c.language_model.width))
+        return jnp.concatenate([queries, self.feed(features, places)], axis=-2) if c.fed_vectors else queries
+
+    def drawn_states(self, hidden: Float[Array, "B GT D"], index: Int[Array, "B P positions"]) -> Array:
+        """The states [B, P, m, D] that say which vectors are drawn, of pictures at the positions `index`."""
+        if self.config.generator is None:
+            return take_states(hidden, index, before=1)
+        return take_states(hidden, index[..., : self.config.draw_vectors], before=0)
+
     def predict(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
-        """The next visual vector from a hidden state, float32."""
+        """Regression: the next visual vector from a hidden state, float32."""
         return self.vector_head(hidden).astype(jnp.float32)
+
+    def query_inputs(self) -> Float[Array, "m D"]:
+        """Flow: what stands behind `[IMG]`."""
+        return self.queries()
+
+    def generate(
+        self, x: Float[Array, "B s s C"], t: Float[Array, "B"], states: Float[Array, "B m D"], keep: Array
+    ) -> Float[Array, "B s s C"]:
+        """Flow: the generator's output for maps of vectors at times t, as in `models.dit.DiT`."""
+        return self.generator(x, t, states, keep)
+
+    def to_map(self, features: Float[Array, "B m C"]) -> Float[Array, "B s s C"]:
+        """Flow: pooled features as the map that the generator makes, standardised where the config says so."""
+        x = self.feature_statistics.standardise(features) if self.config.standardise else features
+        side = math.isqrt(self.config.draw_vectors)
+        return x.reshape(*x.shape[:-2], side, side, x.shape[-1])
+
+    def from_map(self, x: Float[Array, "B s s C"]) -> Float[Array, "B m C"]:
+        """The inverse of `to_map`."""
+        x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+        return self.feature_statistics.restore(x) if self.config.standardise else x
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.language_model.embed(tokens)
@@ -153,10 +255,11 @@ class Pisces(nn.Module):
         return self.language_model.output_matrix()
 
     def __call__(self, batch: dict[str, Array]) -> tuple[Array, Array | None, Array | None]:
-        """Hidden states, predicted vectors and their targets for a batch of packed groups (`data/packing/rows.py`).
+        """Hidden states, and for each drawn picture the states that say what is drawn and the true vectors, for a batch
+        of packed groups (`data/packing/rows.py`).
 
         Returns:
-            hidden [B·G, T, D]; predicted [B, P, m, C] and target [B, P, m, C], both float32, or None without encoders.
+            hidden [B·G, T, D]; states [B, P, m, D] and target [B, P, m, C], float32, or None without encoders.
         """
         tokens = batch["tokens"]
         B, G, T = tokens.shape
@@ -179,20 +282,25 @@ class Pisces(nn.Module):
                 x = place_vectors(x, index, read)
         cached = "draw_features" in batch  # instead of the pictures: the encoder's features, computed before
         images, row, start = pool("draw", "features" if cached else "images")
-        index = slot_positions(row, start, batch["draw_valid"], self.config.draw_vectors, T, G)
+        index = slot_positions(row, start, batch["draw_valid"], self.config.draw_positions, T, G)
         if images.shape[0]:
             with jax.named_scope("draw"):
                 target = (images if cached else self.features(images)).reshape(*row.shape, self.config.draw_vectors, -1)
-                x = place_vectors(x, index, self.feed(target, jnp.arange(self.config.draw_vectors)))
+                x = place_vectors(x, index, self.drawn_inputs(target))
         else:
-            target = jnp.zeros((*index.shape, self.config.generation_encoder.output_width))
+            target = jnp.zeros((*row.shape, self.config.draw_vectors, self.config.generation_encoder.output_width))
 
         hidden, _ = self.language_model(x.reshape(*flat, -1), positions, segment_ids)
-        states = take_states(hidden.reshape(B, G * T, -1), index)
-        return hidden, self.predict(states), target
+        return hidden, self.drawn_states(hidden.reshape(B, G * T, -1), index), target
 
     def init_all(self, images: Array, drawn: Array, tokens: Array) -> None:
         """Touches every parameter: what `init` is called with."""
         self.language_model.init_all(tokens)
         self.read(images)
-        self.predict(self.feed(self.features(drawn), jnp.arange(self.config.draw_vectors)))
+        features = self.features(drawn)
+        x = self.drawn_inputs(features)
+        if self.config.generator is None:
+            self.predict(x)
+        else:
+            B = drawn.shape[0]
+            self.generate(self.to_map(features), jnp.zeros(B), x[:, : self.config.draw_vectors], jnp.ones(B, bool))

@@ -6,6 +6,7 @@ A file under `configs/` defines `get_config()`, which returns `run_config(...)` 
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -79,6 +80,8 @@ def run_config(**changes: Any) -> ConfigDict:
             loss=dict(
                 text=1.0,
                 vectors=1.0,
+                vector_error="mse",  # of the regression head: "mse", or "cosine" (MetaMorph)
+                flow_samples=1,  # of the flow head: times and noises per picture and step
                 contrastive=1.0,
                 # pretrain: "sigmoid" (SigLIP), or "softmax" (CLIP), with which small batches learn finer things.
                 contrast="sigmoid",
@@ -95,7 +98,8 @@ def run_config(**changes: Any) -> ConfigDict:
                 # those predicted.
                 true_vectors=0.3,
             ),
-            flow=dataclasses.asdict(FlowConfig()),
+            flow=dataclasses.asdict(FlowConfig()),  # of the decoder
+            vector_flow=dataclasses.asdict(FlowConfig()),  # of the flow head (model.generator)
             optimizer=dict(
                 learning_rate=1e-3,
                 warmup_steps=0,
@@ -231,6 +235,35 @@ def dit_config(config: ConfigDict) -> DiTConfig:
     return build(DiTConfig, settings, "model.decoder")
 
 
+def generator_config(config: ConfigDict, width: int) -> DiTConfig:
+    """The flow head's settings; what it makes and its condition follow from the encoder, the pooling and the language
+    model's width.
+
+    Raises:
+        UserError: the drawn vectors are no square, or the config sets what follows.
+    """
+    encoder = vit_config(config, "generation_encoder")
+    vectors = encoder.vectors // config.model.pool**2
+    side = math.isqrt(vectors)
+    derived = dict(
+        size=side, patch_size=1, channels=encoder.output_width, condition_width=width, condition_vectors=vectors
+    )
+    given = _part(config, "generator")
+    for key in derived:
+        if key in given:
+            raise UserError(f"config key model.generator.{key} follows from the generation encoder: leave it out")
+    if side**2 != vectors:
+        raise UserError(
+            f"model.generator makes a square map and the generation encoder gives {vectors} pooled vectors: choose its "
+            "image_size, patch_size and model.pool so that they are a square"
+        )
+    return build(DiTConfig, {**given, **derived}, "model.generator")
+
+
+def vector_flow_config(config: ConfigDict) -> FlowConfig:
+    return build(FlowConfig, config.vector_flow, "vector_flow")
+
+
 def decoder_run(config: ConfigDict) -> str:
     """The run that has the decoder of a unified run: itself, where it trains the decoder; "": none."""
     return config.name if config.train_decoder else config.decoder
@@ -247,6 +280,8 @@ def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
         return transformer_config(config, vocab_size)
     if part in ("understanding_encoder", "generation_encoder"):
         return vit_config(config, part)
+    if part == "generator":
+        return generator_config(config, transformer_config(config, vocab_size).width)
     return {"decoder": dit_config, "autoencoder": autoencoder_config}.get(part, lambda _: None)(config)
 
 
@@ -256,20 +291,31 @@ def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
     if not {"understanding_encoder", "generation_encoder"} & set(config.model):
         return PiscesConfig(language_model)
     hidden = _part(config, "hidden")
+    flow = "generator" in config.model
     place_embedding = config.model.get("place_embedding", False)
     fed_vectors = config.model.get("fed_vectors", True)
-    if not (place_embedding or fed_vectors):
+    if flow and (place_embedding or "vector_head" in hidden):
+        raise UserError(
+            "model.generator makes this a flow head: model.place_embedding and model.hidden.vector_head are of "
+            "regression; leave them out"
+        )
+    if not (flow or place_embedding or fed_vectors):
         raise UserError("model.fed_vectors=False needs model.place_embedding=True, to tell drawn vectors apart")
-    return PiscesConfig(
-        language_model=language_model,
-        understanding_encoder=vit_config(config, "understanding_encoder"),
-        generation_encoder=vit_config(config, "generation_encoder"),
-        pool=config.model.pool,
-        projector_hidden=hidden["projector"],
-        vector_head_hidden=hidden["vector_head"],
-        place_embedding=place_embedding,
-        fed_vectors=fed_vectors,
-    )
+    try:
+        return PiscesConfig(
+            language_model=language_model,
+            understanding_encoder=vit_config(config, "understanding_encoder"),
+            generation_encoder=vit_config(config, "generation_encoder"),
+            pool=config.model.pool,
+            projector_hidden=hidden["projector"],
+            vector_head_hidden=0 if flow else hidden["vector_head"],
+            generator=generator_config(config, language_model.width) if flow else None,
+            standardise=config.model.get("standardise", False),
+            place_embedding=place_embedding,
+            fed_vectors=fed_vectors,
+        )
+    except ValueError as error:
+        raise UserError(f"config model: {error}") from error
 
 
 def text_tower_config(config: ConfigDict, vocab_size: int) -> TextTowerConfig:

@@ -30,6 +30,7 @@ from pisces_jax.weights.folder import Folder, read_part
 from pisces_jax.weights.sources import is_folder
 
 log = logging.getLogger(__name__)
+MEASURED_BATCHES = 8  # that statistics of the data are measured on (`Program.measure`)
 PROFILE_AFTER = 5  # steps before a trace begins: the first ones compile and fill caches
 # (state, path) -> picture uint8 [H, W, 3]; also written to the path.
 Sampler = Callable[[State, Path], np.ndarray]
@@ -69,6 +70,11 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
             raise ValueError("log.samples_every is set: pass make_sampler")
         sampler = make_sampler(config, workdir, tokenizer, program)
     run = open_run(workdir, config)
+    if todo := [part for part in program.measured if part not in parts and not finished_step(run)]:
+        log.info("%s: measuring %s", config.name, ", ".join(todo))
+        batches = [trainer.put(next(train_iterator)) for _ in range(MEASURED_BATCHES)]
+        parts |= program.measure(parts, batches)
+        train_iterator.set_state({"next_batch": 0})
     state = trainer.init(jax.random.key(config.seed), parts)
     checkpoints = Checkpoints(run, config.log.keep)
     if restored := checkpoints.restore(state):
@@ -181,7 +187,7 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_si
             raise UserError(f"{workdir / source} does not fit model.{part}: {'; '.join(wrong)}")
         parts[part] = jax.tree.map(lambda x, a: np.asarray(x).astype(a.dtype, copy=False), tree, shapes[part])
     for part in trainer.abstract.frozen:
-        if part not in config.init_from and part not in trainer.abstract.trained:
+        if part not in {*config.init_from, *trainer.program.measured} and part not in trainer.abstract.trained:
             raise UserError(
                 f"part {part} is frozen and starts from random numbers: name the run or folder that it comes from in "
                 f"init_from.{part}"

@@ -216,6 +216,7 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
         if part not in params:
             raise UserError(f"config key param_dtype.{part}: the model's parts are {', '.join(params)}")
     rules = optimizer.match(optimizer.read_table(config.optimizer.param_groups), list(optimizer.flatten(params)))
+    rules |= {k: dataclasses.replace(r, multiple=0.0) for k, r in rules.items() if k.split("/")[0] in program.measured}
     trained, _ = optimizer.split(params, rules)
     if not trained:
         raise UserError("optimizer.param_groups freezes every parameter: leave some with a multiple above 0")

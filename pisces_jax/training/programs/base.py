@@ -6,7 +6,7 @@ new file beside this one and a line in `PROGRAMS`. Parameters are a dict from pa
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -24,7 +24,7 @@ Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Spec = dict[str, jax.ShapeDtypeStruct]
 Losses = tuple[dict[str, Average], dict[str, Average]]
-PURPOSES = ("flow", "feature_noise", "true_vectors")
+PURPOSES = ("flow", "feature_noise", "true_vectors", "vectors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,20 @@ class Program(abc.ABC):
     @abc.abstractmethod
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Boxed parameters by part."""
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Parts that hold statistics of the data, never trained: a run takes them from `init_from`, or measures them
+        before its first step (`measure`)."""
+        return ()
+
+    def measure(self, params: Params, batches: Iterable[Batch]) -> dict[str, Any]:
+        """The parts `measured`, as host arrays, from a few batches and the parts that the run starts from.
+
+        Raises:
+            UserError: the batches hold nothing to measure.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def batch_spec(self, config: ConfigDict) -> Spec:

@@ -1,7 +1,7 @@
-"""The unified model on packed rows: next-token cross-entropy and next-vector regression in one pass."""
+"""The unified model on packed rows: cross-entropy of the next token and the vector head's loss, in one pass."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -14,6 +14,7 @@ from pisces_jax.data.packing.layout import Entry, Layout
 from pisces_jax.data.packing.rows import PackedGroups
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.losses import objectives
+from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces, PiscesConfig
 from pisces_jax.models.transformer import Transformer
@@ -33,30 +34,25 @@ from pisces_jax.training.programs.base import (
 from pisces_jax.training.programs.reconstruction import Reconstruction
 from pisces_jax.utils.errors import UserError
 
-# The parts of `models.pisces.Pisces`; without encoders the first alone.
-PARTS = (
-    "language_model",
-    "understanding_encoder",
-    "generation_encoder",
-    "understanding_projector",
-    "generation_projector",
-    "vector_head",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class UnifiedProgram(Program):
-    """The Pisces stages (arXiv 2506.10395). A model without encoders is trained on text alone.
+    """The Pisces stages (arXiv 2506.10395), and BLIP3-o's training (arXiv 2505.09568) where the model has a generator.
+    A model without encoders is trained on text alone.
 
-    With `reconstruction` the decoder learns on in the same run, from the vectors as they are predicted: a regression
-    gives the mean of what its text leaves open, which no true vector is. Nothing flows back from it into the language
-    model.
+    The loss "vectors" is the regression's error of each vector, or the flow-matching error of each picture's map of
+    vectors. With `reconstruction` the decoder learns on in the same run, from the vectors as regression predicts them:
+    it gives the mean of what its text leaves open, which no true vector is. A flow's vectors are like true ones, so
+    there the decoder learns from these. Nothing flows back from it into the language model.
 
     Attributes:
         weights: of "text", "vectors" and "reconstruction".
         chunk: entries of the vocabulary whose logits exist at a time; 0: all.
         sources: names of the mixture, whose losses are also reported one by one.
         true_vectors: share of the pictures of which the decoder is given the true vectors.
+        error: of regression, "mse" or "cosine" (`objectives.VECTOR_ERRORS`).
+        flow: how the generator is trained.
+        flow_samples: times and noises per picture and step; the language model runs once for all of them.
     """
 
     model: Pisces
@@ -65,6 +61,9 @@ class UnifiedProgram(Program):
     sources: tuple[str, ...]
     reconstruction: Reconstruction | None = None
     true_vectors: float = 0.0
+    error: str = "mse"
+    flow: FlowConfig = FlowConfig()
+    flow_samples: int = 1
     targets: ClassVar[tuple[str, ...]] = ("generation_encoder",)
     draws_only: ClassVar[bool] = True
 
@@ -86,14 +85,18 @@ class UnifiedProgram(Program):
                 raise UserError("train_decoder: a decoder learns from pictures: leave data.features empty")
             weights["reconstruction"] = config.loss.reconstruction
             reconstruction = Reconstruction.from_config(config)
+        if config.loss.vector_error not in objectives.VECTOR_ERRORS:
+            known = ", ".join(objectives.VECTOR_ERRORS)
+            raise UserError(f"config key loss.vector_error: {config.loss.vector_error!r} is none of {known}")
         return cls(
             Pisces(pisces, jnp.dtype(config.compute_dtype)), weights, config.loss.chunk, tuple(config.data.train),
-            reconstruction, config.loss.true_vectors,
+            reconstruction, config.loss.true_vectors, config.loss.vector_error, settings.vector_flow_config(config),
+            config.loss.flow_samples,
         )  # fmt: skip
 
     @classmethod
     def parts(cls, config: ConfigDict) -> tuple[str, ...]:
-        own = PARTS if cls.reads_and_draws(config) else PARTS[:1]
+        own = settings.pisces_config(config, config.data.tokenizer_vocabulary or 512).parts
         return own + (Reconstruction.parts(config)[1:] if config.train_decoder else ())
 
     @classmethod
@@ -147,7 +150,7 @@ class UnifiedProgram(Program):
     def _layout(self, config: ConfigDict) -> Layout:
         c, d = self.model.config, config.data
         return Layout(
-            c.read_vectors, c.draw_vectors, d.row_length, rows=d.rows_per_pool,
+            c.read_vectors, c.draw_positions, d.row_length, rows=d.rows_per_pool,
             read_slots=d.read_slots if c.read_size else 0, draw_slots=d.draw_slots if c.draw_size else 0,
             read_size=c.read_size, draw_size=c.draw_size, read_stretch=d.read_stretch,
         )  # fmt: skip
@@ -177,11 +180,12 @@ class UnifiedProgram(Program):
         counts = {"text": learned.sum().astype(jnp.float32)}
         pictures = batch["draw_valid"].sum().astype(jnp.float32)
         if self.model.config.generation_encoder is not None:
-            counts["vectors"] = pictures * self.model.config.draw_vectors
+            per_picture = self.model.config.draw_vectors if self.model.config.generator is None else 1
+            counts["vectors"] = pictures * per_picture
         return counts if self.reconstruction is None else {**counts, "reconstruction": pictures}
 
     def losses(self, params: Params, batch: Batch, key: jax.Array) -> Losses:
-        hidden, predicted, target = apply(self.model, params, batch)
+        hidden, states, target = apply(self.model, params, batch)
         targets, learned = text_targets(batch)
         with jax.named_scope("text_loss"):
             matrix = apply(self.model, params, method="output_matrix")
@@ -189,11 +193,16 @@ class UnifiedProgram(Program):
                 hidden, matrix, targets, chunk=self.chunk, vocab_size=self.model.config.language_model.vocab_size
             )
         source = batch["source"].reshape(text.shape)
-        if predicted is None or target is None:
+        if states is None or target is None:
             losses = {"text": objectives.masked_average(text, learned)}
             return losses, by_source(text, learned, source, self.sources, "text")
         with jax.named_scope("vector_loss"):
-            vectors = objectives.vector_error(predicted, target)
+            if self.model.config.generator is None:
+                predicted = apply(self.model, params, states, method="predict")
+                vectors = objectives.VECTOR_ERRORS[self.error](predicted, target)
+            else:
+                predicted = target
+                vectors = self._flow_errors(params, states, target, batch["draw_id"], key)[..., None]
         drawn = jnp.broadcast_to(batch["draw_valid"][..., None], vectors.shape)
         losses = {
             "text": objectives.masked_average(text, learned),
@@ -205,6 +214,43 @@ class UnifiedProgram(Program):
         draw_source = jnp.broadcast_to(batch["draw_source"][..., None], vectors.shape)
         reported = by_source(text, learned, source, self.sources, "text")
         return losses, reported | by_source(vectors, drawn, draw_source, self.sources, "vectors")
+
+    def _flow_errors(self, params: Params, states: Array, target: Array, ids: Array, key: jax.Array) -> Array:
+        """Flow-matching error of each picture's map of vectors [B, P]: the mean over `flow_samples` times."""
+        shape, n = states.shape[:2], self.flow_samples
+        states, target, ids = (x.reshape(-1, *x.shape[2:]) for x in (states, target, ids))
+        data = apply(self.model, params, target, method="to_map")
+        keys = jax.vmap(lambda k: jax.random.split(k, n))(example_keys(key, ids, "vectors")).reshape(-1)
+        data, states = (jnp.repeat(x, n, axis=0) for x in (data, states))
+        errors = objectives.flow_matching(
+            lambda *a: apply(self.model, params, *a, method="generate"), data, states, keys, self.flow
+        )
+        return errors.reshape(*shape, n).mean(-1)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        return ("feature_statistics",) if self.model.config.standardise else ()
+
+    def measure(self, params: Params, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Mean and standard deviation of each dimension of the drawn pictures' pooled features."""
+
+        @jax.jit
+        def moments(params: Params, batch: Batch) -> Array:
+            x = batch.get("draw_features")
+            if x is None:
+                images = batch["draw_images"]
+                x = apply(self.model, params, images.reshape(-1, *images.shape[2:]), method="features")
+                x = x.reshape(*images.shape[:2], *x.shape[1:])
+            weight = jnp.broadcast_to(batch["draw_valid"][..., None, None], x.shape).astype(jnp.float32)
+            x = x.astype(jnp.float32)
+            return jnp.stack([(w * weight).sum((0, 1, 2)) for w in (jnp.ones_like(x), x, jnp.square(x))])
+
+        count, total, squares = sum(np.asarray(moments(params, batch), np.float64) for batch in batches)
+        if not count.all():
+            raise UserError("model.standardise: the first batches hold no drawn picture: name a source that draws")
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
+        return {"feature_statistics": {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}}
 
     def _decoding_errors(
         self, reconstruction: Reconstruction, params: Params, batch: Batch, predicted: Array, target: Array,
@@ -232,14 +278,19 @@ class UnifiedProgram(Program):
         read = groups * spec["read_images"].shape[1]
         draw = groups * spec["draw_features" if cached else "draw_images"].shape[1]
         read_vectors, drawn_vectors = read * c.read_vectors, draw * c.draw_vectors
+        features_to_text = drawn_vectors * flops.projector(features, c.projector_hidden, width)
         forward |= {
             "understanding_encoder": read * flops.vit(c.understanding_encoder),
             "generation_encoder": 0.0 if cached else draw * flops.vit(c.generation_encoder),
             "understanding_projector": read_vectors
             * flops.projector(c.understanding_encoder.output_width, c.projector_hidden, width),
-            "generation_projector": drawn_vectors * flops.projector(features, c.projector_hidden, width),
-            "vector_head": drawn_vectors * flops.projector(width, c.vector_head_hidden, features),
         }
+        if c.generator is None:
+            forward["vector_head"] = drawn_vectors * flops.projector(width, c.vector_head_hidden, features)
+        else:
+            forward["generator"] = draw * self.flow_samples * flops.dit(c.generator)
+        if c.generator is None or c.fed_vectors:
+            forward["generation_projector"] = features_to_text
         return forward if self.reconstruction is None else forward | self.reconstruction.decoding_flops(draw)
 
     def block_positions(self, config: ConfigDict) -> dict[str, tuple[Any, int]]:
@@ -249,6 +300,9 @@ class UnifiedProgram(Program):
         if (reader := c.understanding_encoder) is not None:
             vectors = reader.vectors + reader.class_token
             positions["understanding_encoder"] = reader, groups * spec["read_images"].shape[1] * vectors
+        if c.generator is not None:
+            pictures = groups * spec["draw_valid"].shape[1] * self.flow_samples
+            positions["generator"] = c.generator, pictures * c.draw_vectors
         return positions
 
 

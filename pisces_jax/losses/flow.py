@@ -61,8 +61,8 @@ class FlowConfig:
                 raise ValueError(f"flow.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.guidance != 1.0 and not self.drop:
             raise ValueError(
-                f"guidance {self.guidance:g} needs a network that has seen dropped conditions: train with drop > 0, or set "
-                "guidance to 1"
+                f"guidance {self.guidance:g} needs a network that has seen dropped conditions: train with drop > 0, or "
+                "set guidance to 1"
             )
 
 

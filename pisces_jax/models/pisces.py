@@ -43,8 +43,8 @@ class PiscesConfig:
         standardise: the flow head makes vectors with the mean 0 and the standard deviation 1 in each dimension; the
             statistics are the part `feature_statistics`.
         place_embedding: for regression. Adds to each drawn vector that is fed in learned embeddings of the row and the
-            column of the vector that comes next. Pisces has none: a CLIP's vectors say where they are. Those of the small
-            runs' autoencoders do not.
+            column of the vector that comes next. Pisces has none: a CLIP's vectors say where they are. Those of the
+            small runs' autoencoders do not.
         fed_vectors: whether drawn vectors are fed in at all. Without, the place embedding alone is fed in: one learned
             query per place. A vector that regression predicts is a mean and tells nothing that the text
             before it does not, while a true one shows how the picture goes on; a model trained on true vectors learns

@@ -40,6 +40,7 @@ class TransformerConfig:
         vocab_multiple: the vocabulary matrices have `vocab_size` rows, rounded up to a multiple of this, so that they
             shard evenly. The rows of padding are zeros and are never predicted.
         tied_embedding: whether the embedding is also the output matrix.
+        qkv_bias: whether the projections to queries, keys and values have biases (Qwen2.5).
         attention: one of `attention.BACKENDS`.
         remat, unroll: as in `layers.scanned`.
 
@@ -58,6 +59,7 @@ class TransformerConfig:
     rope_scaling: RopeScaling | None = None
     eps: float = 1e-5
     tied_embedding: bool = False
+    qkv_bias: bool = False
     attention: str = "auto"
     vocab_multiple: int = 1
     remat: str = "none"
@@ -117,7 +119,8 @@ class Attention(nn.Module):
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
-            y = Linear((heads, c.head_dim), ("embed",), (axis, "head_dim"), bias=False, dtype=self.dtype, name=name)(x)
+            shape, axes = (heads, c.head_dim), (axis, "head_dim")
+            y = Linear(shape, ("embed",), axes, bias=c.qkv_bias, dtype=self.dtype, name=name)(x)
             return constrain(y, "batch", "length", axis, None)
 
         q = apply_rope(project("query", c.heads, "heads"), rope)

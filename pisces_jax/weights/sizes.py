@@ -30,6 +30,17 @@ LLAMA_3_2_1B = TransformerConfig(
     rope_theta=500_000.0, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), eps=1e-5, tied_embedding=True,
 )  # fmt: skip
 
+# Qwen2.5-VL's language models (Bai et al. 2025, arXiv 2502.13923), which BLIP3-o starts from, with their text positions:
+# for text its three-dimensional rotary embedding is the plain one.
+QWEN_2_5_VL_7B = TransformerConfig(
+    vocab_size=152_064, width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp_hidden=18_944,
+    rope_theta=1_000_000.0, eps=1e-6, qkv_bias=True,
+)  # fmt: skip
+QWEN_2_5_VL_3B = TransformerConfig(
+    vocab_size=151_936, width=2048, layers=36, heads=16, kv_heads=2, head_dim=128, mlp_hidden=11_008,
+    rope_theta=1_000_000.0, eps=1e-6, tied_embedding=True, qkv_bias=True,
+)  # fmt: skip
+
 # Encoders. SigLIP (Zhai et al. 2023) without its pooling head: the patch vectors after the final norm.
 
 SIGLIP_SO400M_384 = ViTConfig(image_size=384, patch_size=14, width=1152, layers=27, heads=16, mlp_hidden=4304)
@@ -65,6 +76,15 @@ def latent_decoder(encoder: ViTConfig, pool: int, autoencoder: AutoencoderConfig
         size=encoder.image_size // autoencoder.downscale, patch_size=2, channels=autoencoder.latent_channels,
         width=1792, layers=24, heads=28, mlp_hidden=4864, condition_width=encoder.output_width,
         condition_vectors=encoder.vectors // pool**2,
+    )  # fmt: skip
+
+
+def feature_generator(condition_width: int) -> DiTConfig:
+    """BLIP3-o's generator of EVA-CLIP-E-plus features from the states at 64 queries: 1,365,010,336 parameters where these
+    are 3,584 wide (the 8B model)."""
+    return DiTConfig(
+        size=8, patch_size=1, channels=1792, width=1792, layers=24, heads=28, mlp_hidden=4864,
+        condition_width=condition_width, condition_vectors=64, published=True,
     )  # fmt: skip
 
 

@@ -2,12 +2,16 @@
 
 Training mixes the standard wording with the others, so that a model attends to what is asked for and not to one
 sentence. No training text is in an unseen wording: evaluation measures with these how people who type freely are
-understood. All are lower case, short and of few words, since small runs have a small vocabulary.
+understood. All are lower case, short and of few words, since small runs have a small vocabulary. Some texts in training
+hold a made-up word that means nothing, so that the pieces of words that people may type are trained too, and ignored.
 """
 
 import dataclasses
 import random
 import zlib
+
+
+MADE_UP = 0.15  # share of the other wordings with a made-up word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +24,21 @@ class Wordings:
 
     def sample(self, rng: random.Random, others: float) -> str:
         """The standard wording or, with probability `others`, one of the others. At 0 nothing random is drawn."""
-        return rng.choice(self.others) if others and rng.random() < others else self.standard
+        if not others or rng.random() >= others:
+            return self.standard
+        words = rng.choice(self.others).split()
+        if rng.random() < MADE_UP:
+            words.insert(rng.randint(0, len(words)), made_up_word(rng))
+        return " ".join(words)
 
     def unseen_one(self, number: int) -> str:
         """The unseen wordings in turn."""
         return self.unseen[number % len(self.unseen)]
+
+
+def made_up_word(rng: random.Random) -> str:
+    """Like "kade": syllables of two letters, which no shape, colour or relation consists of."""
+    return "".join(rng.choice("bcdfghjklmnpqrstvwxyz") + rng.choice("aeiou") for _ in range(rng.randint(1, 2)))
 
 
 COLOUR = Wordings(
@@ -34,7 +48,7 @@ COLOUR = Wordings(
         "what color is the {shape}",
         "what is the colour of the {shape}?",
         "the colour of the {shape}?",
-        "name the colour of the {shape}.",
+        "tell me the colour of the {shape}.",
     ),
     ("which colour does the {shape} have?", "please say what color the {shape} is."),
 )
@@ -107,4 +121,4 @@ PROMPT = Wordings(
 CAPTION = dataclasses.replace(PROMPT, standard="{what}")
 
 EVERY = (COLOUR, COUNT, WHETHER_RELATED, WHAT_IS_RELATED, EXISTENCE, COMPARISON, PROMPT, CAPTION)
-FINGERPRINT = f"{zlib.crc32(repr(EVERY).encode()):08x}"
+FINGERPRINT = f"{zlib.crc32(repr((MADE_UP, EVERY)).encode()):08x}"

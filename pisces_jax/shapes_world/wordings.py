@@ -10,8 +10,7 @@ import dataclasses
 import random
 import zlib
 
-
-MADE_UP = 0.15  # share of the other wordings with a made-up word
+MADE_UP = 0.2  # share of the other wordings with a made-up word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Wordings:
 
 def made_up_word(rng: random.Random) -> str:
     """Like "kade": syllables of two letters, which no shape, colour or relation consists of."""
-    return "".join(rng.choice("bcdfghjklmnpqrstvwxyz") + rng.choice("aeiou") for _ in range(rng.randint(1, 2)))
+    return "".join(rng.choice("bcdfghjklmnpqrstvwxyz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
 
 
 COLOUR = Wordings(

@@ -26,6 +26,7 @@ from pisces_jax.shapes_world.text import (
     prompt_space,
     scene_for,
 )
+from pisces_jax.shapes_world.wordings import PROMPT
 from pisces_jax.utils.errors import UserError
 
 SIZE = 32
@@ -35,6 +36,10 @@ SIZE = 32
 class Drawing:
     image: np.ndarray
     description: str = "as it should be"
+
+
+def in_other_words(line):
+    return [wording.format(what=line["prompt"].removeprefix("a photo of ")) for wording in PROMPT.unseen]
 
 
 class Oracle:
@@ -59,7 +64,7 @@ class Oracle:
 
     def _picture(self, instruction, seed):
         for line in geneval_prompts(40, seed) + geneval_prompts(40, seed, held_out=True):
-            if draw_instruction(line["prompt"]) == instruction:
+            if instruction in map(draw_instruction, (line["prompt"], *in_other_words(line))):
                 return drawing.true_picture(line, SIZE)
         for scene in reconstruction.scenes(40, seed):
             if draw_instruction(detailed_caption(scene)) == instruction:
@@ -68,8 +73,8 @@ class Oracle:
 
     def answer(self, asked, *, max_tokens=32):
         known = {}
-        for held_out in (False, True):
-            for scene, _, question, answer in questions(40, 0, held_out):
+        for held_out, other_words in ((False, False), (False, True), (True, False)):
+            for scene, _, question, answer in questions(40, 0, held_out, other_words):
                 known[question, render(scene, SIZE).tobytes()] = answer
         answers = [known[parts[1].text, parts[0].array().tobytes()] for parts in asked]
         return ["nothing" if self.wrong(i) else f" {a.upper()}. " for i, a in enumerate(answers)]
@@ -94,14 +99,16 @@ def test_a_perfect_model_scores_one_in_everything():
     assert geneval["pictures"] == 6 * 3 * 2 and geneval["held_out_pictures"] == 4 * 2 * 2
     assert {kind: read[kind] for kind in QUESTION_KINDS} == dict.fromkeys(QUESTION_KINDS, 1.0)
     assert read["overall"] == read["held_out"] == 1 and set(read["held_out_by_kind"]) == set(HELD_OUT_QUESTION_KINDS)
+    assert geneval["other_words"] == read["other_words"] == 1
+    assert geneval["other_words_pictures"] == 6 * 3 * 2 and read["other_words_questions"] == 5 * 3
     rebuilt = results.scores["reconstruction"]
     assert rebuilt["true_vectors"] == rebuilt["predicted_vectors"] == 1 and rebuilt["true_vectors_pixel_error"] == 0
 
 
 def test_a_model_that_is_always_wrong_scores_nothing():
     scores = suite.evaluate(Oracle(lambda i: True), TASKS, AMOUNT, HOW).scores
-    assert scores["geneval"]["overall"] == scores["geneval"]["held_out"] == 0
-    assert scores["reading"]["overall"] == scores["reading"]["held_out"] == 0
+    names = ("overall", "held_out", "other_words")
+    assert [scores[task][name] for task in ("geneval", "reading") for name in names] == [0] * 6
     assert scores["reconstruction"]["true_vectors"] == scores["reconstruction"]["predicted_vectors"] == 0
 
 
@@ -124,9 +131,39 @@ def test_held_out_scores_stand_beside_those_of_the_same_tasks():
     assert scores["held_out"] == pytest.approx(3.5 / 4) and scores["same_tasks"] == 1 > scores["overall"]
 
 
+def test_other_words_are_asked_about_the_same_and_scored_apart():
+    class Literal(Oracle):
+        """Understands the standard wordings and no others."""
+
+        def draw(self, prompts, **how):
+            known = [prompt[0].text.startswith("draw: a photo of ") for prompt in prompts]
+            drawn = super().draw(prompts, **how)
+            return [d if k else Drawing(self.blank) for d, k in zip(drawn, known, strict=True)]
+
+        def answer(self, asked, **how):
+            standard = {question for _, _, question, _ in questions(3)}
+            answers = super().answer(asked, **how)
+            return [a if q[1].text in standard else "" for q, a in zip(asked, answers, strict=True)]
+
+    amount = dataclasses.replace(AMOUNT, held_out=0, other_words=2)
+    tasks = {name: TASKS[name] for name in ("geneval", "reading")}
+    results = suite.evaluate(Literal(), tasks, amount, HOW)
+    for name, number in ("geneval", "pictures"), ("reading", "questions"):
+        scores = results.scores[name]
+        assert scores["overall"] == 1 and scores["other_words"] == 0
+        assert scores[f"other_words_{number}"] == scores[number] * 2 // 3
+    drawn = results.outcomes["geneval"].drawn
+    prompts = [[j.metadata["prompt"] for j in drawn[way] if j.metadata["tag"] == "position"] for way in drawn]
+    assert [p in in_other_words({"prompt": q}) for q, p in zip(*prompts, strict=False)] == [True] * 4
+    for asked, other in zip(questions(3), questions(3, other_words=True), strict=True):
+        assert asked[:2] == other[:2] and asked[3] == other[3] and asked[2] != other[2]
+    without = suite.evaluate(Literal(), tasks, dataclasses.replace(amount, other_words=0), HOW).scores
+    assert not any("other_words" in name for name in (*without["geneval"], *without["reading"]))
+
+
 def test_how_to_draw_reaches_the_model():
     model = Oracle()
-    amount = dataclasses.replace(AMOUNT, held_out=0, both=True)
+    amount = dataclasses.replace(AMOUNT, held_out=0, other_words=0, both=True)
     suite.evaluate(model, {"geneval": TASKS["geneval"]}, amount, HOW)
     assert [call["describe"] for call in model.calls] == [True, False] and model.calls[0]["max_tokens"] == 8
 
@@ -297,7 +334,8 @@ def test_report_and_sheet_show_prompts_reasons_and_curves(tmp_path):
     assert "http" not in page and "<script" not in page and "href" not in page
     assert re.findall("<h2>(.*?)</h2>", page) == [
         "Scores", "Training", "Drawing: described, then drawn", "Drawing: drawn directly",
-        "Drawing: held-out combinations", "Reading", "Reconstruction",
+        "Drawing: held-out combinations", "Drawing: in other words", "Reading", "Reading: in other words",
+        "Reconstruction",
     ]  # fmt: skip
     wrong = sum("found 0" in j.reason for j in drawn["described"] if j.metadata["tag"] == "single_object")
     table = page.split("<h3>single_object")[1].split("</table>")[0]

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from pisces_jax.data.example import Picture, Text
+from pisces_jax.data.instructions import draw_instruction
+from pisces_jax.data.tokenizers import train_sentencepiece
 from pisces_jax.evaluation.geneval import TAGS, Detection, judge
 from pisces_jax.evaluation.relations import relations
 from pisces_jax.shapes_world.questions import (
@@ -18,7 +20,6 @@ from pisces_jax.shapes_world.questions import (
     QUESTION_KINDS,
     ask,
     questions,
-    sample_conversation,
 )
 from pisces_jax.shapes_world.scene import (
     CANVAS,
@@ -42,6 +43,7 @@ from pisces_jax.shapes_world.text import (
     sample_for_prompt,
     short_caption,
 )
+from pisces_jax.shapes_world.wordings import EVERY, PROMPT, made_up_word
 from pisces_jax.utils.errors import UserError
 
 SIZE_WORDS = ["small", "medium", "large"]
@@ -270,48 +272,82 @@ def test_wording_is_genevals():
 # Questions
 
 
-def answer(scene, question):
-    """The answer by a reader of its own."""
+NOUNS = {s: s for s in SHAPES} | {s + "s": s for s in SHAPES} | {"crosses": "cross"}
+RELATION = re.compile("left of|right of|above|below")
 
-    def named(name):
-        words = name.split()
-        return [o for o in scene.objects if o.shape == words[-1] and (len(words) == 1 or o.color == words[0])]
+
+def names(text):
+    """(colour or None, shape, whether in the plural) of every shape that a text names."""
+    words = re.findall(r"\w+", text)
+    return [
+        (before if before in COLORS else None, NOUNS[word], word not in SHAPES)
+        for before, word in zip(["", *words], words, strict=False)
+        if word in NOUNS
+    ]
+
+
+def kind_of(question):
+    """The kind of a question in any words, by those that it needs."""
+    named = names(question)
+    if RELATION.search(question):
+        return "relation"
+    if re.search("larger|bigger", question):
+        return "comparison"
+    if not named or named[0][2]:
+        return "count"
+    return "existence" if named[0][0] else "colour"
+
+
+def answer(scene, question):
+    """The answer by a reader of its own, of what the question names in its order."""
+
+    def like(name):
+        return [o for o in scene.objects if o.shape == name[1] and name[0] in (None, o.color)]
 
     def only(name):
-        (o,) = named(name)
+        (o,) = like(name)
         return o
 
+    kind, named = kind_of(question), names(question)
     yes = {True: "yes", False: "no"}
     number = {v: k for k, v in NUMBERS.items()}
-    if match := re.fullmatch(r"what colour is the (\w+)\?", question):
-        return only(match[1]).color
-    if match := re.fullmatch(r"how many (\w+) objects are there\?", question):
-        return number[sum(o.color == match[1] for o in scene.objects)]
-    if match := re.fullmatch(r"how many (\w+) are there\?", question):
-        return number[len(named({"crosses": "cross"}.get(match[1], match[1][:-1])))]
-    if match := re.fullmatch(r"is there an? (\w+ \w+)\?", question):
-        return yes[bool(named(match[1]))]
-    if match := re.fullmatch(r"is the (.+?) (left of|right of|above|below) the (.+)\?", question):
-        return yes[match[2] in relations(only(match[1]).box, only(match[3]).box)]
-    if match := re.fullmatch(r"what is (left of|right of|above|below) the (.+)\?", question):
-        target = only(match[2])
-        (o,) = [o for o in scene.objects if o is not target and match[1] in relations(o.box, target.box)]
+    if kind == "colour":
+        (name,) = named
+        assert re.search("colou?r", question)
+        return only(name).color
+    if kind == "count":
+        if named:
+            return number[len(like(*named))]
+        (color,) = re.findall(r"(\w+) objects", question)
+        return number[sum(o.color == color for o in scene.objects)]
+    if kind == "existence":
+        (name,) = named
+        assert not re.search("colou?r|many|number|count", question)
+        return yes[bool(like(name))]
+    if kind == "relation":
+        (relation,) = RELATION.findall(question)
+        assert RELATION.search(question).start() > question.index(named[0][1]) or len(named) == 1
+        target = only(named[-1])
+        if len(named) == 2:
+            return yes[relation in relations(only(named[0]).box, target.box)]
+        (o,) = [o for o in scene.objects if o is not target and relation in relations(o.box, target.box)]
         return f"{o.color} {o.shape}"
-    if match := re.fullmatch(r"which is larger, the (.+) or the (.+)\?", question):
-        a, b = only(match[1]).size, only(match[2]).size
-        assert max(a, b) >= 1.25 * min(a, b)
-        return match[1] if a > b else match[2]
-    raise AssertionError(question)
+    (a, size), (b, other) = (((name, only(name).size)) for name in named)
+    assert max(size, other) >= 1.25 * min(size, other)
+    return " ".join(filter(None, (a if size > other else b)[:2]))
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_questions_are_answered_truly_and_balanced(held_out):
+@pytest.mark.parametrize("other_words", [False, True])
+def test_questions_are_answered_truly_and_balanced(held_out, other_words):
     per_kind = 400
-    asked = questions(per_kind, seed=3, held_out=held_out)
+    asked = questions(per_kind, 3, held_out, other_words)
     kinds = HELD_OUT_QUESTION_KINDS if held_out else QUESTION_KINDS
     assert collections.Counter(kind for _, kind, *_ in asked) == dict.fromkeys(kinds, per_kind)
     for scene, kind, question, told in asked:
-        assert answer(scene, question) == told, (kind, question, scene)
+        assert kind_of(question) == kind and answer(scene, question) == told, (kind, question, scene)
+        assert held_out or not holds_held_out(question)
+        assert bool(UNSEEN.fullmatch(question)) == other_words, question
     for kind in ("existence", "relation"):
         answers = collections.Counter(told for _, k, _, told in asked if k == kind and told in ("yes", "no"))
         assert answers.total() == per_kind if kind == "existence" else answers.total() > per_kind / 3
@@ -320,29 +356,28 @@ def test_questions_are_answered_truly_and_balanced(held_out):
 
 @pytest.mark.parametrize("task", ["question", "conversation"])
 def test_questions_are_of_the_kinds_that_they_are_to_be(task):
-    """Told by how questions begin; all five kinds unless given."""
-    starts = dict(colour="what colour", existence="is there", count="how many", comparison="which is larger")
+    """All five kinds unless given."""
 
-    def begins(**settings):
+    def kinds(**settings):
         source = ShapesSource(task, num_examples=200, **settings)
-        asked = [part.text for i in range(200) for part in source[i].parts[1::2]]
-        return {next((k for k, start in starts.items() if q.startswith(start)), "relation") for q in asked}
+        return {kind_of(part.text) for i in range(200) for part in source[i].parts[1::2]}
 
-    assert begins() == set(QUESTION_KINDS)
-    assert begins(question_kinds=["existence", "colour"]) == {"existence", "colour"}
-    assert begins(most_objects=1, question_kinds=("relation", "count")) == {"count"}
+    assert kinds() == set(QUESTION_KINDS)
+    assert kinds(question_kinds=["existence", "colour"]) == {"existence", "colour"}
+    assert kinds(most_objects=1, question_kinds=("relation", "count")) == {"count"}
 
 
-def test_conversations_are_true_and_of_different_questions():
-    kinds = collections.Counter()
+@pytest.mark.parametrize("other_words", [0, 1])
+def test_conversations_are_true_and_of_different_questions(other_words):
+    kinds, source = collections.Counter(), ShapesSource("conversation", num_examples=400, other_words=other_words)
     for i in range(400):
-        scene, answered = sample_conversation(random.Random(i), "train")
-        asked = [question for question, _ in answered]
+        picture, *turns = source[i].parts
+        asked, told = ([part.text for part in turns[k::2]] for k in (0, 1))
+        assert len({(kind_of(q), *names(q), *RELATION.findall(q)) for q in asked}) >= len(set(asked)) - 1
         assert len(set(asked)) == len(asked) and 1 <= len(asked) <= 6
-        assert all(answer(scene, question) == told for question, told in answered)
-        kinds.update(question.split()[0] for question in asked)
-    # what colour, what is where; how many; is there, is the; which is larger
-    assert min(kinds[word] for word in ("what", "how", "is", "which")) > 0.07 * kinds.total()
+        assert [answer(picture.image.args[0], question) for question in asked] == told
+        kinds.update(map(kind_of, asked))
+    assert min(kinds[kind] for kind in QUESTION_KINDS) > 0.07 * kinds.total()
 
 
 def test_pictures_to_ask_about_hold_no_more_than_they_should():
@@ -354,11 +389,67 @@ def test_pictures_to_ask_about_hold_no_more_than_they_should():
 
 def test_a_no_is_hard():
     for scene in scenes(500):
-        if answered := ask("existence", scene, random.Random(1)):
-            question, told = answered
-            color, shape = re.search(r"(\w+) (\w+)\?", question).groups()
-            if told == "no":
-                assert color in {o.color for o in scene.objects} or shape in {o.shape for o in scene.objects}
+        question = ask("existence", scene, random.Random(1))
+        if question and question.answer == "no":
+            ((color, shape, _),) = names(question.standard)
+            assert color in {o.color for o in scene.objects} or shape in {o.shape for o in scene.objects}
+
+
+# Wordings
+
+
+def pattern(template):
+    """Of all texts of a template."""
+    return re.sub(r"\\{\w+\\}", ".+", re.escape(template))
+
+
+UNSEEN = re.compile("|".join(pattern(template) for wordings in EVERY for template in wordings.unseen))
+
+
+@pytest.mark.parametrize("wordings", EVERY, ids=lambda wordings: wordings.standard)
+def test_a_wording_is_used_in_training_or_held_out_of_it(wordings):
+    used = {wordings.sample(random.Random(i), 0.5) for i in range(400)}
+    known = {wordings.standard, *wordings.others}
+    made_up = [text for text in used if text not in known]
+    assert known < used and len(known) > 4 and 10 < len(made_up) < 60
+    for words in map(str.split, made_up):  # without one of its words it is one of the wordings
+        assert any(" ".join(words[:i] + words[i + 1 :]) in known for i in range(len(words)))
+    held_out = {wordings.unseen_one(i) for i in range(9)}
+    assert held_out == set(wordings.unseen) and not any(UNSEEN.fullmatch(template) for template in used)
+    assert {wordings.sample(random.Random(i), 0) for i in range(9)} == {wordings.standard}
+    rest = [re.sub(r"\{\w+\}", "", template) for template in (*known, *held_out)]
+    assert all(re.fullmatch("[a-z ,.:?]*", text) for text in rest)
+    # Nothing but the names tells what is asked for.
+    assert not {*NOUNS, *COLORS, *NUMBERS} & {*re.findall(r"\w+", " ".join(rest))} - {"one"}
+    words = {made_up_word(random.Random(i)) for i in range(3000)}
+    assert len(words) > 1000 and not {*NOUNS, *COLORS, "left", "right", "of", "above", "below", "larger"} & words
+
+
+@pytest.mark.parametrize("task", ["question", "draw_caption", "draw_prompt", "draw_described"])
+def test_other_words_say_the_same_about_the_same_picture(task):
+    standard, mixed, others = (ShapesSource(task, num_examples=300, other_words=share) for share in (0, 0.5, 1))
+    assert len({source.fingerprint for source in (standard, mixed, others)}) == 3
+    for i in range(0, 300, 10):
+        (a, picture), (b, again) = (
+            (texts(source[i])[0], [p for p in source[i].parts if isinstance(p, Picture)][0])
+            for source in (standard, others)
+        )
+        assert names(a) == names(b) and picture.image.args[0] == again.image.args[0]
+        assert texts(standard[i])[1:] == texts(others[i])[1:] and a != b
+    same = [texts(mixed[i])[0] == texts(standard[i])[0] for i in range(300)]
+    assert 90 < sum(same) < 210
+    assert {"draw_caption": "draw: a ", "draw_prompt": "draw: a photo of "}.get(task, "") in texts(standard[0])[0]
+
+
+def test_unseen_wordings_are_written_without_bytes_for_unknown_letters(tmp_path):
+    tokenizer = train_sentencepiece(corpus(4000), tmp_path / "t.model", 512)
+    processor = tokenizer._processor
+    unseen = [question for _, _, question, _ in questions(10, other_words=True)]
+    unseen += [draw_instruction(wording.format(what="two red rings")) for wording in PROMPT.unseen]
+    for text in [*unseen, *"abcdefghijklmnopqrstuvwxy"]:
+        ids = [int(i) for i in tokenizer.encode(text)]
+        assert tokenizer.decode(ids) == text
+        assert not any(processor.is_byte(i) or processor.is_unknown(i) for i in ids), text
 
 
 # What is held out
@@ -366,19 +457,17 @@ def test_a_no_is_hard():
 
 def holds_held_out(text):
     """Whether a text names a held-out combination, found by its words alone."""
-    nouns = {s: s for s in SHAPES} | {s + "s": s for s in SHAPES} | {"crosses": "cross"}
     words = re.findall(r"\w+", text)
     for i, word in enumerate(words):
-        shape = nouns.get(word)
+        shape = NOUNS.get(word)
         before = words[max(i - 2, 0) : i]
         if (shape, before[-1] if before else "") in HELD_OUT_PAIRS:
             return True
         if shape and any((NUMBERS.get(b), shape) in HELD_OUT_COUNTS for b in before):
             return True
-    if not re.search("left of|right of|above|below", text):
-        return False
-    for match in re.finditer(r"(\w+) (left of|right of|above|below) (?:an?|the) (?:\w+ )??(\w+)\b(?! \w)", text):
-        if (match[2], match[1], match[3]) in HELD_OUT_RELATIONS:
+    for match in RELATION.finditer(text):
+        before, after = names(text[: match.start()]), names(text[match.end() :])
+        if before and after and (match[0], before[-1][1], after[0][1]) in HELD_OUT_RELATIONS:
             return True
     return False
 
@@ -389,6 +478,9 @@ def test_the_word_search_finds_what_is_held_out():
     assert holds_held_out("a photo of four triangles")
     assert holds_held_out("a photo of a circle left of a square")
     assert holds_held_out("is the square right of the red circle?")
+    assert holds_held_out("is the blue circle to the left of the square")
+    assert holds_held_out("tell me if the cross lies below the square.") is False
+    assert holds_held_out("tell me if the square lies below the cross.")
     assert not holds_held_out("a purple square, two circles and a circle")
     found = {line["prompt"]: holds_held_out(line["prompt"]) for line in geneval_prompts(40, held_out=True)}
     assert all(found.values()), [prompt for prompt, held in found.items() if not held]
@@ -403,7 +495,9 @@ def test_nothing_held_out_is_trained_on():
             example = source[i]
             (scene,) = [part.image.args[0] for part in example.parts if isinstance(part, Picture)]
             assert not held_out_by_hand(scene) and not violates(scene), example
-            assert not any(holds_held_out(text) for text in texts(example)), example
+            assert not any(
+                holds_held_out(text) or UNSEEN.fullmatch(text.removeprefix("draw: ")) for text in texts(example)
+            ), example
 
 
 def held_out_by_hand(scene):
@@ -471,6 +565,8 @@ def test_unknown_names_are_the_users_mistake():
         ShapesSource("describe", most_objects=5)
     with pytest.raises(UserError, match="0 to 1, not 2"):
         ShapesSource("draw_described", prompts=2)
+    with pytest.raises(UserError, match="0 to 1, not -1"):
+        ShapesSource("question", other_words=-1)
     with pytest.raises(UserError, match="question_kinds: 'color' is none of colour, count"):
         ShapesSource("conversation", question_kinds=("color",))
     with pytest.raises(UserError, match="'train' with up to 1 objects needs at least one of colour, count, existence"):
@@ -486,10 +582,11 @@ def test_corpus_has_every_word():
     lines = list(corpus(4000))
     assert len(lines) == 4000
     used = vocabulary(line["prompt"] for held_out in (0, 1) for line in geneval_prompts(50, 1, held_out))
+    used |= vocabulary(re.sub(r"\{\w+\}", "", template) for wordings in EVERY for template in wordings.others)
     for held_out in (False, True):
         used |= vocabulary(t for _, _, *qa in questions(200, 1, held_out) for t in qa)
     for task in TASKS:
-        used |= vocabulary(t for i in range(200) for t in texts(ShapesSource(task, "held_out")[i]))
+        used |= vocabulary(t for i in range(200) for t in texts(ShapesSource(task, "held_out", other_words=0)[i]))
     assert used <= vocabulary(lines)
 
 

@@ -27,14 +27,19 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def score(asked: Sequence[Answered], held_out: Sequence[Answered] = ()) -> dict[str, Any]:
-    """Share of right answers: `overall` (mean over kinds), per kind, `held_out` (mean over its kinds), and counts."""
+def score(
+    asked: Sequence[Answered], held_out: Sequence[Answered] = (), other_words: Sequence[Answered] = ()
+) -> dict[str, Any]:
+    """Share of right answers: `overall` (mean over kinds), per kind, and counts.
+
+    `held_out` and `other_words` are the means over the kinds of these questions.
+    """
     scores: dict[str, Any] = {**_means((a.kind, a.correct) for a in asked), "questions": len(asked)}
-    if held_out:
-        by_kind = _means((a.kind, a.correct) for a in held_out)
-        scores["held_out"] = by_kind.pop("overall")
-        scores["held_out_by_kind"] = by_kind
-        scores["held_out_questions"] = len(held_out)
+    for name, others in {"held_out": held_out, "other_words": other_words}.items():
+        if others:
+            by_kind = _means((a.kind, a.correct) for a in others)
+            scores[name] = by_kind.pop("overall")
+            scores |= {f"{name}_by_kind": by_kind, f"{name}_questions": len(others)}
     return scores
 
 

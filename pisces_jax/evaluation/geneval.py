@@ -153,19 +153,23 @@ def scores(judged: Iterable[tuple[str, bool]]) -> dict[str, float]:
     return means | {"overall": sum(means.values()) / len(means)}
 
 
-def score(judged: Sequence[Judged], held_out: Sequence[Judged] = ()) -> dict[str, Any]:
+def score(
+    judged: Sequence[Judged], held_out: Sequence[Judged] = (), other_words: Sequence[Judged] = ()
+) -> dict[str, Any]:
     """Share of right pictures: `overall` (mean over tasks, as in GenEval), per task, and counts.
 
     With `held_out`, pictures of combinations that were held out of training: `held_out` is the mean over their tasks,
-    and `same_tasks` the mean of the other pictures over the same tasks, for comparison.
+    and `same_tasks` the mean of the other pictures over the same tasks, for comparison. With `other_words`, pictures of
+    prompts in wordings that were held out of training: `other_words` is the mean over their tasks.
     """
     means: dict[str, Any] = {**_means(judged), "pictures": len(judged)}
-    if held_out:
-        by_task = _means(held_out)
-        means["held_out"] = by_task.pop("overall")
-        means["same_tasks"] = float(np.mean([means[tag] for tag in by_task]))
-        means["held_out_by_task"] = by_task
-        means["held_out_pictures"] = len(held_out)
+    for name, others in {"held_out": held_out, "other_words": other_words}.items():
+        if others:
+            by_task = _means(others)
+            means[name] = by_task.pop("overall")
+            if name == "held_out":
+                means["same_tasks"] = float(np.mean([means[tag] for tag in by_task]))
+            means |= {f"{name}_by_task": by_task, f"{name}_pictures": len(others)}
     return means
 
 

@@ -18,7 +18,12 @@ from pisces_jax.evaluation.geneval import TAGS, Judged
 from pisces_jax.evaluation.grids import Cell, Row, labelled_grid, png
 from pisces_jax.evaluation.suite import Results, number
 
-WAYS = {"described": "described, then drawn", "direct": "drawn directly", "held_out": "held-out combinations"}
+WAYS = {
+    "described": "described, then drawn",
+    "direct": "drawn directly",
+    "held_out": "held-out combinations",
+    "other_words": "in other words",
+}
 _MOMENTS = 4  # of training, whose samples are shown
 
 
@@ -69,6 +74,8 @@ def summary(scores: Mapping[str, Any]) -> str:
         if "held_out" in geneval:
             same = f"the same kinds of prompts otherwise {geneval['same_tasks']:.3f}"
             add("held_out", geneval["held_out"], more=f"   ({geneval['drawn']}; {same})")
+        if "other_words" in geneval:
+            add("other_words", geneval["other_words"], more=f"   ({geneval['drawn']}; wordings held out of training)")
     if spread := scores.get("spread"):
         lines.append("spread of one prompt's pictures".ljust(32) + "model".rjust(8) + "world".rjust(12))
         for name, world in spread["world"].items():
@@ -113,7 +120,12 @@ def write_html(
         whole=json.dumps(scores, indent=1),
         stages={name: _stage(run, metrics[name]) for name, run in runs.items()},
         drawings=[(WAYS[way], _by_tag(o.drawn[way])) for o in outcomes.values() for way in WAYS if o.drawn.get(way)],
-        readings=[_by_kind(o.asked) for o in outcomes.values() if o.asked],
+        readings=[
+            (heading, _by_kind(asked))
+            for o in outcomes.values()
+            for heading, asked in (("Reading", o.asked), ("Reading: in other words", o.asked_in_other_words))
+            if asked
+        ],
         rows={name: _rows(o.rows) for name, o in outcomes.items() if o.rows},
         reasons=reasons,
         confusion=confusion,

@@ -66,6 +66,7 @@ class Amount:
     images: int = _number(2, "pictures per prompt")
     per_kind: int = _number(200, "questions of each kind")
     held_out: int = _number(12, "prompts and questions of each kind about what is held out of training; 0: none", 0)
+    other_words: int = _number(50, "prompts and questions of each kind, at most, in wordings held out too; 0: none", 0)
     spread: int = _number(8, "prompts drawn several times each, to see how much their pictures differ; 0: none", 0)
     pictures: int = _number(128, "pictures to reconstruct; real pictures to read and draw")
     seed: int = _number(0, "another seed, other prompts, questions and noise", 0)
@@ -80,6 +81,7 @@ class Outcome:
         scores: numbers, in groups; they go to JSON.
         drawn: judged pictures by how they were drawn, for the report.
         asked: answered questions, for the report.
+        asked_in_other_words: such questions in wordings that were held out of training.
         rows: rows of pictures under a heading each, for the report.
         shown: what the task's `sheet` shows besides.
     """
@@ -87,6 +89,7 @@ class Outcome:
     scores: dict[str, Any]
     drawn: Mapping[str, Sequence[Judged]] = dataclasses.field(default_factory=dict)
     asked: Sequence[Answered] = ()
+    asked_in_other_words: Sequence[Answered] = ()
     rows: Mapping[str, Pictures] = dataclasses.field(default_factory=dict)
     shown: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

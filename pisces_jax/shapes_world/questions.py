@@ -3,9 +3,10 @@
 Yes and no come equally often within a kind, and a "no" is hard: something similar is there.
 """
 
+import dataclasses
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pisces_jax.evaluation.relations import CONVERSE, RELATIONS, relations
 from pisces_jax.shapes_world.scene import (
@@ -25,14 +26,42 @@ from pisces_jax.shapes_world.scene import (
     sample_scene,
 )
 from pisces_jax.shapes_world.text import NUMBERS, plural, with_article
+from pisces_jax.shapes_world.wordings import (
+    COLOUR,
+    COMPARISON,
+    COUNT,
+    EXISTENCE,
+    WHAT_IS_RELATED,
+    WHETHER_RELATED,
+    Wordings,
+)
 
 QUESTION_KINDS = ("colour", "count", "relation", "existence", "comparison")
 KINDS_OF_ONE_OBJECT = ("colour", "count", "existence")
 HELD_OUT_QUESTION_KINDS = ("colour", "count", "relation", "existence")  # a comparison cannot name what is held out
 LARGER_BY = 1.25  # least ratio of two sizes that are compared
 
-Answered = tuple[str, str]
-"""question, answer"""
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked, in no wording yet, and the right answer."""
+
+    wordings: Wordings
+    names: Mapping[str, str]
+    answer: str
+
+    @property
+    def standard(self) -> str:
+        """The question in its standard wording; equal for two that ask the same."""
+        return self.wordings.standard.format(**self.names)
+
+    def sample(self, rng: random.Random, others: float) -> str:
+        """The question in a wording that training uses, as `Wordings.sample`."""
+        return self.wordings.sample(rng, others).format(**self.names)
+
+    def unseen(self, number: int) -> str:
+        """The question in one of the wordings that training never uses, these in turn."""
+        return self.wordings.unseen_one(number).format(**self.names)
 
 
 def possible_kinds(split: str, most_objects: int, among: Sequence[str] = QUESTION_KINDS) -> tuple[str, ...]:
@@ -45,8 +74,8 @@ def possible_kinds(split: str, most_objects: int, among: Sequence[str] = QUESTIO
 
 def sample_question(
     rng: random.Random, split: str, kind: str | None = None, most_objects: int = MAX_OBJECTS
-) -> tuple[Scene, str, str, str]:
-    """(scene, kind, question, answer): a random kind unless given, then a scene that permits it.
+) -> tuple[Scene, str, Question]:
+    """(scene, kind, question): a random kind unless given, then a scene that permits it.
 
     Scenes of "train" and "val" have up to `most_objects` objects, and nothing held out is shown or named. In "held_out"
     the question or its answer names what is held out.
@@ -56,8 +85,8 @@ def sample_question(
         return _HELD_OUT_ASKERS[kind](rng)
     while True:
         scene = sample_scene(rng, split, most_objects)
-        if answered := ask(kind, scene, rng):
-            return scene, kind, *answered
+        if question := ask(kind, scene, rng):
+            return scene, kind, question
 
 
 def sample_conversation(
@@ -66,36 +95,40 @@ def sample_conversation(
     most_objects: int = MAX_OBJECTS,
     most: int = 6,
     among: Sequence[str] = QUESTION_KINDS,
-) -> tuple[Scene, list[Answered]]:
-    """A scene of up to `most_objects` objects, and up to `most` different questions about it with their answers.
+) -> tuple[Scene, list[Question]]:
+    """A scene of up to `most_objects` objects, and up to `most` different questions about it.
 
     The questions are of the kinds `among` that the scene permits, in equal shares.
     """
     kind = rng.choice(possible_kinds(split, most_objects, among))
-    scene, _, *first = sample_question(rng, split, kind, most_objects)
-    asked = {first[0]: first[1]}
+    scene, _, first = sample_question(rng, split, kind, most_objects)
+    asked = {first.standard: first}
     kinds: list[str] = []
     for _ in range(2 * most):  # not until there are `most`: a scene of one object has few questions
         kinds = kinds or rng.sample(among, len(among))
-        if len(asked) < most and (answered := ask(kinds.pop(), scene, rng)):
-            asked.setdefault(*answered)
-    return scene, list(asked.items())
+        if len(asked) < most and (question := ask(kinds.pop(), scene, rng)):
+            asked.setdefault(question.standard, question)
+    return scene, list(asked.values())
 
 
-def questions(per_kind: int, seed: int = 0, held_out: bool = False) -> list[tuple[Scene, str, str, str]]:
+def questions(
+    per_kind: int, seed: int = 0, held_out: bool = False, other_words: bool = False
+) -> list[tuple[Scene, str, str, str]]:
     """`per_kind` times (scene, kind, question, answer) for each kind, never those of a `ShapesSource`.
 
     With `held_out` each question or answer names something held out, and the kinds are `HELD_OUT_QUESTION_KINDS`.
+    With `other_words` the same questions about the same scenes are in wordings that training never uses.
     """
     split = "held_out" if held_out else "val"
-    return [
-        sample_question(random.Random(f"questions/{seed}/{split}/{kind}/{i}"), split, kind)
-        for kind in (HELD_OUT_QUESTION_KINDS if held_out else QUESTION_KINDS)
-        for i in range(per_kind)
-    ]
+    asked = []
+    for kind in HELD_OUT_QUESTION_KINDS if held_out else QUESTION_KINDS:
+        for i in range(per_kind):
+            scene, _, question = sample_question(random.Random(f"questions/{seed}/{split}/{kind}/{i}"), split, kind)
+            asked.append((scene, kind, question.unseen(i) if other_words else question.standard, question.answer))
+    return asked
 
 
-def ask(kind: str, scene: Scene, rng: random.Random) -> Answered | None:
+def ask(kind: str, scene: Scene, rng: random.Random) -> Question | None:
     """A question of this kind that names nothing held out, or None if the scene permits none."""
     return _ASKERS[kind](scene, rng)
 
@@ -118,20 +151,20 @@ def _names(scene: Scene) -> dict[int, str]:
 # Colour
 
 
-def _ask_colour(scene: Scene, rng: random.Random) -> Answered | None:
+def _ask_colour(scene: Scene, rng: random.Random) -> Question | None:
     shapes = Counter(o.shape for o in scene.objects)
     lone = [o for o in scene.objects if shapes[o.shape] == 1]
     return _colour_question(rng.choice(lone)) if lone else None
 
 
-def _colour_question(o: Object) -> Answered:
-    return f"what colour is the {o.shape}?", o.color
+def _colour_question(o: Object) -> Question:
+    return Question(COLOUR, {"shape": o.shape}, o.color)
 
 
 # Count
 
 
-def _ask_count(scene: Scene, rng: random.Random) -> Answered | None:
+def _ask_count(scene: Scene, rng: random.Random) -> Question | None:
     """About a shape or a colour; one time in eight, about one that is not there."""
     by_shape = rng.random() < 0.5
     counts = Counter(o.shape if by_shape else o.color for o in scene.objects)
@@ -142,19 +175,19 @@ def _ask_count(scene: Scene, rng: random.Random) -> Answered | None:
     return _count_question(plural(what) if by_shape else f"{what} objects", counts[what])
 
 
-def _count_question(what: str, count: int) -> Answered:
-    return f"how many {what} are there?", NUMBERS[count]
+def _count_question(things: str, count: int) -> Question:
+    return Question(COUNT, {"things": things}, NUMBERS[count])
 
 
 # Relation
 
 
-def _ask_relation(scene: Scene, rng: random.Random) -> Answered | None:
+def _ask_relation(scene: Scene, rng: random.Random) -> Question | None:
     """Half of them are answered by yes or no, half by an object."""
     return (_ask_whether_related if rng.random() < 0.5 else _ask_what_is_related)(scene, rng)
 
 
-def _ask_whether_related(scene: Scene, rng: random.Random) -> Answered | None:
+def _ask_whether_related(scene: Scene, rng: random.Random) -> Question | None:
     truth = rng.random() < 0.5
     asked = []
     for i, j, held in _related(scene):
@@ -167,12 +200,17 @@ def _ask_whether_related(scene: Scene, rng: random.Random) -> Answered | None:
     return _whether_question(_names(scene), rng.choice(asked), truth) if asked else None
 
 
-def _whether_question(names: dict[int, str], asked: tuple[int, str, int], truth: bool) -> Answered:
+def _whether_question(names: dict[int, str], asked: tuple[int, str, int], truth: bool) -> Question:
     i, relation, j = asked
-    return f"is the {names[i]} {relation} the {names[j]}?", _yes(truth)
+    told = {"first": names[i], "second": names[j], **_relation_words(relation)}
+    return Question(WHETHER_RELATED, told, _yes(truth))
 
 
-def _ask_what_is_related(scene: Scene, rng: random.Random) -> Answered | None:
+def _relation_words(relation: str) -> dict[str, str]:
+    return {"relation": relation, "to": f"to the {relation}" if relation.endswith(" of") else relation}
+
+
+def _ask_what_is_related(scene: Scene, rng: random.Random) -> Question | None:
     asked = _unique_relations(scene)
     if not asked:
         return None
@@ -180,9 +218,10 @@ def _ask_what_is_related(scene: Scene, rng: random.Random) -> Answered | None:
     return _what_question(scene, i, relation, j)
 
 
-def _what_question(scene: Scene, i: int, relation: str, j: int) -> Answered:
+def _what_question(scene: Scene, i: int, relation: str, j: int) -> Question:
     found = scene.objects[i]
-    return f"what is {relation} the {_names(scene)[j]}?", f"{found.color} {found.shape}"
+    told = {"second": _names(scene)[j], **_relation_words(relation)}
+    return Question(WHAT_IS_RELATED, told, f"{found.color} {found.shape}")
 
 
 def _related(scene: Scene) -> Iterator[tuple[int, int, tuple[str, ...]]]:
@@ -209,7 +248,7 @@ def _unique_relations(scene: Scene) -> list[tuple[int, str, int]]:
 # Existence
 
 
-def _ask_existence(scene: Scene, rng: random.Random) -> Answered | None:
+def _ask_existence(scene: Scene, rng: random.Random) -> Question | None:
     there = {(o.shape, o.color) for o in scene.objects}
     truth = rng.random() < 0.5
     return _existence_question(rng.choice(sorted(there) if truth else _near_misses(there, rng)), truth)
@@ -228,15 +267,15 @@ def _near_misses(there: set[Name], rng: random.Random) -> list[Name]:
     return sorted(set(some) - there)
 
 
-def _existence_question(name: Name, truth: bool) -> Answered:
+def _existence_question(name: Name, truth: bool) -> Question:
     shape, color = name
-    return f"is there {with_article(f'{color} {shape}')}?", _yes(truth)
+    return Question(EXISTENCE, {"thing": with_article(f"{color} {shape}")}, _yes(truth))
 
 
 # Comparison
 
 
-def _ask_comparison(scene: Scene, rng: random.Random) -> Answered | None:
+def _ask_comparison(scene: Scene, rng: random.Random) -> Question | None:
     names = _names(scene)
     pairs = [
         (i, j) for i in names for j in names if i != j and scene.objects[i].size >= LARGER_BY * scene.objects[j].size
@@ -245,10 +284,10 @@ def _ask_comparison(scene: Scene, rng: random.Random) -> Answered | None:
         return None
     larger, smaller = (names[i] for i in rng.choice(pairs))
     first, second = (larger, smaller) if rng.random() < 0.5 else (smaller, larger)
-    return f"which is larger, the {first} or the {second}?", larger
+    return Question(COMPARISON, {"first": first, "second": second}, larger)
 
 
-_ASKERS: dict[str, Callable[[Scene, random.Random], Answered | None]] = {
+_ASKERS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "colour": _ask_colour,
     "count": _ask_count,
     "relation": _ask_relation,
@@ -260,20 +299,20 @@ _ASKERS: dict[str, Callable[[Scene, random.Random], Answered | None]] = {
 # Questions that name what is held out. Names and counts of the scene's other objects are allowed ones.
 
 
-def _held_out_colour(rng: random.Random) -> tuple[Scene, str, str, str]:
+def _held_out_colour(rng: random.Random) -> tuple[Scene, str, Question]:
     pair = rng.choice(sorted(HELD_OUT_PAIRS))
     scene = arrange(rng, [pair, *_others(rng, pair[0])])
-    return scene, "colour", *_colour_question(scene.objects[0])
+    return scene, "colour", _colour_question(scene.objects[0])
 
 
-def _held_out_count(rng: random.Random) -> tuple[Scene, str, str, str]:
+def _held_out_count(rng: random.Random) -> tuple[Scene, str, Question]:
     count, shape = rng.choice(sorted(HELD_OUT_COUNTS))
     names = [(shape, rng.choice(ALLOWED_COLORS[shape])) for _ in range(count)]
     scene = arrange(rng, [*names, *_others(rng, shape, MAX_OBJECTS - count)])
-    return scene, "count", *_count_question(plural(shape), count)
+    return scene, "count", _count_question(plural(shape), count)
 
 
-def _held_out_relation(rng: random.Random) -> tuple[Scene, str, str, str]:
+def _held_out_relation(rng: random.Random) -> tuple[Scene, str, Question]:
     """Half of them are answered by yes or no ("no" where the converse holds), half by an object."""
     relation, a, b = rng.choice(sorted(HELD_OUT_RELATIONS))
     names = [(shape, rng.choice(ALLOWED_COLORS[shape])) for shape in (a, b)]
@@ -281,11 +320,11 @@ def _held_out_relation(rng: random.Random) -> tuple[Scene, str, str, str]:
     wanted = relation if truth or not whether else CONVERSE[relation]
     scene = arrange(rng, names, accept=lambda objects: wanted in relations(objects[0].box, objects[1].box))
     if whether:
-        return scene, "relation", *_whether_question(_names(scene), (0, relation, 1), truth)
-    return scene, "relation", *_what_question(scene, 0, relation, 1)
+        return scene, "relation", _whether_question(_names(scene), (0, relation, 1), truth)
+    return scene, "relation", _what_question(scene, 0, relation, 1)
 
 
-def _held_out_existence(rng: random.Random) -> tuple[Scene, str, str, str]:
+def _held_out_existence(rng: random.Random) -> tuple[Scene, str, Question]:
     """Where the answer is "no", the shape is there in another colour and the colour in another shape."""
     shape, color = pair = rng.choice(sorted(HELD_OUT_PAIRS))
     truth = rng.random() < 0.5
@@ -294,7 +333,7 @@ def _held_out_existence(rng: random.Random) -> tuple[Scene, str, str, str]:
     else:
         other_shape = rng.choice([s for s in SHAPES if s != shape])
         names = [(shape, rng.choice(ALLOWED_COLORS[shape])), (other_shape, color)]
-    return arrange(rng, names), "existence", *_existence_question(pair, truth)
+    return arrange(rng, names), "existence", _existence_question(pair, truth)
 
 
 def _others(rng: random.Random, shape: str, most: int = 2) -> list[Name]:
@@ -306,7 +345,7 @@ def _others(rng: random.Random, shape: str, most: int = 2) -> list[Name]:
             return names
 
 
-_HELD_OUT_ASKERS: dict[str, Callable[[random.Random], tuple[Scene, str, str, str]]] = {
+_HELD_OUT_ASKERS: dict[str, Callable[[random.Random], tuple[Scene, str, Question]]] = {
     "colour": _held_out_colour,
     "count": _held_out_count,
     "relation": _held_out_relation,

@@ -27,6 +27,7 @@ from pisces_jax.shapes_world.scene import (
     arrange,
     holds_held_out_count,
 )
+from pisces_jax.shapes_world.wordings import PROMPT
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 SIZE_WORDS = ("small", "medium", "large")  # equal parts of SIZES
@@ -130,7 +131,12 @@ def _clause(shape: str, count: int = 1, **more: Any) -> dict[str, Any]:
 
 
 def _line(tag: str, include: list[dict[str, Any]], what: str) -> Metadata:
-    return {"tag": tag, "include": include, "prompt": f"a photo of {what}"}
+    return {"tag": tag, "include": include, "prompt": PROMPT.standard.format(what=what)}
+
+
+def named(line: Metadata) -> str:
+    """What the prompt of a line of `metadata` asks for: "a red circle"."""
+    return line["prompt"].removeprefix(PROMPT.standard.format(what=""))
 
 
 @functools.cache

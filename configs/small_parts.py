@@ -11,6 +11,7 @@ Some settings serve only models as small as these on CPUs; nothing at full size 
 - `output_dim`, `post_scale`: the encoder for drawing gives narrow vectors, easily predicted
 - `local_condition`: each patch of the decoder sees the vector of its own place
 - `zero_share`: share of the pictures at which the decoder starts from pure noise
+- `standardise`: vectors of mean 0 and deviation 1 for the flow head; the encoders here give small ones
 - `place_embedding`, `fed_vectors=False`: the language model is fed each drawn vector's place, not the vector
 - `plain_products` (in the configs): XLA's own matrix products, faster on CPUs
 - `loss.words`, `loss.feature_noise`, `loss.true_vectors` (in the configs): see `training/config.py`
@@ -35,14 +36,21 @@ TEXT_TOWER = dict(width=128, layers=2, heads=2, mlp_hidden=384, unroll=True)
 LANGUAGE_MODEL = dict(
     width=192, layers=4, heads=3, kv_heads=1, head_dim=64, mlp_hidden=256, rope_theta=10_000.0, unroll=True
 )
-UNIFIED = dict(
-    language_model=LANGUAGE_MODEL, hidden=dict(projector=256, vector_head=256), place_embedding=True, fed_vectors=False
-)
-# What a unified stage trains and the next one goes on from, beside the encoders.
-TRAINED = ("language_model", "understanding_projector", "generation_projector", "vector_head")
+# The vector heads: flow matching (BLIP3-o) and regression (Pisces).
+FLOW_HEAD = dict(
+    hidden=dict(projector=256), fed_vectors=False, standardise=True,
+    generator=dict(width=192, layers=3, heads=3, mlp_hidden=384, local_condition=True, unroll=True),
+)  # fmt: skip
+REGRESSION_HEAD = dict(hidden=dict(projector=256, vector_head=256), place_embedding=True, fed_vectors=False)
+# What a unified stage trains and the next one goes on from, beside the encoders, with each head.
+FLOW_TRAINED = ("language_model", "understanding_projector", "queries", "generator", "feature_statistics")
+REGRESSION_TRAINED = ("language_model", "understanding_projector", "generation_projector", "vector_head")
 
 # The decoder predicts the picture itself: strongly conditioned, it need not pass the noise through.
 FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
+
+# How the flow head is trained and sampled.
+VECTOR_FLOW = dict(drop=0.1, steps=20)
 
 # Rows of `optimizer.param_groups`: (pattern, multiple of the learning rate, weight decay); the first match applies.
 FROZEN_GENERATION_ENCODER = ("generation_encoder/.*", 0.0, 0.0)

@@ -97,7 +97,8 @@ def get_config() -> ConfigDict:
         optimizer=dict(OPTIMIZER, warmup_steps=20, final_rate=1.0), log=LOG_WITHOUT_SAMPLES,
     )  # fmt: skip
     questions = run_config(
-        **STAGE, name="questions", steps=200, model=MODEL, init_from=FROZEN | dict.fromkeys(parts.FLOW_TRAINED, "colours"),
+        **STAGE, name="questions", steps=200, model=MODEL,
+        init_from=FROZEN | dict.fromkeys(parts.FLOW_TRAINED, "colours"),
         data=dict(ROWS, read_slots=29, draw_slots=1, **parts.train_and_evaluate(
             parts.SHAPES_HELD_OUT,
             conversation=dict(FOUR, task="conversation", question_kinds=("colour", "existence"), num_examples=16_000),

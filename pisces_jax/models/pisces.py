@@ -9,7 +9,7 @@ that is drawn is learned as the generation encoder's short, pooled one, `Pool(ϕ
   of a diffusion transformer, the generator, that makes the whole map of vectors from noise.
 
 A batch holds groups of rows. The rows of a group share a pool of pictures, each with a pointer (row, start) to its
-place. Without its encoders the model is the language model alone.
+place. A model without the understanding encoder draws and reads text alone; without both it is the language model.
 
 Letters: B groups, G rows per group, T positions, P pictures per group, n read vectors, m drawn vectors, D width, C the
 generation encoder's width.
@@ -64,8 +64,8 @@ class PiscesConfig:
     fed_vectors: bool = True
 
     def __post_init__(self) -> None:
-        if (self.understanding_encoder is None) != (self.generation_encoder is None):
-            raise ValueError("a unified model has both encoders or none")
+        if self.understanding_encoder is not None and self.generation_encoder is None:
+            raise ValueError("a model that reads pictures draws them too: give it a generation encoder")
         if self.generator is None and self.standardise:
             raise ValueError("standardise is a setting of the flow head: name a generator, or leave it out")
 
@@ -74,7 +74,8 @@ class PiscesConfig:
         """The names of the parameters' parts."""
         if self.generation_encoder is None:
             return ("language_model",)
-        common = ("language_model", "understanding_encoder", "generation_encoder", "understanding_projector")
+        reads = self.understanding_encoder is not None
+        common = ("language_model", *("understanding_encoder", "understanding_projector") * reads, "generation_encoder")
         if self.generator is None:
             return (*common, "generation_projector", "vector_head")
         extra = ("feature_statistics",) * self.standardise + ("generation_projector",) * self.fed_vectors
@@ -168,11 +169,12 @@ class Pisces(nn.Module):
         c = self.config
         width = c.language_model.width
         self.language_model = Transformer(c.language_model, self.dtype)
-        if c.understanding_encoder is None or c.generation_encoder is None:
+        if c.generation_encoder is None:
             return
-        self.understanding_encoder = ViT(c.understanding_encoder, self.dtype)
         self.generation_encoder = ViT(c.generation_encoder, self.dtype)
-        self.understanding_projector = Projector(width, c.projector_hidden, self.dtype)
+        if c.understanding_encoder is not None:
+            self.understanding_encoder = ViT(c.understanding_encoder, self.dtype)
+            self.understanding_projector = Projector(width, c.projector_hidden, self.dtype)
         features = c.generation_encoder.output_width
         if c.generator is None or c.fed_vectors:
             grid = math.isqrt(c.draw_vectors) if c.place_embedding and c.generator is None else 0
@@ -296,7 +298,8 @@ class Pisces(nn.Module):
     def init_all(self, images: Array, drawn: Array, tokens: Array) -> None:
         """Touches every parameter: what `init` is called with."""
         self.language_model.init_all(tokens)
-        self.read(images)
+        if self.config.understanding_encoder is not None:
+            self.read(images)
         features = self.features(drawn)
         x = self.drawn_inputs(features)
         if self.config.generator is None:

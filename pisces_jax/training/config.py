@@ -286,14 +286,15 @@ def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
 
 
 def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
-    """The unified model's settings; a config whose model has no encoder is a language model alone."""
+    """The unified model's settings; a config whose model has no encoder is a language model alone, and one without the
+    understanding encoder draws but reads no pictures."""
     language_model = transformer_config(config, vocab_size)
     if not {"understanding_encoder", "generation_encoder"} & set(config.model):
         return PiscesConfig(language_model)
-    hidden = _part(config, "hidden")
-    flow = "generator" in config.model
+    flow, reads = "generator" in config.model, "understanding_encoder" in config.model
     place_embedding = config.model.get("place_embedding", False)
     fed_vectors = config.model.get("fed_vectors", True)
+    hidden = _part(config, "hidden") if reads or fed_vectors or not flow else {}
     if flow and (place_embedding or "vector_head" in hidden):
         raise UserError(
             "model.generator makes this a flow head: model.place_embedding and model.hidden.vector_head are of "
@@ -304,10 +305,10 @@ def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
     try:
         return PiscesConfig(
             language_model=language_model,
-            understanding_encoder=vit_config(config, "understanding_encoder"),
+            understanding_encoder=vit_config(config, "understanding_encoder") if reads else None,
             generation_encoder=vit_config(config, "generation_encoder"),
             pool=config.model.pool,
-            projector_hidden=hidden["projector"],
+            projector_hidden=hidden.get("projector", 0),
             vector_head_hidden=0 if flow else hidden["vector_head"],
             generator=generator_config(config, language_model.width) if flow else None,
             standardise=config.model.get("standardise", False),

@@ -30,8 +30,8 @@ LLAMA_3_2_1B = TransformerConfig(
     rope_theta=500_000.0, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), eps=1e-5, tied_embedding=True,
 )  # fmt: skip
 
-# Qwen2.5-VL's language models (Bai et al. 2025, arXiv 2502.13923), which BLIP3-o starts from, with their text positions:
-# for text its three-dimensional rotary embedding is the plain one.
+# The language models of Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923), which BLIP3-o starts from. For text their
+# three-dimensional rotary embedding is the plain one.
 QWEN_2_5_VL_7B = TransformerConfig(
     vocab_size=152_064, width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp_hidden=18_944,
     rope_theta=1_000_000.0, eps=1e-6, qkv_bias=True,
@@ -79,14 +79,9 @@ def latent_decoder(encoder: ViTConfig, pool: int, autoencoder: AutoencoderConfig
     )  # fmt: skip
 
 
-def feature_generator(condition_width: int) -> DiTConfig:
-    """BLIP3-o's generator of EVA-CLIP-E-plus features from the states at 64 queries: 1,365,010,336 parameters where these
-    are 3,584 wide (the 8B model)."""
-    return DiTConfig(
-        size=8, patch_size=1, channels=1792, width=1792, layers=24, heads=28, mlp_hidden=4864,
-        condition_width=condition_width, condition_vectors=64, published=True,
-    )  # fmt: skip
-
+# BLIP3-o's generator of visual vectors (arXiv 2505.09568), as `model.generator`: 1,365,010,336 parameters for the 8×8
+# map of EVA-CLIP-E-plus features and the 3,584-wide states of its 8B model.
+FEATURE_GENERATOR = dict(width=1792, layers=24, heads=28, mlp_hidden=4864, published=True)
 
 # What a config says elsewhere: the tokenizer its vocabulary, the generation encoder what the decoder is conditioned on.
 _IMPLIED = ("vocab_size", "condition_width", "condition_vectors")

@@ -163,14 +163,14 @@ class UnifiedProgram(Program):
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         c, tokens = self.model.config, jnp.zeros((1, 8), jnp.int32)
-        if c.understanding_encoder is None or c.generation_encoder is None:
+        if c.generation_encoder is None:
             language_model = Transformer(c.language_model, self.model.dtype)
             return {"language_model": language_model.init(key, tokens, method="init_all")["params"]}
 
         def blank(size: int) -> Array:
             return jnp.zeros((1, size, size, 3), jnp.uint8)
 
-        images = blank(c.understanding_encoder.image_size), blank(c.generation_encoder.image_size)
+        images = blank(c.read_size), blank(c.draw_size)
         params = dict(self.model.init(key, *images, tokens, method="init_all")["params"])
         decoding = {} if self.reconstruction is None else self.reconstruction.init(jax.random.fold_in(key, 1))
         return {**decoding, **params}
@@ -271,20 +271,19 @@ class UnifiedProgram(Program):
         c = self.model.config
         groups, rows, length = spec["tokens"].shape
         forward = {"language_model": groups * rows * flops.transformer(c.language_model, length)}
-        if c.understanding_encoder is None or c.generation_encoder is None:
+        if c.generation_encoder is None:
             return forward
         cached = "draw_features" in spec  # then no encoder runs
         width, features = c.language_model.width, c.generation_encoder.output_width
-        read = groups * spec["read_images"].shape[1]
         draw = groups * spec["draw_features" if cached else "draw_images"].shape[1]
-        read_vectors, drawn_vectors = read * c.read_vectors, draw * c.draw_vectors
+        drawn_vectors = draw * c.draw_vectors
         features_to_text = drawn_vectors * flops.projector(features, c.projector_hidden, width)
-        forward |= {
-            "understanding_encoder": read * flops.vit(c.understanding_encoder),
-            "generation_encoder": 0.0 if cached else draw * flops.vit(c.generation_encoder),
-            "understanding_projector": read_vectors
-            * flops.projector(c.understanding_encoder.output_width, c.projector_hidden, width),
-        }
+        forward["generation_encoder"] = 0.0 if cached else draw * flops.vit(c.generation_encoder)
+        if (reader := c.understanding_encoder) is not None:
+            read = groups * spec["read_images"].shape[1]
+            projector = flops.projector(reader.output_width, c.projector_hidden, width)
+            forward["understanding_encoder"] = read * flops.vit(reader)
+            forward["understanding_projector"] = read * c.read_vectors * projector
         if c.generator is None:
             forward["vector_head"] = drawn_vectors * flops.projector(width, c.vector_head_hidden, features)
         else:

@@ -413,6 +413,27 @@ def test_a_map_that_is_no_square_is_refused():
         make_program(config, L.vocab_size)
 
 
+def test_a_model_may_draw_and_read_no_pictures():
+    """BLIP3-o's generation alone: the losses are those of a model that could read, on rows with nothing to read."""
+    layout = dataclasses.replace(tiny.LAYOUT, read_slots=0)
+    batch = tiny.batch(tiny.pack([[tiny.DRAW, tiny.TWO]], layout))
+    reads, draws = flow_config(), flow_config()
+    del draws.model.understanding_encoder, draws.model.hidden
+    both, alone = (make_program(c, L.vocab_size) for c in (reads, draws))
+    assert set(both.parts(reads)) - set(alone.parts(draws)) == {"understanding_encoder", "understanding_projector"}
+    params = nn.unbox(both.init(jax.random.key(0)))
+    losses = [
+        {
+            k: float(v.compute())
+            for k, v in p.losses({n: params[n] for n in p.parts(c)}, batch, jax.random.key(0))[0].items()
+        }
+        for p, c in ((both, reads), (alone, draws))
+    ]
+    assert losses[0] == losses[1] and losses[0]["vectors"] > 0
+    assert set(nn.unbox(jax.eval_shape(alone.init, jax.random.key(0)))) == set(alone.parts(draws))
+    assert "understanding_encoder" not in alone.forward_flops(alone.batch_spec(draws))
+
+
 def test_forward_is_the_same_with_regression(params):
     """The heads differ in what is put at the drawn positions and in what is read there, and in nothing before them."""
     batch = given_batch()

@@ -13,6 +13,7 @@ MODEL = dict(
 DECODER = dict(size=16, patch_size=4, channels=3, width=16, layers=1, heads=2, mlp_hidden=32)
 TOWER = dict(width=16, layers=1, heads=2, mlp_hidden=32)
 LANGUAGE = dict(width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp_hidden=32)
+GENERATOR = dict(width=16, layers=1, heads=2, mlp_hidden=32)
 FROZEN = (("generation_encoder/.*", 0.0, 0.0), (".*", 1.0, 0.0))
 
 
@@ -36,7 +37,7 @@ def data(*tasks: str) -> dict:
 def run(name: str, program: str, *tasks: str, model: dict, batch_size: int = 8, **more: object) -> ConfigDict:
     return run_config(
         name=name, program=program, steps=2, batch_size=batch_size, data=data(*tasks), model={**MODEL, **model},
-        flow=dict(steps=2), **more,
+        flow=dict(steps=2), vector_flow=dict(steps=2), **more,
     )  # fmt: skip
 
 
@@ -53,7 +54,10 @@ def get_config(stage: str = "") -> ConfigDict:
         unified=run(
             "unified", "unified", "question", "draw_described", batch_size=16, decoder="decoder", train_decoder=True,
             init_from=dict(pretrained, decoder="decoder"),
-            model=dict(language_model=LANGUAGE, hidden=dict(projector=16, vector_head=16), decoder=DECODER),
+            model=dict(
+                language_model=LANGUAGE, hidden=dict(projector=16), generator=GENERATOR, standardise=True,
+                decoder=DECODER,
+            ),
             optimizer=dict(param_groups=FROZEN), sampling=dict(describe=True, max_tokens=16), log=log,
         ),
     )  # fmt: skip

@@ -9,11 +9,11 @@ import pytest
 import tiny
 from safetensors import SafetensorError
 
+from pisces_jax.data import arrays as arrays_module
+from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.example import TRANSIENT, BrokenExample, Example, Picture, Text, identity
 from pisces_jax.data.images import UnreadablePicture
-from pisces_jax.data.packing import arrays as arrays_module
 from pisces_jax.data.packing import epochs, lengths
-from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.packing.binning import pack
 from pisces_jax.data.packing.layout import Entry, Layout, lay_out
 from pisces_jax.data.packing.lengths import Lengths, scan_lengths

@@ -19,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from pisces_jax.data import storage
+from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.example import SHARD_CHANGED, SHARD_GONE, BrokenExample
 from pisces_jax.data.formats.records import PICTURES, labels, locate, parse_json, parse_object, parse_text, reading
 from pisces_jax.data.images import EncodedImage
-from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.recipes import Record
 from pisces_jax.utils.errors import UserError
 

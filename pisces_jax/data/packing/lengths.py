@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 from tqdm import tqdm
 
+from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.example import TRANSIENT, Text, reason_of
-from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.packing.layout import Layout, Source, lay_out
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.utils.errors import UserError

@@ -138,6 +138,13 @@ def test_a_saved_tokenizer_opens_in_transformers(llama, tmp_path):
     assert got == lay_out(Example(tuple(turns), "chat"), ours, LAYOUT, prompt=True).tokens.tolist()
     got = theirs.apply_chat_template(messages[:2], return_dict=False)
     assert got == lay_out(Example(tuple(turns[:2]), "chat"), ours, LAYOUT).tokens.tolist()
+    # Consecutive turns of one speaker.
+    said = [("user", "be short."), ("user", "what is it?"), ("assistant", "a red"), ("assistant", "circle")]
+    messages = [dict(role=speaker, content=text) for speaker, text in said]
+    turns = [Text(text, learn=speaker == "assistant", turn=speaker) for speaker, text in said]
+    laid = lay_out(Example(tuple(turns), "chat"), ours, LAYOUT)
+    assert laid.tokens.tolist() == theirs.apply_chat_template(messages, return_dict=False)
+    assert theirs.decode(laid.tokens[laid.loss_mask]) == "a red<|eot_id|>circle<|eot_id|>"
 
 
 @pytest.mark.parametrize("text", ["[IMG]", "<|eot_id|> and <image>", "<|start_header_id|>x<|end_header_id|>", "é 大"])
@@ -180,6 +187,12 @@ def test_pictures_stand_in_their_speakers_turns(llama):
     at = 1 + len(user)
     assert read.pictures[0].start == at
     assert read.tokens[at : at + LAYOUT.read_vectors].tolist() == [tokenizer.image] * LAYOUT.read_vectors
+    # A picture that the model's turn shows is in that turn, which ends once.
+    said = (Text("what?", turn="user"), Text("this", learn=True, turn="assistant"), picture("read", 0), Text("a", True))
+    shown = lay_out(Example(said, "x"), tokenizer, LAYOUT).tokens.tolist()
+    seen = [tokenizer.image] * LAYOUT.read_vectors
+    ends = [*tokenizer.encode("this"), *seen, *tokenizer.encode("a"), tokenizer.eos]
+    assert shown[-len(ends) :] == ends and shown.count(tokenizer.eos) == 2
     drawn = lay_out(Example((Text("draw"), picture("draw", 0)), "x"), tokenizer, LAYOUT)
     prompt = lay_out(Example((Text("draw"),), "x"), tokenizer, LAYOUT, prompt=True).tokens
     assert drawn.tokens[: len(prompt)].tolist() == prompt.tolist()

@@ -16,12 +16,12 @@ from typing import Literal, Protocol, runtime_checkable
 import sentencepiece
 import tokenizers
 
+from pisces_jax.data.example import Speaker
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import write_atomic
 
 PAD, BEGIN_IMAGE, END_IMAGE, IMAGE = "<pad>", "[IMG]", "[/IMG]", "<image>"
 APPENDED = (PAD, BEGIN_IMAGE, END_IMAGE, IMAGE)
-Speaker = Literal["user", "assistant"]
 
 
 @runtime_checkable

@@ -385,7 +385,9 @@ def test_conversations(pictures, form):
 
 def test_pictures_without_marks_stand_in_the_first_turn(pictures):
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red."}]
-    path = jsonl(pictures / "talk.json", dict(image="red.png", messages=turns), dict(image="red.png", messages=turns[1:]))
+    path = jsonl(
+        pictures / "talk.json", dict(image="red.png", messages=turns), dict(image="red.png", messages=turns[1:])
+    )
     source = source_of("json", path=path, recipe="conversation")
     assert [part.turn for part in source[0].parts] == [None, None, "assistant"]
     assert [part.turn for part in source[1].parts] == [None, "assistant"]

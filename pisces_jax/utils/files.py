@@ -1,6 +1,7 @@
-"""Atomic writes: a file appears with its whole content, or not at all."""
+"""Atomic writes: a file appears with its whole content, or not at all. And what a file really is (`sniff`)."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -49,3 +50,42 @@ def write_atomic(path: Path, data: str | bytes | Iterable[bytes | memoryview]) -
             data = data.encode()
         for piece in [data] if isinstance(data, bytes) else data:
             file.write(piece)
+
+
+SNIFFED = 512  # bytes that `sniff` looks at
+
+# What files turn out to be where another format was expected, by their first bytes.
+_BEGINNINGS = (
+    (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer without the data (run git lfs pull)"),
+    (b"\x1f\x8b", "compressed by gzip (unpack it)"),
+    (b"BZh", "compressed by bzip2 (unpack it)"),
+    (b"\xfd7zXZ", "compressed by xz (unpack it)"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd (unpack it)"),
+    (b"\x04\x22\x4d\x18", "compressed by lz4 (unpack it)"),
+    (b"PK\x03\x04", "a zip archive (unpack it), or a pickle of PyTorch"),
+    (b"\xff\xfe", "text in UTF-16 (convert it to UTF-8)"),
+    (b"\xfe\xff", "text in UTF-16 (convert it to UTF-8)"),
+)
+_PAGE = re.compile(rb"\s*<(!doctype html|html|head|\?xml)", re.IGNORECASE)
+
+
+def sniff(first_bytes: bytes) -> str | None:
+    """What a file that a reader refused really is, for the reader's message; None if nothing odd is seen.
+
+    To be asked after the reader failed: a safetensors file whose header has 65,279 bytes begins as UTF-16 does.
+
+    Args:
+        first_bytes: the beginning of the file, `SNIFFED` bytes or more where it has them.
+
+    Returns:
+        The end of a sentence that begins with the file's name and "is", such as "a git-lfs pointer ...".
+    """
+    for beginning, meaning in _BEGINNINGS:
+        if first_bytes.startswith(beginning):
+            return meaning
+    start = first_bytes.removeprefix(b"\xef\xbb\xbf")
+    if _PAGE.match(start):
+        return "a web page (the download failed: fetch the file itself)"
+    if first_bytes and not first_bytes[:SNIFFED].strip(b"\0"):
+        return "only zeros (the download broke off: fetch it again)"
+    return None

@@ -572,3 +572,18 @@ def test_every_turn_of_a_conversation_ends():
     got = lay_out(Example(turns, "k"), t, LAYOUT)
     assert got.tokens.tolist() == [t.bos, ord("Q"), ord("A"), t.eos, ord("R"), ord("B"), t.eos]
     assert got.loss_mask.astype(int).tolist() == [0, 0, 1, 1, 0, 1, 1]
+
+
+def test_turns_begin_where_the_parts_say_so():
+    """Two turns of one speaker stay two; a picture inside the model's turn is no end of it."""
+    t = Letters()
+    turns = (Text("Q", turn="user"), Text("A", learn=True, turn="assistant"), Text("B", learn=True, turn="assistant"))
+    got = lay_out(Example(turns, "k"), t, LAYOUT)
+    assert got.tokens.tolist() == [t.bos, ord("Q"), ord("A"), t.eos, ord("B"), t.eos]
+    assert got.loss_mask.astype(int).tolist() == [0, 0, 1, 1, 1, 1]
+    picture = Picture(plain(0, 6), "read")
+    within = (Text("Q", turn="user"), Text("A", learn=True, turn="assistant"), picture, Text("B", learn=True))
+    got = lay_out(Example(within, "k"), t, LAYOUT)
+    seen = [t.image] * LAYOUT.read_vectors
+    assert got.tokens.tolist() == [t.bos, ord("Q"), ord("A"), *seen, ord("B"), t.eos]
+    assert got.loss_mask.astype(int).tolist() == [0, 0, 1, *[0] * len(seen), 1, 1]

@@ -363,8 +363,7 @@ SHAREGPT = {
     ],
 }
 SHAREGPT_PARTS = [
-    ("Be short.", False), RED, ("First?", False), ("Red.", True), ("", False), GREEN, ("And this?", False),
-    ("Green.", True),
+    ("Be short.", False), RED, ("First?", False), ("Red.", True), GREEN, ("And this?", False), ("Green.", True),
 ]  # fmt: skip
 
 
@@ -379,6 +378,19 @@ def test_conversations(pictures, form):
     source = pickle.loads(pickle.dumps(source_of("json", path=str(path), recipe="conversation")))
     assert [shape_of(source[i]) for i in range(len(source))] == [LLAVA_PARTS, SHAREGPT_PARTS, LLAVA_PARTS[3:]]
     assert len({source[i].key for i in range(3)}) == 3
+    # Each turn begins where the file has it; a picture inside a turn is no turn of its own.
+    assert [part.turn for part in source[0].parts] == ["user", None, "assistant", "user", "assistant"]
+    assert [part.turn for part in source[1].parts] == ["user", "user", None, "assistant", "user", None, "assistant"]
+
+
+def test_pictures_without_marks_stand_in_the_first_turn(pictures):
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red."}]
+    path = jsonl(
+        pictures / "talk.json", dict(image="red.png", messages=turns), dict(image="red.png", messages=turns[1:])
+    )
+    source = source_of("json", path=path, recipe="conversation")
+    assert [part.turn for part in source[0].parts] == [None, None, "assistant"]
+    assert [part.turn for part in source[1].parts] == [None, "assistant"]
 
 
 @pytest.mark.parametrize(

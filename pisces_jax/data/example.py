@@ -17,14 +17,16 @@ from pisces_jax.data.images import EncodedImage, fit
 from pisces_jax.utils.errors import UserError
 
 Role = Literal["read", "draw"]
+Speaker = Literal["user", "assistant"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A piece of text; with `learn`, its tokens are predicted (next-token cross-entropy)."""
+    """A piece of text; with `learn`, its tokens are predicted (next-token cross-entropy). `turn` as in `Picture`."""
 
     text: str
     learn: bool = False
+    turn: Speaker | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,13 @@ class Picture:
     """A picture that the model reads (understanding encoder) or draws (next-vector prediction).
 
     `image` is a `uint8 [H, W, 3]` RGB array, or a function that makes it: lengths are known without decoding.
+    `turn` opens a turn of that speaker, also after another one of the same speaker. It lasts until the next part with a
+    `turn`. Parts before the first such part fall into turns by what they are (`layout.lay_out`).
     """
 
     image: np.ndarray | Callable[[], np.ndarray]
     role: Role
+    turn: Speaker | None = None
 
     def array(self) -> UInt8[np.ndarray, "H W 3"]:
         """The decoded picture."""

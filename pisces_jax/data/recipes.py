@@ -236,17 +236,19 @@ def _conversation(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
         parts += [_picture(record, i, "read") for i in pictures]
     elif marks != len(pictures):
         raise BrokenExample(record.key, "marks and pictures differ", f"{marks} {MARK}, {len(pictures)} pictures")
-    taken = 0
+    taken, opened = 0, bool(parts)
     for turn in turns:
-        spoken = bool(parts) and isinstance(parts[-1], Text) and parts[-1].learn
-        if spoken and not turn.model and turn.text.lstrip().startswith(MARK):
-            parts.append(Text(""))  # a picture alone would not end the model's turn
+        said: list[Part] = []
         for i, piece in enumerate(turn.text.split(MARK)):
             if i:
-                parts.append(_picture(record, taken, "read"))
+                said.append(_picture(record, taken, "read"))
                 taken += 1
             if piece.strip():
-                parts.append(Text(piece.strip(), learn=turn.model))
+                said.append(Text(piece.strip(), learn=turn.model))
+        if said and not (opened and not turn.model):  # pictures without marks stand in the user's first turn
+            said[0] = dataclasses.replace(said[0], turn="assistant" if turn.model else "user")
+        opened = opened and not said
+        parts += said
     if not any(isinstance(part, Text) and part.learn for part in parts):
         raise BrokenExample(record.key, "the model says nothing")
     return tuple(parts), ()

@@ -11,17 +11,18 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import sentencepiece
 import tokenizers
 
+from pisces_jax.data.example import Speaker
+from pisces_jax.data.sentencepiece_json import as_tokenizer_json
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import write_atomic
 
 PAD, BEGIN_IMAGE, END_IMAGE, IMAGE = "<pad>", "[IMG]", "[/IMG]", "<image>"
 APPENDED = (PAD, BEGIN_IMAGE, END_IMAGE, IMAGE)
-Speaker = Literal["user", "assistant"]
 
 
 @runtime_checkable
@@ -89,6 +90,15 @@ CHAT_TEMPLATE = (
 )
 
 
+def _describe(folder: Path, bos: str, eos: str, pad: str, **more: Any) -> None:
+    """Writes the `tokenizer_config.json` that transformers needs beside a `tokenizer.json`."""
+    described = dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=pad,
+        clean_up_tokenization_spaces=False, **more,
+    )  # fmt: skip
+    write_atomic(folder / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
+
+
 class LlamaTokenizer:
     """LLaMA 3's `tokenizer.json` with its chat template, in which learned texts and drawn pictures are the assistant's.
 
@@ -98,15 +108,19 @@ class LlamaTokenizer:
 
     def __init__(self, path: str | os.PathLike):
         try:
-            self._load(Path(path).read_text("utf-8"))
+            self._load(Path(path).read_text("utf-8-sig"))
         except KeyError as error:
             raise UserError(f"{path} has no token {error.args[0]}: give the tokenizer.json of LLaMA 3") from error
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{path} cannot be read as a tokenizer ({error}): give LLaMA 3's tokenizer.json") from error
 
     def _load(self, text: str) -> None:
-        self._text = text
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        if self._tokenizer.truncation or self._tokenizer.padding:  # what some program did last with the file
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            text = self._tokenizer.to_str()  # another fingerprint than that of cut texts
+        self._text = text
         self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in APPENDED])
         self._tokenizer.encode_special_tokens = True  # within text they are ordinary characters
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -139,11 +153,7 @@ class LlamaTokenizer:
         """Writes `tokenizer.json` with the appended tokens, and the `tokenizer_config.json` that transformers needs."""
         self._tokenizer.save(str(folder / "tokenizer.json"))
         bos, eos, pad = map(self._tokenizer.id_to_token, (self.bos, self.eos, self.pad))
-        described = dict(
-            tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=pad,
-            chat_template=CHAT_TEMPLATE,
-        )  # fmt: skip
-        write_atomic(folder / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
+        _describe(folder, bos, eos, pad, chat_template=CHAT_TEMPLATE)
 
     def __getstate__(self) -> str:
         return self._text
@@ -208,8 +218,17 @@ class SentencePieceTokenizer:
         return self._processor.DecodeIds([i for i in pieces if not self._processor.IsControl(i)])
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.model` as it was read."""
+        """Writes `tokenizer.model` as it was read and, where that has the same ids, the `tokenizer.json` that
+        transformers reads. Text has no special tokens there either, since there are no turns to write with them.
+        """
         write_atomic(folder / "tokenizer.model", self._model)
+        controls = [self._processor.IdToPiece(i) for i in range(self._pieces) if self._processor.IsControl(i)]
+        appended = [name for name in APPENDED if name not in controls]
+        made = as_tokenizer_json(self._model, "<s>", [*controls, *appended])
+        if made is not None:
+            made.save(str(folder / "tokenizer.json"))
+            unknown = self._processor.IdToPiece(self._processor.unk_id())
+            _describe(folder, "<s>", "</s>", PAD, unk_token=unknown, split_special_tokens=True)
 
     # For data workers: SentencePiece does not promise that its processor can be pickled.
     def __getstate__(self) -> bytes:

@@ -164,5 +164,7 @@ def fingerprint_words(source: Source) -> list[str]:
             words += [] if reason_of(error) in TRANSIENT else ["unreadable"]
             continue
         words.append(example.key)
-        words += [part.text if isinstance(part, Text) else part.role for part in example.parts]
+        for part in example.parts:
+            words += [part.turn] if part.turn else []
+            words.append(part.text if isinstance(part, Text) else part.role)
     return words

@@ -4,7 +4,6 @@ python -m pisces_jax.generate --workdir=DIR --prompt="a photo of a red circle" -
 """
 
 import json
-from pathlib import Path
 
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError, run_command
@@ -28,13 +27,13 @@ def main() -> None:
     shared.add_run_flags(parser)
     shared.add_prompt_flags(parser)
     parser.add_argument(
-        "--geneval", type=Path, metavar="F.jsonl", help="draw the prompts of a GenEval metadata file, and write the "
-        "pictures in GenEval's layout (00000/metadata.jsonl, 00000/samples/0000.png), which `evaluate --folder` scores",
+        "--geneval", type=cli.path, metavar="F.jsonl", help="draw the prompts of a GenEval metadata file, and write "
+        "the pictures in GenEval's layout (00000/metadata.jsonl, 00000/samples/0000.png), which `evaluate --folder` scores",
     )  # fmt: skip
     parser.add_argument("--num_images", type=cli.whole_number(1), default=4, help="pictures per prompt (default 4)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="another seed, other pictures (default 0)")
     shared.add_drawing_flags(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR2", help="the folder to write into")
+    parser.add_argument("--out", required=True, type=cli.path, metavar="DIR2", help="the folder to write into")
     flags = parser.parse()
 
     from pisces_jax.data.example import Text

@@ -1,18 +1,17 @@
 """Flags of the commands that draw."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.utils.cli import Parser, number
+from pisces_jax.utils.cli import Parser, number, path
 from pisces_jax.utils.errors import UserError
 
 
 def add_run_flags(parser: Parser) -> None:
     """Which run to use."""
-    parser.add_argument("--workdir", type=Path, metavar="DIR", required=True, help="where the model was trained")
+    parser.add_argument("--workdir", type=path, metavar="DIR", required=True, help="where the model was trained")
     parser.add_argument("--run", default="", help="the run in it (default: the unified one that finished last)")
 
 
@@ -41,7 +40,7 @@ def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict
 def add_prompt_flags(parser: Parser) -> None:
     """What to draw."""
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--prompts_file", type=Path, metavar="F", help="a text file with a prompt on each line")
+    parser.add_argument("--prompts_file", type=path, metavar="F", help="a text file with a prompt on each line")
 
 
 def given_prompts(flags: argparse.Namespace) -> list[str]:

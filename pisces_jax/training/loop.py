@@ -24,6 +24,7 @@ from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.base import check_batch
 from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.training.tokenizer import load_tokenizer
+from pisces_jax.utils.cli import say
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.processes import primary
 from pisces_jax.weights.folder import Folder, read_part
@@ -46,7 +47,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     """
     check_run(workdir, config)
     if is_finished(workdir / config.name):
-        print(f"{config.name}: finished already ({config.steps} steps)")
+        say(f"{config.name}: finished already ({config.steps} steps)")
         return
     mesh = make_mesh(**config.mesh)
     tokenizer = load_tokenizer(config, workdir)

@@ -1,4 +1,4 @@
-"""Atomic writes: a file appears with its whole content, or not at all. And what a file really is (`sniff`)."""
+"""Paths as users give them, atomic writes (a file appears whole or not at all), and what a file really is."""
 
 import os
 import re
@@ -7,6 +7,39 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pisces_jax.utils.errors import UserError
+
+
+def expand_home(path: str) -> str:
+    """The path with a leading `~` or `~name` written out, whoever gives it: a shell does so only where a word begins.
+
+    Raises:
+        UserError: nobody knows that home folder.
+    """
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path and not os.path.exists(path):
+        raise UserError(f"{path} names a home folder that this machine does not know: give the whole path")
+    return expanded
+
+
+def local_path(text: str) -> Path:
+    """A path on this machine, with `~` expanded: for everything that is not read through `data.storage`.
+
+    Raises:
+        UserError: it is the address of a bucket or web page, or in a home folder that nobody knows.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*://", text):
+        raise UserError(f"{text} is not on this machine: give a local path, such as a folder where it is mounted")
+    return Path(expand_home(text))
+
+
+def user_cache(name: str) -> Path | None:
+    """The user's folder for what can be made again; None for a user without a home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pisces_jax" / name
+    except RuntimeError:  # no HOME, and the system does not know the user
+        return None
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -14,6 +47,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The parent folder is created. The temporary file's name is unique among all processes on all hosts that share the
     folder. The new file has the default permissions of the process.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -22,8 +58,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield Path(temporary)
         os.chmod(temporary, 0o666 & ~umask())  # mkstemp lets only the owner read it
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, temporary):
+            error.filename = str(path)  # which the user knows; a write that fails names no file at all
         raise
 
 

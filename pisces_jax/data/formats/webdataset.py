@@ -25,6 +25,7 @@ from pisces_jax.data.formats.records import PICTURES, labels, locate, parse_json
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import local_path, user_cache
 
 VERSION = 2  # of the index
 TEXTS = ("txt", "text", "caption")
@@ -218,14 +219,15 @@ def index_shards(paths: Sequence[str], index_dir: str | None = None, workers: in
 
 def _place(path: str, index_dir: str | None) -> Path:
     whole = path if storage.is_remote(path) else os.path.abspath(path)
-    digest = hashlib.blake2b(whole.encode(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(os.fsencode(whole), digest_size=6).hexdigest()
     if index_dir is None:
         beside = Path(f"{path}.index")
         if not storage.is_remote(path) and (beside.exists() or os.access(beside.parent, os.W_OK)):
             return beside
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        index_dir = str(Path(cache) / "pisces_jax" / "index")
-    return Path(index_dir) / f"{Path(path).name}-{digest}.index"
+        if (cache := user_cache("index")) is None:
+            raise UserError(f"there is no place for the index of {path}: set index_dir to a folder")
+        index_dir = str(cache)
+    return local_path(index_dir) / f"{Path(path).name}-{digest}.index"
 
 
 def _write_index(path: str, place: Path) -> None:

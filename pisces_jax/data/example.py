@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8, UInt32
 
 from pisces_jax.data.images import EncodedImage, fit
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.errors import UserError, cut
 
 Role = Literal["read", "draw"]
 Speaker = Literal["user", "assistant"]
@@ -82,7 +82,7 @@ class BrokenExample(UserError):
     """An example that cannot be used: its `key`, a `reason` of a few words to count by, and what exactly was found."""
 
     def __init__(self, key: str, reason: str, found: str = ""):
-        super().__init__(f"example {key}: {reason}{f' ({found})' if found else ''}")
+        super().__init__(f"example {cut(key)}: {reason}{f' ({cut(found)})' if found else ''}")
         self.key, self.reason = key, reason
         self._words = key, reason, found
 
@@ -93,9 +93,10 @@ class BrokenExample(UserError):
 SHARD_GONE = "the shard is gone or cannot be read"
 SHARD_CHANGED = "the shard changed since it was indexed"
 FILE_GONE = "the file is gone or cannot be read"
+FILE_CHANGED = "the file changed since it was opened"
 # Failures of the storage, not of the example, which may be readable another time: lengths and features that were
 # made meanwhile are not kept.
-TRANSIENT = frozenset({SHARD_GONE, SHARD_CHANGED, FILE_GONE})
+TRANSIENT = frozenset({SHARD_GONE, SHARD_CHANGED, FILE_GONE, FILE_CHANGED})
 
 
 def reason_of(error: UserError) -> str:
@@ -105,5 +106,5 @@ def reason_of(error: UserError) -> str:
 
 def identity(*words: object) -> UInt32[np.ndarray, "2"]:
     """A stable 64-bit hash of `words`, as two numbers. On the device, it keys an example's noise."""
-    digest = hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\0".join(map(str, words)).encode(errors="surrogatepass"), digest_size=8).digest()
     return np.frombuffer(digest, dtype="<u4").astype(np.uint32)

@@ -12,6 +12,12 @@ class UserError(Exception):
     """A mistake of the user: its message is one sentence that says what to change."""
 
 
+def cut(value: object, most: int = 300) -> str:
+    """`value` as text for a message: of a long one, its beginning and its length."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}… of {len(text):,} characters"
+
+
 # What the system refuses because of the machine, whoever asks: no bug of the program.
 _DISK = "free some space, or write to another disk"
 _RIGHTS = "change its permissions, or give another path"

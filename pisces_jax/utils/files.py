@@ -104,6 +104,7 @@ _BEGINNINGS = (
     (b"\xff\xfe", "text in UTF-16 (convert it to UTF-8)"),
     (b"\xfe\xff", "text in UTF-16 (convert it to UTF-8)"),
 )
+_UTF16 = re.compile(rb"[\[{\"<]\0[^\0]\0|\0[\[{\"<]\0[^\0]")  # without a mark
 _PAGE = re.compile(rb"\s*<(!doctype html|html|head|\?xml)", re.IGNORECASE)
 
 
@@ -121,6 +122,8 @@ def sniff(first_bytes: bytes) -> str | None:
     for beginning, meaning in _BEGINNINGS:
         if first_bytes.startswith(beginning):
             return meaning
+    if _UTF16.match(first_bytes):
+        return _BEGINNINGS[-1][1]
     start = first_bytes.removeprefix(b"\xef\xbb\xbf")
     if _PAGE.match(start):
         return "a web page (the download failed: fetch the file itself)"

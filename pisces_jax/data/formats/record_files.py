@@ -12,6 +12,7 @@ import numpy as np
 
 from pisces_jax.data import storage
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import SNIFFED, sniff
 
 OPEN_READERS = 64  # each has a descriptor
 
@@ -61,6 +62,8 @@ def count_records(path: str) -> int:
     """
     reader = _reader(path, storage.signature(path))
     if not reader.ok():  # it would count none
+        if (meaning := sniff(storage.read(path, 0, SNIFFED))) is not None:
+            raise UserError(f"{path} is {meaning}, not an ArrayRecord file")
         raise UserError(f"{path} cannot be read as ArrayRecord: fix or remove it, or change path")
     return reader.num_records()
 

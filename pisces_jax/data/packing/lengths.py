@@ -149,7 +149,7 @@ def _scan_span(span: tuple[int, int]) -> Lengths:
 
 def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
     """Changes with all that can change a length."""
-    words = ["1", tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, layout.length]
+    words = ["2", tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, layout.length]
     words += fingerprint_words(source)
     return hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).hexdigest()
 

@@ -203,7 +203,7 @@ def _stat(path: str) -> os.stat_result:
 
 def _unreachable(path: str, error: OSError) -> Unreachable:
     kind = Missing if error.errno in _NO_FILE or isinstance(error, FileNotFoundError) else Unreachable
-    return kind(f"{cut(path)} cannot be read ({error.strerror or cut(error)}): put it back or change path")
+    return kind(f"{cut(path, 150)} cannot be read ({error.strerror or cut(error)}): put it back or change path")
 
 
 def _request(path: str, ask: Callable[[Any, str], T]) -> T:

@@ -125,10 +125,22 @@ def _open(path: str) -> Any:
     import pyarrow.parquet
 
     try:
-        source = pyarrow.PythonFile(storage.File(path), mode="r") if storage.is_remote(path) else path
-        return pyarrow.parquet.ParquetFile(source)
+        return pyarrow.parquet.ParquetFile(_source(path))
     except (OSError, pyarrow.ArrowException) as error:
         raise _failed(path, error) from error
+
+
+def _source(path: str) -> Any:
+    """What Arrow opens itself, which is faster, by its path: local files whose names are UTF-8."""
+    import pyarrow
+
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        own = False
+    else:
+        own = not storage.is_remote(path)
+    return path if own else pyarrow.PythonFile(storage.File(path), mode="r")
 
 
 def _failed(path: str, error: Exception) -> UserError:

@@ -120,7 +120,7 @@ class WebDataset:
             raise BrokenExample(key, PROBLEMS[index.problem[i]], path)
         found: dict[str, Any] = {}
         pictures = {}
-        for m in sorted(_needed(index, i, fields), key=lambda m: _rank(index.kinds[index.kind[m]])):
+        for m in sorted(_needed(index, i, fields), key=lambda m: _rank(index.kinds[int(index.kind[m])])):
             kind = index.kinds[index.kind[m]]
             read = functools.partial(_read, path, index.signature, int(index.offset[m]), int(index.size[m]), key)
             name, _, suffix = kind.rpartition(".")
@@ -179,7 +179,7 @@ def _needed(index: Index, i: int, fields: frozenset[str] | None) -> list[int]:
     if fields is None:
         return list(members)
     needed, left = [], fields
-    for m in sorted(members, key=lambda m: _rank(index.kinds[index.kind[m]]), reverse=True):
+    for m in sorted(members, key=lambda m: _rank(index.kinds[int(index.kind[m])]), reverse=True):
         kind = index.kinds[index.kind[m]]
         if kind in TEXTS:
             use = "text" in left
@@ -350,7 +350,7 @@ def _members(path: str, file: storage.File, total: int) -> Iterator[tarfile.TarI
     except (tarfile.TarError, EOFError, ValueError) as error:
         if not total:
             raise
-        if (meaning := sniff(file.seek(0) or file.read(SNIFFED))) is not None:
+        if (meaning := sniff(storage.read(path, 0, SNIFFED))) is not None:
             raise UserError(f"{path} is {meaning}, not a plain tar file") from error
         raise UserError(f"{path} is not a tar file ({error}): remove it from path") from error
     with archive:

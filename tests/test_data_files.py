@@ -8,6 +8,7 @@ import os
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -67,7 +68,8 @@ def open_json(folder, *objects, **spec):
 
 def parquet(folder, rows, schema=None, **spec):
     path = folder / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
+    with open(path, "wb") as file:  # Arrow takes no name that is not UTF-8
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
     return make_source(dict(kind="parquet", path=str(path), **spec)).source
 
 
@@ -79,6 +81,14 @@ def shard(folder, *members, **spec):
             archive.addfile(info, io.BytesIO(data))
     spec = dict(kind="webdataset", path=str(folder / "a.tar"), recipe="pair", index_workers=1) | spec
     return make_source(spec).source
+
+
+def talk(folder, *turns, field="messages", **fields):
+    return parts(open_json(folder, {field: turns, **fields}, recipe="conversation"))
+
+
+def said(speaker, content, **more):
+    return {"role": speaker, "content": content, **more}
 
 
 # What a file is
@@ -186,9 +196,8 @@ def test_nan_in_files(folder):
     assert parts(source) == ["read red", "0.5"] and "a field is missing" in parts(source, 1)
     source = shard(folder, ("1.png", png(255, 0, 0)), ("1.json", b'{"text": Infinity}'))
     assert "a field is missing (text; it has text" in parts(source)
-    source = open_json(folder, {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": 1.5}]},
-                       {"messages": [{"role": "assistant", "content": float("nan")}]}, recipe="conversation")  # fmt: skip
-    assert parts(source) == ["?", "[1.5]"] and "its text is nan" in parts(source, 1)
+    assert talk(folder, said("user", "?"), said("assistant", 1.5)) == ["?", "[1.5]"]
+    assert "its text is nan" in talk(folder, said("user", "?"), said("assistant", float("nan")))
 
 
 def test_labels_of_parquet_have_the_names_of_the_schema(folder):
@@ -289,7 +298,7 @@ def test_every_spelling_of_a_picture(folder):
 @pytest.mark.parametrize(
     "question, found",
     [
-        ("<Image>\nWhat?", ["read red", "read blue", "What?"]),  # one mark of two
+        ("<Image>\nWhat?", "marks and pictures differ"),  # one mark for two pictures
         ("<image_1>: What? <image_2>", ["read red", ": What?", "read blue"]),
         ("<image 2> first, <image 1>", ["read blue", "first,", "read red"]),
         ("<|image_0|> and <|image_1|>", ["read red", "and", "read blue"]),
@@ -301,12 +310,10 @@ def test_every_spelling_of_a_picture(folder):
         ("<img>red.png</img> What?", "a mark that is not understood (<img>)"),
         ("<video>\nWhat?", "a mark that is not understood (<video>)"),
         ("<|vision_start|><|image_pad|>", "a mark that is not understood (<|vision_start|>)"),
-        ("<video><source></video> in HTML, <image/>", ["read red", "read blue", "<video><source></video> in HTML, <image/>"]),
+        ("<video><a></video> <image/>", ["read red", "read blue", "<video><a></video> <image/>"]),  # HTML
     ],
 )  # fmt: skip
 def test_marks_of_pictures(folder, question, found):
-    if question.startswith("<Image>"):
-        found = "marks and pictures differ"
     images = ["red.png", "blue.png"]
     for recipe, fields in (
         ("question", {"question": question, "answer": "This."}),
@@ -314,14 +321,6 @@ def test_marks_of_pictures(folder, question, found):
     ):
         shown = parts(open_json(folder, {"images": images, **fields}, recipe=recipe))
         assert found in shown if isinstance(found, str) else shown == [*found, "[This.]"]
-
-
-def talk(folder, *turns, field="messages", **fields):
-    return parts(open_json(folder, {field: turns, **fields}, recipe="conversation"))
-
-
-def said(speaker, content, **more):
-    return {"role": speaker, "content": content, **more}
 
 
 def test_turns_of_every_style(folder):
@@ -508,8 +507,6 @@ def test_names_that_are_not_utf8(folder):
         os.mkdir(odd)
     except OSError:
         pytest.skip("the file system takes only UTF-8")
-    from pathlib import Path
-
     place = Path(odd)
     (place / "red.png").write_bytes(RED)
     expected = ["read red", "x"]

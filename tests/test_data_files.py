@@ -14,12 +14,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiny
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from pisces_jax.data import storage
-from pisces_jax.data.example import BrokenExample, Text
+from pisces_jax.data.example import BrokenExample, Text, identity
 from pisces_jax.data.formats.records import picture
 from pisces_jax.data.images import UnreadablePicture, load_image
+from pisces_jax.data.packing.layout import Layout
+from pisces_jax.data.packing.lengths import scan_lengths
 from pisces_jax.data.recipes import Recipe, Record
 from pisces_jax.data.sources import make_source
 from pisces_jax.utils.errors import UserError, cut
@@ -89,6 +92,16 @@ def talk(folder, *turns, field="messages", **fields):
 
 def said(speaker, content, **more):
     return {"role": speaker, "content": content, **more}
+
+
+def array_record(path, *records):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return str(path)
 
 
 # What a file is
@@ -516,7 +529,12 @@ def test_names_that_are_not_utf8(folder):
     assert parts(shard(place, ("1.png", RED), ("1.txt", b"x"))) == expected
     jsonl(place / "metadata.jsonl", {"file_name": "red.png", "text": "x"})
     source = make_source(dict(kind="image_folder", path=odd, recipe="pair")).source
-    assert parts(source) == expected and source[0].of_epoch(0, 0).parts == source[0].parts
+    assert parts(source) == expected and identity(source[0].key).shape == (2,)
+    found = scan_lengths(source, tiny.Letters(), Layout(4, 4, 64, 1, 1, 1, 8, 8), folder=place / "lengths")
+    assert found.tokens.min() > 0 and len(list((place / "lengths").iterdir())) == 1
+    os.rename(array_record(folder / "r", json.dumps(record).encode()), place / "r")
+    spec = dict(kind="array_record", path=f"{odd}/r", image_root=odd, recipe="pair")
+    assert parts(make_source(spec).source) == expected
 
 
 def test_values_in_messages_are_cut(folder):

@@ -5,6 +5,7 @@ goes on reading a file that was replaced.
 """
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,4 +75,4 @@ def count_records(path: str) -> int:
 def _reader(path: str, signature: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+    return ArrayRecordReader(os.fsencode(path), options="readahead_buffer_size:0", file_reader_buffer_size=32768)

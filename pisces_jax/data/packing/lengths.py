@@ -151,7 +151,7 @@ def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
     """Changes with all that can change a length."""
     words = ["2", tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, layout.length]
     words += fingerprint_words(source)
-    return hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("\0".join(map(str, words)).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def fingerprint_words(source: Source) -> list[str]:

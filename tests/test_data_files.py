@@ -374,6 +374,10 @@ def test_the_plain_name_is_the_picture(folder):
     assert "several pictures (jpg, png: set" in parts(shard(folder, ("1.png", RED), ("1.jpg", b""), ("1.txt", b"x")))
     named = shard(folder, *masks, ("1.png", RED), ("1.txt", b"x"), images=("mask.png",))
     assert parts(named) == ["read blue", "x"]
+    several = [("1.10.png", BLUE), ("1.2.png", RED), ("1.question.txt", b"What?"), ("1.answer.txt", b"This.")]
+    source = shard(folder, *several, images="*.png", recipe="question")
+    assert parts(source) == ["read red", "read blue", "What?", "[This.]"]
+    assert "a picture is missing" in parts(shard(folder, *several, images="*.jpg", recipe="question"))
 
 
 def test_the_first_dot_ends_a_name(folder):

@@ -5,11 +5,13 @@ folder is not writable, in the user's cache). It holds for the shard's size and 
 """
 
 import concurrent.futures
+import fnmatch
 import functools
 import hashlib
 import io
 import multiprocessing
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,8 +80,8 @@ class WebDataset:
     `prompt`. Other small members have their whole suffix as their name, with `_` for a dot (in a format, a dot asks for
     an attribute). Of several members that give one field, in whatever order they come, a text is taken before others,
     and a member of its own before a field of the `.json`. `images` names the members that are pictures ("jpg",
-    "input.png") in the order in which a recipe takes them; by default it is the one with a plain name ("jpg" beside
-    "mask.png"), or the only one. `index_dir` is where the indices go, by default beside the
+    "input.png", or all that match "*.jpg") in the order in which a recipe takes them; by default it is the one with a
+    plain name ("jpg" beside "mask.png"), or the only one. `index_dir` is where the indices go, by default beside the
     shards, and `index_workers` the number of processes that make them.
 
     Raises:
@@ -140,7 +142,7 @@ class WebDataset:
                     found[kind.replace(".", "_")] = parse_text(data, key)
                 except BrokenExample:  # an array or the like, which is not a field
                     continue
-        wanted = self.images if self.images is not None else _plain(tuple(pictures))
+        wanted = _plain(tuple(pictures)) if self.images is None else _matching(self.images, tuple(pictures))
         note = FIRST_DOT if any("." in kind for kind in pictures) else ""
         missing = [kind for kind in wanted if kind not in pictures]
         if missing or not pictures:
@@ -159,6 +161,12 @@ class WebDataset:
         if index is None:
             raise UserError(f"the index {self._index_paths[shard]} is gone: start again, which makes a new one")
         return index
+
+
+def _matching(images: Sequence[str], kinds: Sequence[str]) -> Sequence[str]:
+    """The names `images`, with those of a sample's pictures that match in place of a pattern, 2 before 10."""
+    ordered = sorted(kinds, key=lambda kind: [(len(word), word) for word in re.findall(r"\d+|\D", kind)])
+    return [kind for name in images for kind in (fnmatch.filter(ordered, name) or [name])]
 
 
 def _plain(kinds: Sequence[str]) -> Sequence[str]:

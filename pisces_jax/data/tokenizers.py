@@ -31,10 +31,12 @@ class Tokenizer(Protocol):
 
     `image` stands for one visual vector; `begin_image` and `end_image` enclose those of a drawn picture.
     `fingerprint` changes whenever the ids of some text may change. `end_of_turn` ends a turn of a conversation, except
-    the last; it is None if the tokenizer has no turns. `special` are the ids that never come from text.
+    the last; it is None if the tokenizer has no turns. `special` are the ids that never come from text. The first
+    `own_size` tokens are those of its file; special tokens that the file lacks follow.
     """
 
     vocab_size: int
+    own_size: int
     pad: int
     bos: int
     eos: int
@@ -121,6 +123,7 @@ class LlamaTokenizer:
             self._tokenizer.no_padding()
             text = self._tokenizer.to_str()  # another fingerprint than that of cut texts
         self._text = text
+        self.own_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in APPENDED])
         self._tokenizer.encode_special_tokens = True  # within text they are ordinary characters
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -187,11 +190,11 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model)
         self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
-        self._pieces = self.vocab_size = self._processor.GetPieceSize()
+        self.own_size = self.vocab_size = self._processor.GetPieceSize()
         self.bos, self.eos = self._control("<s>"), self._control("</s>")
         self.pad, self.begin_image, self.end_image, self.image = map(self._special, APPENDED)
-        controls = [i for i in range(self._pieces) if self._processor.IsControl(i)]
-        self.special = frozenset([*controls, *range(self._pieces, self.vocab_size)])
+        controls = [i for i in range(self.own_size) if self._processor.IsControl(i)]
+        self.special = frozenset([*controls, *range(self.own_size, self.vocab_size)])
 
     def _control(self, piece: str) -> int:
         i = self._processor.PieceToId(piece)
@@ -214,7 +217,7 @@ class SentencePieceTokenizer:
         return self._processor.EncodeAsIds(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        pieces = [i for i in map(int, ids) if i < self._pieces]
+        pieces = [i for i in map(int, ids) if i < self.own_size]
         return self._processor.DecodeIds([i for i in pieces if not self._processor.IsControl(i)])
 
     def save(self, folder: Path) -> None:
@@ -222,7 +225,7 @@ class SentencePieceTokenizer:
         transformers reads. Text has no special tokens there either, since there are no turns to write with them.
         """
         write_atomic(folder / "tokenizer.model", self._model)
-        controls = [self._processor.IdToPiece(i) for i in range(self._pieces) if self._processor.IsControl(i)]
+        controls = [self._processor.IdToPiece(i) for i in range(self.own_size) if self._processor.IsControl(i)]
         appended = [name for name in APPENDED if name not in controls]
         made = as_tokenizer_json(self._model, "<s>", [*controls, *appended])
         if made is not None:

@@ -149,7 +149,8 @@ def test_a_saved_tokenizer_opens_in_transformers(llama, tmp_path):
 
 # Spaces, special tokens, bytes, letters that normalisation changes.
 WRITTEN = [
-    *TEXTS, "", " ", "  a  red   circle ", "\ta\n\nb", "▁a ▁▁", "[IMG] <s></s><image> <pad> <unk> <0x41>", "é 大きさ 🙂",
+    *TEXTS, "", " ", "  a  red   circle ", "\ta\n\nb", "▁a ▁▁", "[IMG] <s></s><image> <pad> <unk> <0x41>",
+    "é 大きさ 🙂",
     "ﬁ Ⅳ １２", "redredcirclestarstar", "a\u2028b\u3000c", "aaaaaaa",
 ]  # fmt: skip
 

@@ -62,12 +62,15 @@ def read_architecture(folder: Path) -> tuple[str, Any]:
 
 def _preprocessors(folder: Path) -> Iterator[tuple[Path, Json]]:
     """What a folder says of its pictures, in the words of transformers; where files differ, the last one is right."""
-    for name, key in (("config.json", "pretrained_cfg"), ("open_clip_config.json", "preprocess_cfg")):  # timm, open_clip
+    for name, key in (
+        ("config.json", "pretrained_cfg"),
+        ("open_clip_config.json", "preprocess_cfg"),
+    ):  # timm, open_clip
         path = folder / name
         if path.exists() and (given := read_json(path).get(key)):
-            size = given.get("size", (given.get("input_size") or [None])[1:])
             yield path, dict(
-                image_mean=given.get("mean"), image_std=given.get("std"), resample=given.get("interpolation"), size=size,
+                image_mean=given.get("mean"), image_std=given.get("std"), resample=given.get("interpolation"),
+                size=given.get("size", (given.get("input_size") or [None])[1:]),
                 crop_pct=given.get("crop_pct"), resize_mode=given.get("crop_mode", given.get("resize_mode")),
             )  # fmt: skip
     # transformers 5 writes the first of these, and takes it where both exist.
@@ -92,7 +95,9 @@ def _preprocessed(config: ViTConfig, given: Json, refuse: Refuse) -> ViTConfig:
     if given.get("crop_pct") not in (None, 1):
         raise refuse(f"a crop_pct of {given['crop_pct']}", "take an encoder that sees the whole middle square (1.0)")
     if given.get("resize_mode") not in (None, "center", "shortest", "squash"):
-        raise refuse(f"resizing by {given['resize_mode']!r}", "take an encoder of middle squares or of stretched pictures")
+        raise refuse(
+            f"resizing by {given['resize_mode']!r}", "take an encoder of middle squares or of stretched pictures"
+        )
     for key in ("crop_size", "size"):
         sizes = given.get(key)
         sizes = sizes.values() if isinstance(sizes, Mapping) else sizes if isinstance(sizes, list) else [sizes]

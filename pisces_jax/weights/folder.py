@@ -217,7 +217,8 @@ def _other_head(settings: TransformerConfig, tensors: Mapping[str, Tensor]) -> b
     head, embedding = found[names["head"]].array(), found[names["embedding"]].array()
     blocks = range(0, len(head), 4096)
     return head.shape != embedding.shape or not all(
-        np.array_equal(head[i : i + 4096].astype(np.float32), embedding[i : i + 4096].astype(np.float32)) for i in blocks
+        np.array_equal(head[i : i + 4096].astype(np.float32), embedding[i : i + 4096].astype(np.float32))
+        for i in blocks
     )
 
 

@@ -84,6 +84,7 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     return SentencePieceTokenizer(model)
 
 
+_BOS, _EOS = "<|begin_of_text|>", "<|eot_id|>"
 # LLaMA 3's turns, for transformers.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
@@ -129,7 +130,7 @@ class LlamaTokenizer:
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.pad, self.begin_image, self.end_image, self.image = map(self._id, APPENDED)
-        self.bos, self.eos = self._id("<|begin_of_text|>"), self._id("<|eot_id|>")
+        self.bos, self.eos = self._id(_BOS), self._id(_EOS)
         self.end_of_turn: int | None = self.eos
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
@@ -155,8 +156,7 @@ class LlamaTokenizer:
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` with the appended tokens, and the `tokenizer_config.json` that transformers needs."""
         self._tokenizer.save(str(folder / "tokenizer.json"))
-        bos, eos, pad = map(self._tokenizer.id_to_token, (self.bos, self.eos, self.pad))
-        _describe(folder, bos, eos, pad, chat_template=CHAT_TEMPLATE)
+        _describe(folder, _BOS, _EOS, PAD, chat_template=CHAT_TEMPLATE)
 
     def __getstate__(self) -> str:
         return self._text

@@ -276,3 +276,7 @@ def test_folders_without_a_tokenizer_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json cannot be read"):
         open_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(UserError, match=f"{name} is a git-lfs pointer"):
+            open_tokenizer(tmp_path / name)

@@ -445,6 +445,8 @@ def test_what_configs_leave_out_in_other_ways(tmp_path):
     """A null in place of nothing; the rotary base beside rope_parameters, as between transformers 4 and 5."""
     write(tmp_path / "a")
     change(tmp_path / "a", quantization_config=None, rope_parameters=dict(rope_type="default"), rope_theta=1234.0)
+    path = tmp_path / "a/config.json"
+    path.write_text(path.read_text(), "utf-8-sig")  # a byte order mark, as some editors write
     opened = Folder.open(f"{tmp_path}/a").settings
     assert opened.rope_theta == 1234.0 and opened.rope_scaling is None
 

@@ -19,7 +19,7 @@ import tokenizers
 from pisces_jax.data.example import Speaker
 from pisces_jax.data.sentencepiece_json import as_tokenizer_json
 from pisces_jax.utils.errors import UserError
-from pisces_jax.utils.files import write_atomic
+from pisces_jax.utils.files import SNIFFED, sniff, write_atomic
 
 PAD, BEGIN_IMAGE, END_IMAGE, IMAGE = "<pad>", "[IMG]", "[/IMG]", "<image>"
 APPENDED = (PAD, BEGIN_IMAGE, END_IMAGE, IMAGE)
@@ -93,6 +93,16 @@ CHAT_TEMPLATE = (
 )
 
 
+def _found(path: str | os.PathLike) -> str:
+    """What a file is that cannot be read, for a message; "" if that is not seen."""
+    try:
+        with open(path, "rb") as file:
+            meaning = sniff(file.read(SNIFFED))
+    except OSError:
+        return ""
+    return f"is {meaning}, no tokenizer" if meaning else ""
+
+
 def _describe(folder: Path, bos: str, eos: str, pad: str, **more: Any) -> None:
     """Writes the `tokenizer_config.json` that transformers needs beside a `tokenizer.json`."""
     described = dict(
@@ -115,7 +125,8 @@ class LlamaTokenizer:
         except KeyError as error:
             raise UserError(f"{path} has no token {error.args[0]}: give the tokenizer.json of LLaMA 3") from error
         except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{path} cannot be read as a tokenizer ({error}): give LLaMA 3's tokenizer.json") from error
+            found = _found(path) or f"cannot be read as a tokenizer ({error})"
+            raise UserError(f"{path} {found}: give LLaMA 3's tokenizer.json") from error
 
     def _load(self, text: str) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -178,7 +189,8 @@ class SentencePieceTokenizer:
         try:
             self._load(Path(path).read_bytes())
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read as a SentencePiece model: give another path") from error
+            found = _found(path) or "cannot be read as a SentencePiece model"
+            raise UserError(f"{path} {found}: give another path") from error
         except KeyError as error:
             raise UserError(
                 f"the SentencePiece model {path} has no control symbol {error.args[0]}: "

@@ -1,40 +1,17 @@
 """The settings of a published folder as ours, and a part's settings as a `config.json`."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.utils.errors import UserError
-from pisces_jax.utils.files import SNIFFED, sniff
 from pisces_jax.weights.config_json import BICUBIC, NATIVE, READERS, WRITERS, Json, Refuse, family_of_file
+from pisces_jax.weights.tensors import read_json
 
 # Settings of how a model runs or is initialised: they do not make it another model.
 _RUNNING = {"attention", "remat", "unroll", "post_scale", "vocab_size", "vocab_multiple"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        UserError: the file is missing or is not a JSON object.
-    """
-    try:
-        values = json.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): give a folder of published weights with its {path.name}"
-        ) from error
-    except ValueError as error:
-        with path.open("rb") as file:
-            meaning = sniff(file.read(SNIFFED))
-        raise UserError(
-            f"{path} is {meaning}, not JSON" if meaning else f"{path} is not valid JSON ({error}): download it again"
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object: download it again")
-    return values
 
 
 def read_architecture(folder: Path) -> tuple[str, Any]:

@@ -112,6 +112,28 @@ def _damage(path: Path, reason: str) -> str:
     return f"{path} is damaged or not a safetensors file ({reason}): download it again"
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: the file is missing or is not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give a folder of published weights with its {path.name}"
+        ) from error
+    except ValueError as error:
+        with path.open("rb") as file:
+            meaning = sniff(file.read(SNIFFED))
+        raise UserError(
+            f"{path} is {meaning}, not JSON" if meaning else f"{path} is not valid JSON ({error}): download it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object: download it again")
+    return values
+
+
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors of a published folder: of its one file, or of several files with their index.
 
@@ -134,10 +156,11 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         raise UserError(without_safetensors(str(folder), [f.name for f in folder.iterdir()]))
     if chosen.suffix != ".json":
         return read_header(chosen)
+    index = read_json(chosen)
     try:
-        weight_map = json.loads(chosen.read_text("utf-8-sig"))["weight_map"]
+        weight_map = index["weight_map"]
         parts = {name: folder / Path(file).name for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{chosen} cannot be read as an index of safetensors: download it again") from error
     missing = sorted({path.name for path in parts.values() if not path.is_file()})
     if missing:

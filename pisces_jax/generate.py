@@ -38,12 +38,14 @@ def main() -> None:
 
     from pisces_jax.data.example import Text
     from pisces_jax.data.instructions import draw_instruction
-    from pisces_jax.evaluation import geneval_folder
+    from pisces_jax.evaluation import geneval, geneval_folder
     from pisces_jax.evaluation.grids import Cell, labelled_grid, png
     from pisces_jax.inference.model import load_model
+    from pisces_jax.shapes_world.scene import SHAPES
 
     prompts = shared.given_prompts(flags)
-    metadata = geneval_folder.read_prompts(flags.geneval) if flags.geneval else []
+    known = (*geneval.CLASSES, *SHAPES)
+    metadata = geneval_folder.read_prompts(flags.geneval, known) if flags.geneval else []
     if prompts and flags.geneval:
         raise UserError("--geneval gives all prompts: leave --prompt and --prompts_file out")
     prompts += [line["prompt"] for line in metadata]

@@ -149,7 +149,8 @@ def test_a_saved_tokenizer_opens_in_transformers(llama, tmp_path):
 
 # Spaces, special tokens, bytes, letters that normalisation changes.
 WRITTEN = [
-    *TEXTS, "", " ", "  a  red   circle ", "\ta\n\nb", "▁a ▁▁", "[IMG] <s></s><image> <pad> <unk> <0x41>", "é 大きさ 🙂",
+    *TEXTS, "", " ", "  a  red   circle ", "\ta\n\nb", "▁a ▁▁", "[IMG] <s></s><image> <pad> <unk> <0x41>",
+    "é 大きさ 🙂",
     "ﬁ Ⅳ １２", "redredcirclestarstar", "a\u2028b\u3000c", "aaaaaaa",
 ]  # fmt: skip
 
@@ -275,3 +276,7 @@ def test_folders_without_a_tokenizer_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json cannot be read"):
         open_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(UserError, match=f"{name} is a git-lfs pointer"):
+            open_tokenizer(tmp_path / name)

@@ -4,6 +4,7 @@ Opened from `tokenizer.model` alone, transformers 5 takes LLaMA 2's rules whatev
 ids. Here the model's own rules are written out (https://github.com/google/sentencepiece: normalizer.cc, bpe_model.cc).
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +26,8 @@ def as_tokenizer_json(model: bytes, bos: str, special: Sequence[str]) -> tokeniz
         None where the library of tokenizers has other rules: for unigram models, for user-defined symbols, and for
         spaces at the ends of words.
     """
-    from sentencepiece import sentencepiece_model_pb2  # takes protobuf, which encoding does not need
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    # It takes protobuf, which encoding does not need.
+    proto = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(model)
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     symbols = any(p.type == p.USER_DEFINED for p in proto.pieces)
     if trainer.model_type != _BPE or trainer.treat_whitespace_as_suffix or symbols:

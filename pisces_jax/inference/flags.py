@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.utils.cli import Parser, number, path
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import sniff
 
 
 def add_run_flags(parser: Parser) -> None:
@@ -54,13 +55,13 @@ def given_prompts(flags: argparse.Namespace) -> list[str]:
     prompts = flags.prompt
     if (file := flags.prompts_file) is not None:
         try:
-            lines = file.read_text("utf-8").splitlines()
+            content = file.read_bytes()
+            lines = content.decode("utf-8-sig").split("\n")  # other line breaks may stand within a prompt
         except OSError as error:
             raise UserError(f"--prompts_file={file} cannot be read ({error.strerror}): give a text file") from error
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompts_file={file} is not UTF-8 text: give a file with a prompt on each line"
-            ) from error
+            found = sniff(content) or "not UTF-8 text"
+            raise UserError(f"--prompts_file={file} is {found}: give a file with a prompt on each line") from error
         if not any(line.strip() for line in lines):
             raise UserError(f"--prompts_file={file} holds no prompt: write one on each line")
         prompts = prompts + [line for line in lines if line.strip()]

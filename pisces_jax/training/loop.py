@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.sharding import batch_share, make_mesh
 from pisces_jax.training import flops, input, optimizer
 from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_step, is_finished, load_part, open_run
@@ -54,7 +55,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     program = make_program(config, tokenizer.vocab_size)
     trainer = make_trainer(program, config, mesh)
     trained = set(trainer.shardings.trained)
-    parts = starting_parts(config, workdir, trainer, tokenizer.vocab_size)
+    parts = starting_parts(config, workdir, trainer, tokenizer)
     for fallback in trainer.fallbacks:
         log.warning("%s", fallback)
 
@@ -150,7 +151,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         raise KeyboardInterrupt
 
 
-def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_size: int) -> dict[str, Any]:
+def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, tokenizer: Tokenizer) -> dict[str, Any]:
     """The parts that start from other runs' weights (host arrays) or from published folders (already sharded).
 
     Raises:
@@ -165,10 +166,10 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_si
             raise UserError(f"config key init_from.{part}: the model's parts are {', '.join(shapes)}")
         if is_folder(source):
             folder = Folder.open(source)
-            folder.check(part_settings(config, part, vocab_size), f"model.{part}")
+            folder.check(part_settings(config, part, tokenizer.vocab_size), f"model.{part}", tokenizer.own_size)
             parts[part] = read_part(
-                folder, shapes[part], vocab_size=vocab_size, shardings=shardings[part],
-                dtype=jax.tree.map(lambda x: x.dtype, shapes[part]), doing=f"reading {part}",
+                folder, shapes[part], vocab_size=tokenizer.vocab_size, own_tokens=tokenizer.own_size,
+                shardings=shardings[part], dtype=jax.tree.map(lambda x: x.dtype, shapes[part]), doing=f"reading {part}",
             )  # fmt: skip
             continue
         tree = load_part(workdir, source, part)

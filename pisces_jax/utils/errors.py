@@ -5,7 +5,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 
 class UserError(Exception):
@@ -36,6 +36,12 @@ def refusal(error: OSError) -> str | None:
         return None
     where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
     return f"{where}{error.strerror}: {_REFUSED[error.errno]}"
+
+
+def listed(items: Sequence[object], most: int = 8, separator: str = ", ") -> str:
+    """At most `most` items for a message, and how many more there are."""
+    rest = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*map(str, items[:most]), *rest])
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -27,7 +27,7 @@ from pisces_jax.weights.config_json import NATIVE, family_of, preprocessor_json
 from pisces_jax.weights.families import FAMILIES, Family
 from pisces_jax.weights.folder import Flat, Folder, flatten, native_family, progress_bar
 from pisces_jax.weights.layout import Entry
-from pisces_jax.weights.tensors import Pending, slabs, write_folder
+from pisces_jax.weights.tensors import Pending, common_dtype, slabs, write_folder
 
 
 def import_folder(source: str, target: Path, dtype: str | None = None) -> tuple[Folder, int]:
@@ -121,7 +121,7 @@ def _pending(family: Family, settings: Any, flat: Flat, dtype: str | None) -> li
         if rows[0].vocabulary and tokens is not None:
             shape = (tokens, *shape[1:])
         name = family.prefixes[0] + rows[0].theirs.format(i=layer)
-        kind = np.dtype(dtype) if dtype else functools.reduce(np.promote_types, [np.dtype(a.dtype) for a in ours])
+        kind = np.dtype(dtype) if dtype else common_dtype(np.dtype(a.dtype) for a in ours)
         give = functools.partial(_pieces, rows, ours, layer, shape)
         pending.append(Pending(name, rows[0].published_shape(shape), kind, give))
     return pending

@@ -28,7 +28,7 @@ def main() -> None:
     shared.add_prompt_flags(parser)
     parser.add_argument(
         "--geneval", type=cli.path, metavar="F.jsonl", help="draw the prompts of a GenEval metadata file, and write "
-        "the pictures in GenEval's layout (00000/metadata.jsonl, 00000/samples/0000.png), which `evaluate --folder` scores",
+        "the pictures in GenEval's layout (00000/metadata.jsonl, 00000/samples/0000.png), for `evaluate --folder`",
     )  # fmt: skip
     parser.add_argument("--num_images", type=cli.whole_number(1), default=4, help="pictures per prompt (default 4)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="another seed, other pictures (default 0)")

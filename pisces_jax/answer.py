@@ -3,8 +3,6 @@
 python -m pisces_jax.answer --workdir=DIR --image=F --question="what colour is the circle?"
 """
 
-from pathlib import Path
-
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError, run_command
 
@@ -22,7 +20,7 @@ def main() -> None:
     )
     add_run_flags(parser)
     parser.add_argument(
-        "--image", required=True, type=Path, metavar="F", help="a picture: PNG, JPEG, WebP, GIF, BMP, TIFF"
+        "--image", required=True, type=cli.path, metavar="F", help="a picture: PNG, JPEG, WebP, GIF, BMP, TIFF"
     )
     parser.add_argument("--question", help="what to ask (default: to describe the picture)")
     parser.add_argument(

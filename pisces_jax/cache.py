@@ -3,8 +3,6 @@
 python -m pisces_jax.cache --config=configs/X.py[:stage] --workdir=DIR [--config.key=value ...]
 """
 
-from pathlib import Path
-
 from pisces_jax.utils import cli, processes
 from pisces_jax.utils.errors import UserError, run_command
 
@@ -23,7 +21,7 @@ def main() -> None:
         ],
     )
     parser.add_argument("--config", required=True, metavar="FILE:STAGE", help="a stage with a frozen encoder")
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the encoder's run is")
+    parser.add_argument("--workdir", required=True, type=cli.path, metavar="DIR", help="where the encoder's run is")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     parser.add_argument("--batch_size", type=cli.whole_number(1), default=64, help="pictures at a time (default 64)")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="that decode pictures (default 2)")

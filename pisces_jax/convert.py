@@ -5,7 +5,6 @@ python -m pisces_jax.convert export --workdir=DIR --out=FOLDER
 """
 
 import signal
-from pathlib import Path
 
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import run_command
@@ -48,7 +47,7 @@ def import_weights(argv: list[str]) -> None:
         help="a folder in the layout of transformers (LLaMA, SigLIP, CLIP), diffusers (AutoencoderKL), timm, open_clip "
         "or Emu2 (EVA-CLIP); or hf://ORGANISATION/NAME[/SUBFOLDER][@REVISION], which is downloaded",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder to write")
+    parser.add_argument("--out", required=True, type=cli.path, metavar="DIR", help="a new folder to write")
     parser.add_argument("--dtype", choices=_DTYPES, help="the dtype to store (default: that of the files)")
     flags = parser.parse(argv)
     cli.check_output(flags.out, "--out", folder=True)
@@ -72,11 +71,11 @@ def export_weights(argv: list[str]) -> None:
             "--workdir=runs/pisces_1b --run=stage3 --part=language_model --dtype=bfloat16 --out=exported",
         ],
     )  # fmt: skip
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="the folder of the training")
+    parser.add_argument("--workdir", required=True, type=cli.path, metavar="DIR", help="the folder of the training")
     parser.add_argument("--run", default="", help="the run in it (default: the unified run that finished last)")
     parser.add_argument("--part", action="append", default=[], help="a part to export; may be repeated (default: all)")
     parser.add_argument("--dtype", choices=_DTYPES, help="the dtype to store (default: that of the run)")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new folder to write")
+    parser.add_argument("--out", required=True, type=cli.path, metavar="FOLDER", help="a new folder to write")
     flags = parser.parse(argv)
     cli.check_output(flags.out, "--out", folder=True)
 

@@ -5,7 +5,6 @@ python -m pisces_jax.demo --workdir=runs/shapes
 
 import json
 import time
-from pathlib import Path
 
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import run_command
@@ -19,7 +18,7 @@ def main() -> None:
         "scores the last, and writes scores.json, samples.png and report.html into the work directory.",
         ["--workdir=runs/shapes", "--workdir=runs/seed1 --config=configs/shapes.py --config.seed=1"],
     )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/shapes"), metavar="DIR", help="default runs/shapes")
+    parser.add_argument("--workdir", type=cli.path, default="runs/shapes", metavar="DIR", help="default runs/shapes")
     parser.add_argument("--config", default="configs/shapes.py", metavar="FILE", help="default configs/shapes.py")
     from pisces_jax.evaluation import suite
 

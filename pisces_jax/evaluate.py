@@ -28,14 +28,14 @@ def main() -> None:
         ],
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--workdir", type=Path, metavar="DIR", help="where the model was trained")
-    where.add_argument("--folder", type=Path, metavar="DIR", help="for --task=geneval: pictures of the shapes world's "
-                       "prompts in GenEval's layout, as `generate --geneval` writes them")  # fmt: skip
+    where.add_argument("--workdir", type=cli.path, metavar="DIR", help="where the model was trained")
+    where.add_argument("--folder", type=cli.path, metavar="DIR", help="for --task=geneval: pictures of the shapes "
+                       "world's prompts in GenEval's layout, as `generate --geneval` writes them")  # fmt: skip
     parser.add_argument("--run", default="", help="the run in --workdir (default: the unified one that finished last)")
     parser.add_argument("--task", required=True, help="geneval, spread, reading, reconstruction, pictures or all")
-    parser.add_argument("--out", type=Path, metavar="F.json", help="a JSON file with every number that is printed; "
+    parser.add_argument("--out", type=cli.path, metavar="F.json", help="a JSON file with every number that is printed; "
                         "with --folder GenEval's results file, a line per picture")  # fmt: skip
-    parser.add_argument("--grid", type=Path, metavar="F.png", help="a sheet of what was drawn and read, to look at")
+    parser.add_argument("--grid", type=cli.path, metavar="F.png", help="a sheet of what was drawn and read, to look at")
     parser.add_argument("--both", action="store_true", help="geneval: with descriptions and without")
     add_drawing_flags(parser)
     suite.add_amount_flags(parser)

@@ -4,7 +4,6 @@ python -m pisces_jax.generate --workdir=DIR --prompt="a photo of a red circle" -
 """
 
 import json
-from pathlib import Path
 
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError, run_command
@@ -28,23 +27,25 @@ def main() -> None:
     shared.add_run_flags(parser)
     shared.add_prompt_flags(parser)
     parser.add_argument(
-        "--geneval", type=Path, metavar="F.jsonl", help="draw the prompts of a GenEval metadata file, and write the "
-        "pictures in GenEval's layout (00000/metadata.jsonl, 00000/samples/0000.png), which `evaluate --folder` scores",
+        "--geneval", type=cli.path, metavar="F.jsonl", help="draw the prompts of a GenEval metadata file, and write "
+        "the pictures in GenEval's layout (00000/metadata.jsonl, 00000/samples/0000.png), for `evaluate --folder`",
     )  # fmt: skip
     parser.add_argument("--num_images", type=cli.whole_number(1), default=4, help="pictures per prompt (default 4)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="another seed, other pictures (default 0)")
     shared.add_drawing_flags(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR2", help="the folder to write into")
+    parser.add_argument("--out", required=True, type=cli.path, metavar="DIR2", help="the folder to write into")
     flags = parser.parse()
 
     from pisces_jax.data.example import Text
     from pisces_jax.data.instructions import draw_instruction
-    from pisces_jax.evaluation import geneval_folder
+    from pisces_jax.evaluation import geneval, geneval_folder
     from pisces_jax.evaluation.grids import Cell, labelled_grid, png
     from pisces_jax.inference.model import load_model
+    from pisces_jax.shapes_world.scene import SHAPES
 
     prompts = shared.given_prompts(flags)
-    metadata = geneval_folder.read_prompts(flags.geneval) if flags.geneval else []
+    known = (*geneval.CLASSES, *SHAPES)
+    metadata = geneval_folder.read_prompts(flags.geneval, known) if flags.geneval else []
     if prompts and flags.geneval:
         raise UserError("--geneval gives all prompts: leave --prompt and --prompts_file out")
     prompts += [line["prompt"] for line in metadata]

@@ -6,7 +6,6 @@ python -m pisces_jax.plan --config=configs/X.py[:stage] --topology=v5p:4x4x4 [--
 import argparse
 import json
 import os
-from pathlib import Path
 
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError, run_command
@@ -37,7 +36,7 @@ def main() -> None:
         "--vocab_size", type=cli.whole_number(1), default=0, help="tokens (default: the config's, or 128,260)"
     )
     parser.add_argument("--search", action="store_true", help="try meshes, accumulation and rematerialisation")
-    parser.add_argument("--json", type=Path, metavar="F.json", help="also write the plan to this file")
+    parser.add_argument("--json", type=cli.path, metavar="F.json", help="also write the plan to this file")
     flags = parser.parse(rest)
     if flags.search and flags.mesh is not None:
         raise UserError("--search tries meshes: leave --mesh out, or --search")

@@ -3,8 +3,6 @@
 python -m pisces_jax.train --config=configs/X.py[:stage] --workdir=DIR [--config.key=value ...]
 """
 
-from pathlib import Path
-
 from pisces_jax.utils import cli, processes
 from pisces_jax.utils.errors import run_command
 
@@ -23,7 +21,7 @@ def main() -> None:
         ],
     )
     parser.add_argument("--config", required=True, metavar="FILE[:STAGE]", help="a file like those in configs/")
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the runs are kept")
+    parser.add_argument("--workdir", required=True, type=cli.path, metavar="DIR", help="where the runs are kept")
     cli.add_process_flags(parser)
     parser.add_argument(
         "--dry_run", action="store_true", help="try one of everything on this machine, say go, and leave nothing"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pisces_jax.evaluation.geneval import TAGS
+from pisces_jax.inference.flags import given_prompts
 from pisces_jax.shapes_world import drawing
 from pisces_jax.shapes_world.text import geneval_prompts
 from pisces_jax.training.config_files import load_stages
@@ -113,6 +115,16 @@ def test_training_again_does_nothing(trained, call):
     before = contents(trained / "run")
     status, out, _ = call("train", f"--config={TINY}:pretrain", f"--workdir={trained / 'run'}")
     assert status == 0 and "finished already" in out and contents(trained / "run") == before
+
+
+def test_only_a_newline_ends_a_prompt(tmp_path):
+    """A byte order mark is no part of a prompt; other breaks stand for spaces within one."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red\u2028circle\r\na\x85blue\x0csquare\n\n", "utf-8-sig", newline="")
+    assert given_prompts(Namespace(prompt=[], prompts_file=path)) == ["a red circle", "a blue square"]
+    path.write_text("a red circle", "utf-16")
+    with pytest.raises(UserError, match="is text in UTF-16"):
+        given_prompts(Namespace(prompt=[], prompts_file=path))
 
 
 def test_generate_writes_pictures_grid_and_prompts(trained, call, tmp_path):

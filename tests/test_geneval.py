@@ -133,6 +133,8 @@ def test_overall_is_the_unweighted_mean_of_kinds():
     assert list(scores) == ["counting", "colors", "position", "overall"]
     with pytest.raises(UserError):
         geneval.scores([])
+    with pytest.raises(UserError, match="correct is 'False' for a picture of colors: write true or false"):
+        geneval.scores([("colors", "False")])
 
 
 # Prompts
@@ -156,6 +158,38 @@ def test_official_prompts_are_read_and_ours_have_their_form(data_folder):
         return line["tag"], tuple(line), *clauses
 
     assert {str(form(line)) for line in geneval_prompts(20)} == {str(form(line)) for line in official}
+
+
+def test_the_classes_are_the_official_ones(data_folder):
+    path = data_folder / "geneval" / "object_names.txt"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    assert geneval.CLASSES == tuple(path.read_text().split("\n")[: len(geneval.CLASSES)])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (prompt("Counting", clause("bench")), "tag 'Counting', .* did you mean 'counting'"),
+        (prompt("colors", clause("bench", color="gray")), "colour 'gray', .* known ones are red, orange"),
+        (prompt("single_object", clause("Bench")), "class 'Bench', .* did you mean 'bench'"),
+        (prompt("counting", clause("bench"), exclude=[clause("benches", 2)]), "class 'benches'"),
+    ],
+)
+def test_what_can_never_be_right_is_refused(tmp_path, line, said):
+    path = tmp_path / "metadata.jsonl"
+    path.write_text(json.dumps(line))
+    with pytest.raises(UserError, match=f"line 1 has the {said}"):
+        geneval_folder.read_prompts(path, geneval.CLASSES)
+
+
+def test_only_a_newline_ends_a_prompt(tmp_path):
+    """A byte order mark is no part of the first, and other line breaks stand within one."""
+    lines = [dict(prompt("single_object", clause("bench")), prompt=f"a photo{c}of it") for c in "\u2028\x85\x0b"]
+    path = tmp_path / "metadata.jsonl"
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines).replace("\\u000b", "\u2029")
+    path.write_text(text, "utf-8-sig")
+    assert [line["prompt"][7] for line in geneval_folder.read_prompts(path)] == ["\u2028", "\x85", "\u2029"]
 
 
 # Files
@@ -186,6 +220,9 @@ def test_folder_in_the_official_layout(tmp_path):
 
     scores, results = geneval_folder.score_folder(tmp_path / "out", FixedDetector(found("cross", 0.5)))
     assert scores == {"single_object": 1.0, "colors": 0.0, "overall": 0.5}
+    for other in ("grid.png", "0000_mask.png", "0000 (1).png"):  # what other programs leave there
+        (tmp_path / "out/00000/samples" / other).write_bytes(b"no picture")
+    assert geneval_folder.score_folder(tmp_path / "out", FixedDetector(found("cross", 0.5))) == (scores, results)
     rows = [json.loads(row) for row in results.decode().splitlines()]
     assert [row["correct"] for row in rows] == [True, True, False, False]
     assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]

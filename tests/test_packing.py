@@ -9,11 +9,11 @@ import pytest
 import tiny
 from safetensors import SafetensorError
 
+from pisces_jax.data import arrays as arrays_module
+from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.example import TRANSIENT, BrokenExample, Example, Picture, Text, identity
 from pisces_jax.data.images import UnreadablePicture
-from pisces_jax.data.packing import arrays as arrays_module
 from pisces_jax.data.packing import epochs, lengths
-from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.packing.binning import pack
 from pisces_jax.data.packing.layout import Entry, Layout, lay_out
 from pisces_jax.data.packing.lengths import Lengths, scan_lengths
@@ -572,3 +572,18 @@ def test_every_turn_of_a_conversation_ends():
     got = lay_out(Example(turns, "k"), t, LAYOUT)
     assert got.tokens.tolist() == [t.bos, ord("Q"), ord("A"), t.eos, ord("R"), ord("B"), t.eos]
     assert got.loss_mask.astype(int).tolist() == [0, 0, 1, 1, 0, 1, 1]
+
+
+def test_turns_begin_where_the_parts_say_so():
+    """Two turns of one speaker stay two; a picture inside the model's turn is no end of it."""
+    t = Letters()
+    turns = (Text("Q", turn="user"), Text("A", learn=True, turn="assistant"), Text("B", learn=True, turn="assistant"))
+    got = lay_out(Example(turns, "k"), t, LAYOUT)
+    assert got.tokens.tolist() == [t.bos, ord("Q"), ord("A"), t.eos, ord("B"), t.eos]
+    assert got.loss_mask.astype(int).tolist() == [0, 0, 1, 1, 1, 1]
+    picture = Picture(plain(0, 6), "read")
+    within = (Text("Q", turn="user"), Text("A", learn=True, turn="assistant"), picture, Text("B", learn=True))
+    got = lay_out(Example(within, "k"), t, LAYOUT)
+    seen = [t.image] * LAYOUT.read_vectors
+    assert got.tokens.tolist() == [t.bos, ord("Q"), ord("A"), *seen, ord("B"), t.eos]
+    assert got.loss_mask.astype(int).tolist() == [0, 0, 1, *[0] * len(seen), 1, 1]

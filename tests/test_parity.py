@@ -23,6 +23,7 @@ from pisces_jax.models import layers
 from pisces_jax.models.layers import apply
 from pisces_jax.models.transformer import Transformer, empty_cache
 from pisces_jax.weights import config_json
+from pisces_jax.weights.architecture import read_architecture
 from pisces_jax.weights.export import export_part
 from pisces_jax.weights.folder import Folder, part_shapes, read_part
 
@@ -304,6 +305,24 @@ def test_what_files_leave_out_is_what_their_libraries_take(family, kind):
         assert theirs[key] == value, key
     if family == "llama":
         assert theirs["rope_parameters"] == {"rope_theta": 10_000.0, "rope_type": "default"}
+
+
+def test_the_original_length_of_llama3_scaling_is_found_as_in_transformers(tmp_path):
+    scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    inside = dict(scaling, original_max_position_embeddings=32)
+    for rope, more in (
+        (scaling, dict(max_position_embeddings=512)),
+        (scaling, {}),
+        (scaling, dict(original_max_position_embeddings=64)),
+        (inside, dict(original_max_position_embeddings=64)),
+        (inside, dict(max_position_embeddings=512)),
+    ):
+        values = dict(model_type="llama", rope_scaling=rope, rope_theta=5e5, **more)
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        theirs = LlamaConfig.from_pretrained(tmp_path)
+        theirs.standardize_rope_params()
+        ours = read_architecture(tmp_path)[1].rope_scaling.original_max_position
+        assert ours == theirs.rope_parameters["original_max_position_embeddings"]
 
 
 # --- preprocessing

@@ -177,6 +177,7 @@ def test_it_reads_draws_and_is_exported(trained, tmp_path, monkeypatch):
     tokens = open_tokenizer(tmp_path / "out/language_model")
     theirs = GenerationConfig.from_pretrained(tmp_path / "out/language_model")
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (tokens.bos, tokens.eos, tokens.pad)
+    assert theirs.suppress_tokens == sorted(tokens.special - {tokens.eos})
     assert AutoConfig.from_pretrained(tmp_path / "out/language_model").eos_token_id == tokens.eos
     monkeypatch.setattr(
         cli, "arguments", lambda: ["import", f"--from={tmp_path}/out/decoder/", f"--out={tmp_path}/again"]

@@ -138,6 +138,66 @@ def test_a_saved_tokenizer_opens_in_transformers(llama, tmp_path):
     assert got == lay_out(Example(tuple(turns), "chat"), ours, LAYOUT, prompt=True).tokens.tolist()
     got = theirs.apply_chat_template(messages[:2], return_dict=False)
     assert got == lay_out(Example(tuple(turns[:2]), "chat"), ours, LAYOUT).tokens.tolist()
+    # Consecutive turns of one speaker.
+    said = [("user", "be short."), ("user", "what is it?"), ("assistant", "a red"), ("assistant", "circle")]
+    messages = [dict(role=speaker, content=text) for speaker, text in said]
+    turns = [Text(text, learn=speaker == "assistant", turn=speaker) for speaker, text in said]
+    laid = lay_out(Example(tuple(turns), "chat"), ours, LAYOUT)
+    assert laid.tokens.tolist() == theirs.apply_chat_template(messages, return_dict=False)
+    assert theirs.decode(laid.tokens[laid.loss_mask]) == "a red<|eot_id|>circle<|eot_id|>"
+
+
+# Spaces, special tokens, bytes, letters that normalisation changes.
+WRITTEN = [
+    *TEXTS, "", " ", "  a  red   circle ", "\ta\n\nb", "▁a ▁▁", "[IMG] <s></s><image> <pad> <unk> <0x41>",
+    "é 大きさ 🙂",
+    "ﬁ Ⅳ １２", "redredcirclestarstar", "a\u2028b\u3000c", "aaaaaaa",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", [None, {}, dict(add_dummy_prefix=False), dict(remove_extra_whitespaces=False)])
+def test_a_saved_sentencepiece_tokenizer_opens_in_transformers(tokenizer, tmp_path, rules):
+    """Ours, and published ones of several rules: the ids that training sees, after a bos."""
+    from transformers import AutoTokenizer
+
+    if rules is not None:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=320, model_type="bpe", byte_fallback=True,
+            hard_vocab_limit=False, minloglevel=3, **rules,
+        )  # fmt: skip
+        (tmp_path / "given.model").write_bytes(model.getvalue())
+    ours = tokenizer if rules is None else SentencePieceTokenizer(tmp_path / "given.model")
+    ours.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # transformers looks at it
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    names = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs))
+    assert names == (ours.bos, ours.eos, ours.pad, ours.vocab_size)
+    assert theirs.convert_tokens_to_ids(["[IMG]", "[/IMG]", "<image>"]) == [
+        ours.begin_image,
+        ours.end_image,
+        ours.image,
+    ]
+    for text in WRITTEN:
+        ids = [ours.bos, *ours.encode(text)]
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), text
+    assert open_tokenizer(tmp_path).fingerprint == ours.fingerprint
+
+
+def test_truncation_and_padding_of_a_file_are_turned_off(llama, tmp_path):
+    """What a program that filled batches has saved into it."""
+    ours, bare = llama
+    text, path = "a red circle left of a blue square", tmp_path / "tokenizer.json"
+    for spoil in (lambda t: t.enable_truncation(5), lambda t: t.enable_padding(length=64)):
+        spoiled = tokenizers.Tokenizer.from_str(bare.to_str())
+        spoil(spoiled)
+        spoiled.save(str(path))
+        opened = LlamaTokenizer(path)
+        for each in (opened, pickle.loads(pickle.dumps(opened))):
+            assert each.encode(text) == ours.encode(text) and each.header("user") == ours.header("user")
+    path.write_text("\ufeff" + bare.to_str(), "utf-8")  # as some editors save
+    assert LlamaTokenizer(path).encode(text) == ours.encode(text)
 
 
 @pytest.mark.parametrize("text", ["[IMG]", "<|eot_id|> and <image>", "<|start_header_id|>x<|end_header_id|>", "é 大"])
@@ -180,6 +240,12 @@ def test_pictures_stand_in_their_speakers_turns(llama):
     at = 1 + len(user)
     assert read.pictures[0].start == at
     assert read.tokens[at : at + LAYOUT.read_vectors].tolist() == [tokenizer.image] * LAYOUT.read_vectors
+    # A picture that the model's turn shows is in that turn, which ends once.
+    said = (Text("what?", turn="user"), Text("this", learn=True, turn="assistant"), picture("read", 0), Text("a", True))
+    shown = lay_out(Example(said, "x"), tokenizer, LAYOUT).tokens.tolist()
+    seen = [tokenizer.image] * LAYOUT.read_vectors
+    ends = [*tokenizer.encode("this"), *seen, *tokenizer.encode("a"), tokenizer.eos]
+    assert shown[-len(ends) :] == ends and shown.count(tokenizer.eos) == 2
     drawn = lay_out(Example((Text("draw"), picture("draw", 0)), "x"), tokenizer, LAYOUT)
     prompt = lay_out(Example((Text("draw"),), "x"), tokenizer, LAYOUT, prompt=True).tokens
     assert drawn.tokens[: len(prompt)].tolist() == prompt.tolist()
@@ -210,3 +276,7 @@ def test_folders_without_a_tokenizer_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json cannot be read"):
         open_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(UserError, match=f"{name} is a git-lfs pointer"):
+            open_tokenizer(tmp_path / name)

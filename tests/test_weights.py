@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -20,9 +21,13 @@ from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.sharding import make_mesh
+from pisces_jax.training.config import part_settings
+from pisces_jax.training.config_files import load_stages
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights import sizes as published
 from pisces_jax.weights import tensors
+from pisces_jax.weights.architecture import differences
+from pisces_jax.weights.config_json import READERS, WRITERS, family_of
 from pisces_jax.weights.export import export_part, import_folder, new_folder
 from pisces_jax.weights.folder import Folder, View, part_shapes, read_part, read_source
 from pisces_jax.weights.layout import Entry
@@ -41,6 +46,7 @@ PARTS = {
     "eva": dataclasses.replace(published.EVA_CLIP_E_PLUS_448, **SIZES),
     "autoencoder": AutoencoderConfig(4, channels=(8, 16), blocks=1, groups=4, scale=0.13, shift=0.06),
     "encoder of ours": ViTConfig(**SIZES, norm="post", output_dim=6),
+    "encoder with a stem": ViTConfig(**SIZES, stem=(4, 8), positions="sines"),  # as in configs/shapes.py
     "decoder": DiTConfig(
         size=8, patch_size=2, channels=3, width=16, layers=2, heads=2, mlp_hidden=24, condition_width=6,
         condition_vectors=4,
@@ -109,7 +115,8 @@ def test_a_pattern_is_read_in_both_directions():
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_what_was_written_is_read(tmp_path, name, dtype):
     family, params = write(tmp_path / "a", name, dtype=dtype)
-    assert family == {"tied": "llama", "encoder of ours": "pisces_jax", "decoder": "pisces_jax"}.get(name, name)
+    ours = ("encoder of ours", "encoder with a stem", "decoder")
+    assert family == {"tied": "llama", **dict.fromkeys(ours, "pisces_jax")}.get(name, name)
     assert_same(read(tmp_path / "a", PARTS[name]), params)
 
 
@@ -147,7 +154,97 @@ def test_every_tensor_keeps_its_dtype(tmp_path):
     assert {x.dtype for x in jax.tree.leaves(read(tmp_path / "narrow", LLAMA))} == {np.dtype(jnp.bfloat16)}
 
 
+def test_the_config_json_of_every_part_of_every_config_says_what_the_part_is():
+    """Written and read again; the tensors of every kind of part are those of `PARTS`."""
+    seen = 0
+    root = Path(__file__).parents[1] / "configs"
+    for path in sorted(root.glob("**/*.py")):
+        stages = load_stages(str(path), {}) if "get_config" in path.read_text() else {}
+        for config in stages.values():
+            for part in config.model:
+                if (settings := part_settings(config, part, 1000)) is None:
+                    continue
+                family = family_of(settings)
+                got = READERS[family](json.loads(json.dumps(WRITERS[family](settings))), lambda *said: UserError(said))
+                if isinstance(settings, ViTConfig):
+                    got = dataclasses.replace(got, mean=settings.mean, std=settings.std)  # in another file
+                # Said by no published file: how the values began.
+                told = [said for said in differences(got, settings) if not said.startswith("positions")]
+                assert not told, (path, part)
+                seen += 1
+    assert seen > 30
+
+
 # --- reading
+
+
+def save(folder, change, name="model.safetensors"):
+    """Rewrites a file with `change` made to its tensors."""
+    path = folder / name
+    save_file(change(load_file(path)), path)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "language_model.", "model.language_model."])
+def test_a_prefix_of_all_names_is_left_out(tmp_path, prefix, caplog):
+    _, params = write(tmp_path / "a")
+    others = {"vision_tower.layers.0.weight": np.zeros(3, np.float32)}
+    save(tmp_path / "a", lambda w: {**{prefix + name: x for name, x in w.items()}, **others})
+    assert_same(read(tmp_path / "a", LLAMA), params)
+    assert prefix in caplog.text
+    save(tmp_path / "a", lambda w: {**w, **{f"ema.{name}": x for name, x in w.items()}})
+    with pytest.raises(UserError, match="several times, as .*ema"):
+        read(tmp_path / "a", LLAMA)
+
+
+def test_long_lists_of_wrong_tensors_are_cut(tmp_path):
+    write(tmp_path / "a")
+    save(tmp_path / "a", lambda w: {f"other.{name}.x": x for name, x in w.items()})
+    with pytest.raises(UserError, match="missing model.embed_tokens.weight .* more$") as error:
+        read(tmp_path / "a", LLAMA)
+    assert len(str(error.value)) < 1000
+
+
+def test_bfloat16_and_float16_in_one_file(tmp_path):
+    """Each parameter has its dtype; where layers differ, one that holds both."""
+    _, params = write(tmp_path / "a", dtype=jnp.bfloat16)
+
+    def change(weights):
+        half = ("embed_tokens", "layers.1.mlp.up_proj")
+        return {k: x.astype(np.float16) if any(h in k for h in half) else x for k, x in weights.items()}
+
+    save(tmp_path / "a", change)
+    got = read(tmp_path / "a", LLAMA)
+    assert got["embedding"].dtype == np.float16 and got["head"].dtype == jnp.bfloat16
+    up = got["layers"]["mlp"]["up"]["kernel"]
+    assert up.dtype == np.float32
+    np.testing.assert_allclose(up, params["layers"]["mlp"]["up"]["kernel"].astype(np.float32), atol=1e-7)
+    import_folder(f"{tmp_path}/a", tmp_path / "ours")
+    assert_same(read(tmp_path / "ours", LLAMA), got)
+
+
+def test_a_single_file_beside_an_index_is_read_as_its_library_does(tmp_path, monkeypatch):
+    """transformers takes the file, diffusers the index."""
+    for name, single in (("llama", True), ("autoencoder", False)):
+        folder = tmp_path / name
+        monkeypatch.setattr(tensors, "SHARD_BYTES", 4000)
+        _, sharded = write(folder, name)
+        monkeypatch.undo()
+        _, whole = write(tmp_path / f"{name} whole", name, seed=1)
+        file = next((tmp_path / f"{name} whole").glob("*.safetensors"))
+        file.rename(folder / file.name)
+        assert_same(read(folder, PARTS[name]), whole if single else sharded)
+
+
+def test_a_head_that_is_not_the_tied_embedding_is_kept(tmp_path):
+    """As transformers does from 5 on, whatever config.json says; an equal one is the embedding."""
+    _, params = write(tmp_path / "a")
+    change(tmp_path / "a", tie_word_embeddings=True)
+    assert_same(read(tmp_path / "a", LLAMA), params)
+    with pytest.raises(UserError, match=r"set tied_embedding \(False there, True in the config\)"):
+        read(tmp_path / "a", PARTS["tied"])
+    save(tmp_path / "a", lambda w: {**w, "lm_head.weight": w["model.embed_tokens.weight"]})
+    del params["head"]
+    assert_same(read(tmp_path / "a", PARTS["tied"]), params)
 
 
 def test_several_files_with_an_index(tmp_path, monkeypatch):
@@ -348,6 +445,8 @@ def test_what_configs_leave_out_in_other_ways(tmp_path):
     """A null in place of nothing; the rotary base beside rope_parameters, as between transformers 4 and 5."""
     write(tmp_path / "a")
     change(tmp_path / "a", quantization_config=None, rope_parameters=dict(rope_type="default"), rope_theta=1234.0)
+    path = tmp_path / "a/config.json"
+    path.write_text(path.read_text(), "utf-8-sig")  # a byte order mark, as some editors write
     opened = Folder.open(f"{tmp_path}/a").settings
     assert opened.rope_theta == 1234.0 and opened.rope_scaling is None
 
@@ -391,6 +490,74 @@ def test_the_tokenizer_must_be_that_of_the_weights(tmp_path):
     for tokens in (36, 42, 128_260):
         with pytest.raises(UserError, match=f"has 37 tokens and the tokenizer {tokens}.*data.tokenizer"):
             folder.check(dataclasses.replace(LLAMA, vocab_size=tokens), "model.language_model")
+
+
+def test_rows_without_a_token_are_padding_or_refused(tmp_path):
+    """37 tokens of the tokenizer's own: 40 and 64 rows are multiples of a power of two, 41 are somebody's tokens."""
+    for rows in (40, 64):
+        settings = dataclasses.replace(LLAMA, vocab_size=rows)
+        params = filled(settings)
+        export_part(tmp_path / str(rows), "part", settings, params)
+        for multiple in (1, 8):
+            wanted = dataclasses.replace(LLAMA, vocab_size=41, vocab_multiple=multiple)
+            got = read_source(f"{tmp_path}/{rows}", wanted, "part", own_tokens=37)
+            for name in ("embedding", "head"):
+                np.testing.assert_array_equal(got[name][:37], params[name][:37])
+                mean = params[name][:37].astype(np.float64).mean(0)  # not a row of the padding
+                np.testing.assert_allclose(got[name][37:41], np.tile(mean, (4, 1)), rtol=1e-5)
+                assert not got[name][41:].any()
+    settings = dataclasses.replace(LLAMA, vocab_size=41)
+    export_part(tmp_path / "added", "part", settings, filled(settings))
+    folder = Folder.open(f"{tmp_path}/added")
+    folder.check(settings, "model.language_model", 41)  # our own run, with the tokenizer that was exported beside it
+    with pytest.raises(UserError, match="rows for 41 tokens and the tokenizer's file has 37: set data.tokenizer"):
+        folder.check(settings, "model.language_model", 37)
+
+
+def test_a_config_with_another_vocabulary_than_the_files_is_refused(tmp_path):
+    write(tmp_path / "a")
+    change(tmp_path / "a", vocab_size=40)
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight is \(37, 16\) and must be \(40, 16\)"):
+        read(tmp_path / "a", dataclasses.replace(LLAMA, vocab_size=40))
+
+
+@pytest.mark.parametrize("name", ["processor", "open_clip", "timm"])
+def test_every_file_about_preprocessing_is_read(tmp_path, name):
+    """processor_config.json of transformers 5, preprocess_cfg of open_clip, pretrained_cfg of timm."""
+    folder = tmp_path / "a"
+    write(folder, "siglip" if name == "processor" else "eva")
+    own = folder / "preprocessor_config.json"
+    if name == "processor":  # it comes before the older file
+        file, key, size, values = "processor_config.json", "image_processor", "size", dict(json.loads(own.read_text()))
+        mean, std, resample, refused = "image_mean", "image_std", "resample", 2
+    else:
+        own.unlink()
+        arguments = dict(img_size=12, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=1.5)
+        timm = dict(architecture="eva02_enormous_patch14_clip_224", model_args=arguments)
+        (folder / "config.json").write_text(json.dumps(timm))
+        mean, std, resample, refused = "mean", "std", "interpolation", "bilinear"
+        file, key, size = "open_clip_config.json", "preprocess_cfg", "size"
+        if name == "timm":
+            file, key, size = "config.json", "pretrained_cfg", "input_size"
+        values = {resample: "bicubic", size: [3, 12, 12] if name == "timm" else 12}
+    values |= {mean: [0.1, 0.2, 0.3], std: [0.5, 0.25, 0.125]}
+    rest = timm if file == "config.json" else {}
+
+    def opened(**changes):
+        (folder / file).write_text(json.dumps({**rest, key: {**values, **changes}}))
+        return Folder.open(f"{folder}").settings
+
+    assert (opened().mean, opened().std) == ((0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
+    for changes, said in (
+        ({resample: refused}, f"resampling {refused}"),
+        ({size: [3, 14, 14] if name == "timm" else 14}, "for pictures of 12"),
+        (dict(crop_pct=0.9), "crop_pct of 0.9"),
+        (dict(resize_mode="longest"), "resizing by 'longest'"),
+    ):
+        if name == "processor" and "crop_pct" in changes:
+            break
+        with pytest.raises(UserError, match=f"{file} describes .*{said}"):
+            opened(**changes)
 
 
 def test_an_attention_backend_is_no_other_model(tmp_path):
@@ -447,7 +614,9 @@ def test_truncated_files_are_named(tmp_path, cut):
     path = tmp_path / "a/model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:cut])
-    with pytest.raises(UserError, match="model.safetensors is truncated, damaged or not a safetensors file") as error:
+    least = f"{len(whole):,}" if len(whole[:cut]) > 4000 else "at least [0-9,]*"  # of a whole header the size is known
+    said = rf"model.safetensors is truncated \(it has {len(whole[:cut]):,} of {least} bytes\)"
+    with pytest.raises(UserError, match=said) as error:
         import_folder(f"{tmp_path}/a", tmp_path / "out")
     assert "download it again" in str(error.value) and "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -472,10 +641,20 @@ def test_files_that_are_no_safetensors(tmp_path):
     path = tmp_path / "a/model.safetensors"
     header = json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}).encode()
     wrong_size = len(header).to_bytes(8, "little") + header + 4 * b"\0"
-    for content in (b"PK\x03\x04" + b"x" * 100, b"\x08" + 7 * b"\0" + b"not json", wrong_size):
+    for content, said in (
+        (b"x" * 100, "damaged or not a safetensors file"),
+        (b"\x08" + 7 * b"\0" + b"not json", "damaged or not a safetensors file"),
+        (wrong_size, "damaged or not a safetensors file"),
+        (b"PK\x03\x04" + b"x" * 100, "is a zip archive .*, not safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer .*git lfs pull"),
+        (b"\x1f\x8b" + b"x" * 100, "compressed by gzip"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="truncated, damaged or not a safetensors file"):
+        with pytest.raises(UserError, match=said):
             Folder.open(f"{tmp_path}/a")
+    (tmp_path / "a/config.json").write_text("{}", "utf-16")
+    with pytest.raises(UserError, match="config.json is text in UTF-16"):
+        Folder.open(f"{tmp_path}/a")
 
 
 def test_pickles_and_quantized_tensors_are_refused(tmp_path):

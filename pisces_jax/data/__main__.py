@@ -11,6 +11,7 @@ from pisces_jax.data.show import page
 from pisces_jax.data.stats import of_items, of_shards, table
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError, run_command
+from pisces_jax.utils.files import expand_home
 
 MIXED = "--config=configs/mixed_small.py"
 SHAPES = "--config=configs/shapes.py:stage2 --workdir=runs/shapes"
@@ -33,7 +34,7 @@ def main() -> None:
 def inspect(argv: list[str]) -> None:
     about = "Writes groups of packed rows (or pairs) as an HTML page: pictures, text, what is learned, which source."
     parser = _parser("inspect", about, [f"{MIXED} --out=rows.html", f"{SHAPES} --first=1000 --count=2 --out=rows.html"])
-    parser.add_argument("--out", required=True, type=Path, metavar="F.html", help="the page")
+    parser.add_argument("--out", required=True, type=cli.path, metavar="F.html", help="the page")
     parser.add_argument("--first", type=cli.whole_number(0), default=0, help="the first group or pair (default 0)")
     parser.add_argument("--count", type=cli.whole_number(1), default=4, help="how many (default 4)")
     with _opened(parser, argv) as (flags, items):
@@ -45,7 +46,7 @@ def inspect(argv: list[str]) -> None:
 def stats(argv: list[str]) -> None:
     about = "Prints each source's numbers: examples, tokens, pictures, what is broken or left out; and the packing."
     parser = _parser("stats", about, [MIXED, f"{MIXED}:pretrain --pictures=1000 --out=stats.json"])
-    parser.add_argument("--out", type=Path, metavar="F.json", help="a JSON file with every number")
+    parser.add_argument("--out", type=cli.path, metavar="F.json", help="a JSON file with every number")
     parser.add_argument("--pictures", type=cli.whole_number(0), default=200, help="to decode per source (default 200)")
     with _opened(parser, ["--config.data.max_broken=1.0", *argv]) as (flags, items):  # it counts what is broken
         found = of_items(items, flags.pictures)
@@ -62,7 +63,7 @@ def index(argv: list[str]) -> None:
     )
     examples = ["--path='shards/{00000..00099}.tar'", "--path='gs://bucket/*.tar' --index_dir=runs/index --workers=16"]
     parser = cli.Parser("data index", about, examples)
-    parser.add_argument("--path", required=True, help="pattern of the shards, with {00..99}, {a,b} and *")
+    parser.add_argument("--path", required=True, type=expand_home, help="of the shards, with {00..99}, {a,b} and *")
     parser.add_argument("--index_dir", help="where they go (default: beside the shards, those of a bucket in ~/.cache)")
     parser.add_argument("--workers", type=cli.whole_number(1), help="processes (default: one per core)")
     flags = parser.parse(argv)
@@ -73,7 +74,7 @@ def _parser(command: str, about: str, examples: list[str]) -> cli.Parser:
     parser = cli.Parser(f"data {command}", about, examples)
     parser.add_argument("--config", required=True, metavar="FILE[:STAGE]", help="a config; by default its last stage")
     where = "a run's folder, for its tokenizer and lengths (default: a temporary one)"
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help=where)
+    parser.add_argument("--workdir", type=cli.path, metavar="DIR", help=where)
     parser.add_argument("--evaluate", action="store_true", help="the held-out sources in place of those of training")
     return parser
 
@@ -85,6 +86,8 @@ def _opened(parser: cli.Parser, argv: list[str]) -> Iterator[tuple[Any, Any]]:
     flags = parser.parse(rest)
     if flags.out:
         cli.check_output(flags.out, "--out", folder=False)
+    if flags.workdir:
+        cli.check_output(flags.workdir, "--workdir", folder=True)
     from pisces_jax.training.config_files import load_stages
     from pisces_jax.training.input import open_items
 

@@ -14,17 +14,19 @@ import numpy as np
 from jaxtyping import UInt8, UInt32
 
 from pisces_jax.data.images import EncodedImage, fit
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.errors import UserError, cut
 
 Role = Literal["read", "draw"]
+Speaker = Literal["user", "assistant"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A piece of text; with `learn`, its tokens are predicted (next-token cross-entropy)."""
+    """A piece of text; with `learn`, its tokens are predicted (next-token cross-entropy). `turn` as in `Picture`."""
 
     text: str
     learn: bool = False
+    turn: Speaker | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,13 @@ class Picture:
     """A picture that the model reads (understanding encoder) or draws (next-vector prediction).
 
     `image` is a `uint8 [H, W, 3]` RGB array, or a function that makes it: lengths are known without decoding.
+    `turn` opens a turn of that speaker, also after another one of the same speaker. It lasts until the next part with a
+    `turn`. Parts before the first such part fall into turns by what they are (`layout.lay_out`).
     """
 
     image: np.ndarray | Callable[[], np.ndarray]
     role: Role
+    turn: Speaker | None = None
 
     def array(self) -> UInt8[np.ndarray, "H W 3"]:
         """The decoded picture."""
@@ -77,7 +82,7 @@ class BrokenExample(UserError):
     """An example that cannot be used: its `key`, a `reason` of a few words to count by, and what exactly was found."""
 
     def __init__(self, key: str, reason: str, found: str = ""):
-        super().__init__(f"example {key}: {reason}{f' ({found})' if found else ''}")
+        super().__init__(f"example {cut(key)}: {reason}{f' ({cut(found)})' if found else ''}")
         self.key, self.reason = key, reason
         self._words = key, reason, found
 
@@ -88,9 +93,10 @@ class BrokenExample(UserError):
 SHARD_GONE = "the shard is gone or cannot be read"
 SHARD_CHANGED = "the shard changed since it was indexed"
 FILE_GONE = "the file is gone or cannot be read"
+FILE_CHANGED = "the file changed since it was opened"
 # Failures of the storage, not of the example, which may be readable another time: lengths and features that were
 # made meanwhile are not kept.
-TRANSIENT = frozenset({SHARD_GONE, SHARD_CHANGED, FILE_GONE})
+TRANSIENT = frozenset({SHARD_GONE, SHARD_CHANGED, FILE_GONE, FILE_CHANGED})
 
 
 def reason_of(error: UserError) -> str:
@@ -100,5 +106,5 @@ def reason_of(error: UserError) -> str:
 
 def identity(*words: object) -> UInt32[np.ndarray, "2"]:
     """A stable 64-bit hash of `words`, as two numbers. On the device, it keys an example's noise."""
-    digest = hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\0".join(map(str, words)).encode(errors="surrogatepass"), digest_size=8).digest()
     return np.frombuffer(digest, dtype="<u4").astype(np.uint32)

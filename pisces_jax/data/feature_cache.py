@@ -56,7 +56,8 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | os.PathLike, entry: Entry, encoder: Mapping[str, Any]):
-        digest = hashlib.blake2b("\0".join(map(str, picture_words(entry.source))).encode(), digest_size=8).hexdigest()
+        words = "\0".join(map(str, picture_words(entry.source)))
+        digest = hashlib.blake2b(words.encode(errors="surrogatepass"), digest_size=8).hexdigest()
         self.folder = Path(folder) / digest
         self.name, self.count = entry.name, len(entry.source)
         self.encoder = json.loads(json.dumps(dict(encoder)))

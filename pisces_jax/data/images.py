@@ -5,12 +5,15 @@ import io
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.errors import UserError, cut
+from pisces_jax.utils.files import SNIFFED, sniff
 
 # A small file can claim any size, so larger pictures are refused before they are decoded. No photograph of the usual
 # data sets is above 128 megapixels.
@@ -26,6 +29,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF orientation
+_BITS, _PHOTOMETRIC = ExifTags.Base.BitsPerSample, ExifTags.Base.PhotometricInterpretation  # tags of TIFF too
+_WHITE_IS_ZERO = 0
 
 
 class UnreadablePicture(UserError):
@@ -68,32 +73,69 @@ def open_image(source: str | os.PathLike | bytes, name: str = "", at_least: int 
     Raises:
         UnreadablePicture: the file is missing, truncated, not a picture, or above `MAX_PIXELS` or `MAX_RATIO`.
     """
-    name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source))
+    name = cut(name or (f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of large pictures, at a lower limit, and of damaged EXIF
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UnreadablePicture(
-                        f"picture {name} is {image.width} x {image.height}, above the limit of "
-                        f"{MAX_PIXELS // 2**20} megapixels: make it smaller or remove it"
-                    )
-                if max(image.size) > MAX_RATIO * min(image.size):
-                    raise UnreadablePicture(
-                        f"picture {name} is {image.width} x {image.height}, longer than {MAX_RATIO} times its width: "
-                        "crop or remove it"
-                    )
-                if at_least and image.format == "JPEG":
-                    # PIL's draft takes the smaller of both ratios, for upright and for wide pictures.
-                    image.draft(None, (at_least, at_least))
-                image.load()  # some formats have their EXIF after the picture
-                turn, rgb = _UPRIGHT.get(_orientation(image)), _rgb(image)
-                return rgb if turn is None else rgb.transpose(turn)
+            try:
+                return _decode(io.BytesIO(source) if isinstance(source, bytes) else source, name, at_least)
+            except ValueError:
+                data = source if isinstance(source, bytes) else Path(source).read_bytes()
+                if not data.startswith(_PNG):
+                    raise
+                return _decode(io.BytesIO(_without_notes(data)), name, at_least)
     except UnreadablePicture:
         raise
     # Damaged files make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        raise UnreadablePicture(f"picture {name} cannot be read ({error}): replace or remove it") from error
+        meaning = sniff(source[:SNIFFED] if isinstance(source, bytes) else _beginning(source))
+        reason = f"it is {meaning}" if meaning else cut(error)
+        raise UnreadablePicture(f"picture {name} cannot be read ({reason}): replace or remove it") from error
+
+
+def _decode(file: Any, name: str, at_least: int) -> Image.Image:
+    with Image.open(file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise UnreadablePicture(
+                f"picture {name} is {image.width} x {image.height}, above the limit of "
+                f"{MAX_PIXELS // 2**20} megapixels: make it smaller or remove it"
+            )
+        if max(image.size) > MAX_RATIO * min(image.size):
+            raise UnreadablePicture(
+                f"picture {name} is {image.width} x {image.height}, longer than {MAX_RATIO} times its width: "
+                "crop or remove it"
+            )
+        if at_least and image.format == "JPEG":
+            # PIL's draft takes the smaller of both ratios, for upright and for wide pictures.
+            image.draft(None, (at_least, at_least))
+        image.load()  # some formats have their EXIF after the picture
+        turn, rgb = _UPRIGHT.get(_orientation(image)), _rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def _beginning(path: str | os.PathLike) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(SNIFFED)
+    except OSError:
+        return b""
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_SMALL_NOTE = 1000  # bytes, which unpack to less than PIL's limit of a megabyte
+
+
+def _without_notes(data: bytes) -> bytes:
+    """A PNG without the long texts and colour profiles for which PIL would refuse the whole picture."""
+    kept, at = [data[: len(_PNG)]], len(_PNG)
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        chunk = data[at : at + length + 12]
+        if chunk[4:8] not in _NOTES or length <= _SMALL_NOTE:
+            kept.append(chunk)
+        at += len(chunk)
+    return b"".join(kept)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -108,9 +150,16 @@ def _rgb(image: Image.Image) -> Image.Image:
     """Converts from any PIL mode."""
     # PIL opens 16-bit grey as "I;16", but that of PNM files as "I".
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        # Converting to 8 bits clips instead of scaling.
+        # Converting to 8 bits clips instead of scaling, and forgets which grey is transparent.
         values = np.asarray(image, np.float64)
-        image = Image.fromarray(np.clip(values / 257, 0, 255).round().astype(np.uint8))
+        tags = getattr(image, "tag_v2", {})
+        white = 2 ** tags.get(_BITS, (16,))[0] - 1
+        grey = np.clip(values / (white / 255), 0, 255).round()
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # PIL inverts only pictures of 8 bits
+            grey = 255 - grey
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey[values == clear] = 255  # on white
+        image = Image.fromarray(grey.astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError("its grey values have neither 8 nor 16 bits, so that it is not known which of them is white")
     if image.has_transparency_data:

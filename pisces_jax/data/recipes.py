@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pisces_jax.data.conversations import Turn, place, sound, turns_of
 from pisces_jax.data.example import BrokenExample, Example, Part, Picture, Role, Text, identity
 from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
 from pisces_jax.utils.errors import UserError
@@ -17,18 +18,16 @@ Image = Callable[[], np.ndarray]
 
 
 class Record(NamedTuple):
-    """What a file holds of one example. `pictures` are in order, and each is decoded when it is called."""
+    """What a file holds of one example.
+
+    `pictures` are in order, and each is decoded when it is called; None stands for one that is null or empty, so that
+    no other takes its place. `note` is for the message if a field or a picture is missing.
+    """
 
     key: str
     fields: Mapping[str, Any]
-    pictures: Sequence[Image]
-
-
-class Turn(NamedTuple):
-    """One turn of a conversation; what the `model` says is learned."""
-
-    model: bool
-    text: str
+    pictures: Sequence[Image | None]
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +121,10 @@ class Recipe:
         wordings = _wordings(self._used[number])
         chosen = int(identity(record.key, "wording")[0]) % len(wordings) if len(wordings) > 1 else 0
         try:
-            text = _FORMATTER.vformat(wordings[chosen], (), record.fields).strip()
+            text = _Formatter(record.key).vformat(wordings[chosen], (), record.fields).strip()
         except (KeyError, IndexError) as error:
-            raise BrokenExample(record.key, "a field is missing", str(error.args[0])) from error
+            known = f"{error.args[0]}; it has {', '.join(map(str, record.fields)) or 'none'}{record.note}"
+            raise BrokenExample(record.key, "a field is missing", known) from error
         except UnicodeDecodeError as error:
             raise BrokenExample(record.key, "not UTF-8", f"byte {error.start}") from error
         except (ValueError, TypeError, AttributeError) as error:
@@ -159,28 +159,29 @@ def _check_format(name: str, given: Any) -> None:
 
 
 class _Formatter(string.Formatter):
-    """`str.format` for the values of records: bytes are UTF-8, and a null or an empty list counts as a missing field
-    (else "None" or "[]" would be learned).
+    """`str.format` for the values of a record. Bytes are UTF-8. A null, an empty list, and a number that is not finite
+    count as a missing field, and a list or an object is no text (else "None", "nan" or "['a', 'b']" would be learned).
+    Of a list of texts the record's key chooses one: the same place in every list, as questions and answers go together.
     """
+
+    def __init__(self, key: str):
+        self._key = key
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         value, first = super().get_field(field_name, args, kwargs)
-        empty = isinstance(value, (list, tuple, dict)) and not value or isinstance(value, np.ndarray) and not value.size
-        if value is None or empty:
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, (list, tuple)) and value:
+            if not all(one is None or isinstance(one, (str, bytes)) for one in value):
+                raise TypeError(f"{field_name} is a list of other things than texts: {value!r}")
+            value = value[int(identity(self._key, "one of several")[0]) % len(value)]
+        if value is None or (isinstance(value, (list, tuple, dict)) and not value):
             raise KeyError(field_name)
+        if isinstance(value, (float, np.floating)) and not np.isfinite(value):
+            raise KeyError(field_name)
+        if isinstance(value, Mapping):
+            raise TypeError(f"{field_name} is an object with {', '.join(map(str, value))}")
         return value.decode() if isinstance(value, bytes) else value, first
-
-
-_FORMATTER = _Formatter()
-
-
-def sound(text: str, key: str) -> str:
-    """Returns `text`. Raises `BrokenExample` if it has lone surrogates, which JSON can spell and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BrokenExample(key, "not UTF-8", f"character {error.start}") from error
-    return text
 
 
 Parts = tuple[Part, ...]
@@ -189,8 +190,10 @@ _NO_PROMPT = Text(draw_instruction(""))
 
 def _picture(record: Record, number: int, role: Role) -> Picture:
     if number >= len(record.pictures):
-        raise BrokenExample(record.key, "a picture is missing", f"it has {len(record.pictures)}")
-    return Picture(record.pictures[number], role)
+        raise BrokenExample(record.key, "a picture is missing", f"it has {len(record.pictures)}{record.note}")
+    if (picture := record.pictures[number]) is None:
+        raise BrokenExample(record.key, "a picture is missing", f"number {number + 1} is null or empty")
+    return Picture(picture, role)
 
 
 def _caption(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
@@ -216,72 +219,42 @@ def _edit(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
 
 
 def _question(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    pictures = (_picture(record, i, "read") for i in range(len(record.pictures)))
-    return (*pictures, Text(recipe.text(record)), Text(recipe.text(record, 1), learn=True)), ()
+    first, (asked,) = _said(record, [Turn(False, recipe.text(record))])
+    return (*first, *asked, Text(recipe.text(record, 1), learn=True)), ()
 
 
 def _pair(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
     return (_picture(record, 0, "read"), Text(recipe.text(record))), ()
 
 
-MARK = "<image>"
+def _said(record: Record, turns: Sequence[Turn]) -> tuple[list[Part], list[list[Part]]]:
+    """The parts of each turn, and before them the pictures of a record without marks, as in LLaVA's older files."""
+    placed = place(turns, len(record.pictures), record.key)
+    marked = any(isinstance(piece, int) for pieces in placed for piece in pieces)
+    first: list[Part] = [] if marked else [_picture(record, i, "read") for i in range(len(record.pictures))]
+    said: list[list[Part]] = [
+        [
+            _picture(record, piece, "read") if isinstance(piece, int) else Text(piece.strip(), learn=turn.model)
+            for piece in pieces
+            if isinstance(piece, int) or piece.strip()
+        ]
+        for turn, pieces in zip(turns, placed, strict=True)
+    ]
+    return first, said
 
 
 def _conversation(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    turns = turns_of(record)
-    marks = sum(turn.text.count(MARK) for turn in turns)
-    pictures = list(range(len(record.pictures)))
-    parts: list[Part] = []
-    if not marks:  # as in LLaVA's older files
-        parts += [_picture(record, i, "read") for i in pictures]
-    elif marks != len(pictures):
-        raise BrokenExample(record.key, "marks and pictures differ", f"{marks} {MARK}, {len(pictures)} pictures")
-    taken = 0
-    for turn in turns:
-        spoken = bool(parts) and isinstance(parts[-1], Text) and parts[-1].learn
-        if spoken and not turn.model and turn.text.lstrip().startswith(MARK):
-            parts.append(Text(""))  # a picture alone would not end the model's turn
-        for i, piece in enumerate(turn.text.split(MARK)):
-            if i:
-                parts.append(_picture(record, taken, "read"))
-                taken += 1
-            if piece.strip():
-                parts.append(Text(piece.strip(), learn=turn.model))
+    turns = turns_of(record.fields, record.key)
+    parts, said = _said(record, turns)
+    opened = bool(parts)
+    for turn, own in zip(turns, said, strict=True):
+        if own and not (opened and not turn.model):  # pictures without marks stand in the user's first turn
+            own[0] = dataclasses.replace(own[0], turn="assistant" if turn.model else "user")
+        opened = opened and not own
+        parts += own
     if not any(isinstance(part, Text) and part.learn for part in parts):
         raise BrokenExample(record.key, "the model says nothing")
     return tuple(parts), ()
-
-
-_SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assistant": True, "model": True}
-
-
-def turns_of(record: Record) -> list[Turn]:
-    """The turns of LLaVA's and ShareGPT's `conversations` (from, value), of `messages` (role, content), or of the
-    Cauldron's `texts` (user, assistant).
-
-    Raises:
-        BrokenExample: the record has none of these, or a turn has another form.
-    """
-    turns = record.fields.get("conversations") or record.fields.get("messages")
-    if turns is None and isinstance(record.fields.get("texts"), list):
-        both = {"user", "assistant"}
-        pairs = [turn for turn in record.fields["texts"] if isinstance(turn, Mapping) and both <= set(turn)]
-        turns = [{"role": role, "content": turn[role]} for turn in pairs for role in ("user", "assistant")]
-    if not isinstance(turns, (list, tuple)) or not turns:
-        raise BrokenExample(record.key, "no conversation")
-    told = []
-    for turn in turns:
-        try:
-            speaker = turn["from"] if "from" in turn else turn["role"]
-            content = turn["value"] if "value" in turn else turn["content"]
-            if isinstance(content, (list, tuple)):  # parts: {"type": "text", "text": ...}, {"type": "image"}
-                content = " ".join(part["text"] if part["type"] == "text" else MARK for part in content)
-            if not isinstance(content, (str, int, float)):
-                raise TypeError(f"its text is {content!r}")
-            told.append(Turn(_SPEAKERS[speaker], sound(str(content), record.key)))
-        except (KeyError, TypeError) as error:
-            raise BrokenExample(record.key, "a turn of an unknown form", repr(error)) from error
-    return told
 
 
 class _Kind(NamedTuple):

@@ -10,6 +10,10 @@ from pisces_jax.data.formats.records import Examples
 from pisces_jax.data.packing.layout import Entry
 from pisces_jax.data.recipes import Recipe
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import expand_home
+
+# Arguments of sources that are paths, or lists of them.
+PATHS = ("path", "image_root", "data_dir", "index_dir")
 
 # Kind -> "module:class". A module is imported when a config names its kind: TensorFlow Datasets and Arrow take a second
 # each. A class in READERS gives records (`formats.records.Records`), which a recipe turns into examples; one in SOURCES
@@ -67,6 +71,11 @@ def make_source(spec: Mapping[str, Any]) -> Entry:
         given["images"] = (given["images"],)
     if "name" in own:
         given["name"] = name
+    for key in PATHS:
+        if isinstance(given.get(key), str):
+            given[key] = expand_home(given[key])
+        elif isinstance(given.get(key), (list, tuple)):
+            given[key] = [expand_home(one) for one in given[key]]
 
     def take(keys: Mapping[str, Any]) -> dict[str, Any]:
         return {key: given.pop(key) for key in list(given) if key in keys}

@@ -6,6 +6,7 @@ Credentials are the user's own, as gcsfs finds them.
 """
 
 import concurrent.futures
+import errno
 import glob
 import hashlib
 import io
@@ -16,11 +17,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.errors import UserError, cut
 
 TIME_LIMIT = 30.0  # seconds for one remote request
 BLOCK = 2**24  # bytes in one request
 ATTEMPTS = 4
+# A name that is no file's, now or another time.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 T = TypeVar("T")
 
@@ -51,21 +54,36 @@ def inside(name: Any) -> bool:
 def expand(pattern: str | os.PathLike | Sequence[str]) -> list[str]:
     """The paths of one pattern or several: `{00..99}` and `{a,b}` are written out, `*` is looked up and sorted.
 
+    What exists is taken as it is: `[1]` in the name of a folder is no pattern.
+
     Raises:
         UserError: no file matches.
     """
-    patterns = [os.fspath(pattern)] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
+    patterns = [os.fspath(one) for one in ([pattern] if isinstance(pattern, (str, os.PathLike)) else pattern)]
     paths: list[str] = []
-    for one in (p for each in patterns for p in _braces(each)):
-        if not re.search(r"[*?\[]", one):
-            paths.append(one)
-        elif is_remote(one):
-            paths += _request(one, lambda system, inner: map(system.unstrip_protocol, sorted(system.glob(inner))))
-        else:
-            paths += sorted(glob.glob(one))
+    for each in patterns:
+        known = _existing(each)
+        for rest in _braces(each[len(known) :]):
+            if not re.search(r"[*?\[]", rest):
+                paths.append(known + rest)
+            elif is_remote(each):
+                find = lambda system, inner: map(system.unstrip_protocol, sorted(system.glob(inner)))  # noqa: E731
+                paths += _request(known + rest, find)
+            else:
+                paths += sorted(glob.glob(glob.escape(known) + rest))
     if not paths:
-        raise UserError(f"no file matches {', '.join(patterns) or 'an empty list of patterns'}: change path")
+        raise UserError(f"no file matches {cut(', '.join(patterns)) or 'an empty list of patterns'}: change path")
     return paths
+
+
+def _existing(pattern: str) -> str:
+    """The beginning of a pattern that is the name of something, as far as it goes: up to a slash, or all of it."""
+    if not re.search(r"[*?\[{]", pattern):
+        return pattern
+    if is_remote(pattern):
+        return pattern if _request(pattern, lambda system, inner: system.exists(inner)) else ""
+    ends = [len(pattern), *(found.end() for found in reversed(list(re.finditer("/", pattern))))]
+    return next((pattern[:end] for end in ends if os.path.exists(pattern[:end])), "")
 
 
 def _braces(pattern: str) -> list[str]:
@@ -82,7 +100,7 @@ def _braces(pattern: str) -> list[str]:
 
 def digest(words: Iterable[str]) -> str:
     """A hash of `words` in their order."""
-    return hashlib.blake2b("\0".join(words).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b("\0".join(words).encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def signature(path: str) -> str:
@@ -184,8 +202,8 @@ def _stat(path: str) -> os.stat_result:
 
 
 def _unreachable(path: str, error: OSError) -> Unreachable:
-    kind = Missing if isinstance(error, FileNotFoundError) else Unreachable
-    return kind(f"{path} cannot be read ({error.strerror or error}): put it back or change path")
+    kind = Missing if error.errno in _NO_FILE or isinstance(error, FileNotFoundError) else Unreachable
+    return kind(f"{cut(path, 150)} cannot be read ({error.strerror or cut(error)}): put it back or change path")
 
 
 def _request(path: str, ask: Callable[[Any, str], T]) -> T:

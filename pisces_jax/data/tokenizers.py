@@ -11,17 +11,18 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import sentencepiece
 import tokenizers
 
+from pisces_jax.data.example import Speaker
+from pisces_jax.data.sentencepiece_json import as_tokenizer_json
 from pisces_jax.utils.errors import UserError
-from pisces_jax.utils.files import write_atomic
+from pisces_jax.utils.files import SNIFFED, sniff, write_atomic
 
 PAD, BEGIN_IMAGE, END_IMAGE, IMAGE = "<pad>", "[IMG]", "[/IMG]", "<image>"
 APPENDED = (PAD, BEGIN_IMAGE, END_IMAGE, IMAGE)
-Speaker = Literal["user", "assistant"]
 
 
 @runtime_checkable
@@ -30,10 +31,12 @@ class Tokenizer(Protocol):
 
     `image` stands for one visual vector; `begin_image` and `end_image` enclose those of a drawn picture.
     `fingerprint` changes whenever the ids of some text may change. `end_of_turn` ends a turn of a conversation, except
-    the last; it is None if the tokenizer has no turns. `special` are the ids that never come from text.
+    the last; it is None if the tokenizer has no turns. `special` are the ids that never come from text. The first
+    `own_size` tokens are those of its file; special tokens that the file lacks follow.
     """
 
     vocab_size: int
+    own_size: int
     pad: int
     bos: int
     eos: int
@@ -81,12 +84,32 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     return SentencePieceTokenizer(model)
 
 
+_BOS, _EOS = "<|begin_of_text|>", "<|eot_id|>"
 # LLaMA 3's turns, for transformers.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
     "{{ message['content'] }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+
+
+def _found(path: str | os.PathLike) -> str:
+    """What a file is that cannot be read, for a message; "" if that is not seen."""
+    try:
+        with open(path, "rb") as file:
+            meaning = sniff(file.read(SNIFFED))
+    except OSError:
+        return ""
+    return f"is {meaning}, no tokenizer" if meaning else ""
+
+
+def _describe(folder: Path, bos: str, eos: str, pad: str, **more: Any) -> None:
+    """Writes the `tokenizer_config.json` that transformers needs beside a `tokenizer.json`."""
+    described = dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=pad,
+        clean_up_tokenization_spaces=False, **more,
+    )  # fmt: skip
+    write_atomic(folder / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
 
 
 class LlamaTokenizer:
@@ -98,21 +121,27 @@ class LlamaTokenizer:
 
     def __init__(self, path: str | os.PathLike):
         try:
-            self._load(Path(path).read_text("utf-8"))
+            self._load(Path(path).read_text("utf-8-sig"))
         except KeyError as error:
             raise UserError(f"{path} has no token {error.args[0]}: give the tokenizer.json of LLaMA 3") from error
         except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{path} cannot be read as a tokenizer ({error}): give LLaMA 3's tokenizer.json") from error
+            found = _found(path) or f"cannot be read as a tokenizer ({error})"
+            raise UserError(f"{path} {found}: give LLaMA 3's tokenizer.json") from error
 
     def _load(self, text: str) -> None:
-        self._text = text
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        if self._tokenizer.truncation or self._tokenizer.padding:  # what some program did last with the file
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            text = self._tokenizer.to_str()  # another fingerprint than that of cut texts
+        self._text = text
+        self.own_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in APPENDED])
         self._tokenizer.encode_special_tokens = True  # within text they are ordinary characters
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.pad, self.begin_image, self.end_image, self.image = map(self._id, APPENDED)
-        self.bos, self.eos = self._id("<|begin_of_text|>"), self._id("<|eot_id|>")
+        self.bos, self.eos = self._id(_BOS), self._id(_EOS)
         self.end_of_turn: int | None = self.eos
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
@@ -138,12 +167,7 @@ class LlamaTokenizer:
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` with the appended tokens, and the `tokenizer_config.json` that transformers needs."""
         self._tokenizer.save(str(folder / "tokenizer.json"))
-        bos, eos, pad = map(self._tokenizer.id_to_token, (self.bos, self.eos, self.pad))
-        described = dict(
-            tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=pad,
-            chat_template=CHAT_TEMPLATE,
-        )  # fmt: skip
-        write_atomic(folder / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
+        _describe(folder, _BOS, _EOS, PAD, chat_template=CHAT_TEMPLATE)
 
     def __getstate__(self) -> str:
         return self._text
@@ -165,7 +189,8 @@ class SentencePieceTokenizer:
         try:
             self._load(Path(path).read_bytes())
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read as a SentencePiece model: give another path") from error
+            found = _found(path) or "cannot be read as a SentencePiece model"
+            raise UserError(f"{path} {found}: give another path") from error
         except KeyError as error:
             raise UserError(
                 f"the SentencePiece model {path} has no control symbol {error.args[0]}: "
@@ -177,11 +202,11 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model)
         self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
-        self._pieces = self.vocab_size = self._processor.GetPieceSize()
+        self.own_size = self.vocab_size = self._processor.GetPieceSize()
         self.bos, self.eos = self._control("<s>"), self._control("</s>")
         self.pad, self.begin_image, self.end_image, self.image = map(self._special, APPENDED)
-        controls = [i for i in range(self._pieces) if self._processor.IsControl(i)]
-        self.special = frozenset([*controls, *range(self._pieces, self.vocab_size)])
+        controls = [i for i in range(self.own_size) if self._processor.IsControl(i)]
+        self.special = frozenset([*controls, *range(self.own_size, self.vocab_size)])
 
     def _control(self, piece: str) -> int:
         i = self._processor.PieceToId(piece)
@@ -204,12 +229,21 @@ class SentencePieceTokenizer:
         return self._processor.EncodeAsIds(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        pieces = [i for i in map(int, ids) if i < self._pieces]
+        pieces = [i for i in map(int, ids) if i < self.own_size]
         return self._processor.DecodeIds([i for i in pieces if not self._processor.IsControl(i)])
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.model` as it was read."""
+        """Writes `tokenizer.model` as it was read and, where that has the same ids, the `tokenizer.json` that
+        transformers reads. Text has no special tokens there either, since there are no turns to write with them.
+        """
         write_atomic(folder / "tokenizer.model", self._model)
+        controls = [self._processor.IdToPiece(i) for i in range(self.own_size) if self._processor.IsControl(i)]
+        appended = [name for name in APPENDED if name not in controls]
+        made = as_tokenizer_json(self._model, "<s>", [*controls, *appended])
+        if made is not None:
+            made.save(str(folder / "tokenizer.json"))
+            unknown = self._processor.IdToPiece(self._processor.unk_id())
+            _describe(folder, "<s>", "</s>", PAD, unk_token=unknown, split_special_tokens=True)
 
     # For data workers: SentencePiece does not promise that its processor can be pickled.
     def __getstate__(self) -> bytes:

@@ -17,6 +17,17 @@ from pisces_jax.utils.errors import UserError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# The classes of COCO under GenEval's names (its object_names.txt).
+CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection counts above this score
 MOST_OF_A_CLASS = 16
 
@@ -141,10 +152,12 @@ def scores(judged: Iterable[tuple[str, bool]]) -> dict[str, float]:
     """From (tag, correct) per picture, the mean of each kind in GenEval's order, and the mean of these as "overall".
 
     Raises:
-        UserError: there is no picture.
+        UserError: there is no picture, or a judgement is neither true nor false.
     """
     by_tag: dict[str, list[bool]] = {}
     for tag, correct in judged:
+        if not isinstance(correct, (bool, np.bool_)):  # the text "False" is true in Python
+            raise UserError(f"correct is {correct!r} for a picture of {tag}: write true or false, without quotes")
         by_tag.setdefault(tag, []).append(correct)
     if not by_tag:
         raise UserError("there is no picture to score: generate some first")

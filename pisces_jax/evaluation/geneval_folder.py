@@ -4,8 +4,10 @@ DIR/00000/metadata.jsonl      the prompt's line
 DIR/00000/samples/0000.png    its pictures
 """
 
+import difflib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +15,37 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from pisces_jax.evaluation.geneval import Detection, Detector, Metadata, judge, keep, scores
+from pisces_jax.evaluation.geneval import COLORS, TAGS, Detection, Detector, Metadata, judge, keep, scores
 from pisces_jax.evaluation.grids import png
 from pisces_jax.evaluation.relations import RELATIONS
 from pisces_jax.utils.errors import UserError
 
 
-def read_prompts(path: Path) -> list[Metadata]:
+def read_prompts(path: Path, classes: Collection[str] | None = None) -> list[Metadata]:
     """The prompts of a metadata file, one JSON object per line.
 
+    Args:
+        classes: what the objects may be; None: anything.
+
     Raises:
-        UserError: the file cannot be read, or a line lacks what the rules need.
+        UserError: the file cannot be read, a line lacks what the rules need, or names a tag, a colour or a class that
+            no detection can ever have.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text("utf-8-sig").split("\n")  # JSON may hold other line breaks
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as GenEval's metadata: give another file") from error
-    return [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    return [_parse(line, f"{path}, line {i}", classes) for i, line in enumerate(lines, 1) if line.strip()]
 
 
-def _parse(line: str, where: str) -> Metadata:
+def _parse(line: str, where: str, classes: Collection[str] | None) -> Metadata:
     try:
         metadata = json.loads(line)
         if not all(isinstance(metadata[key], str) for key in ("tag", "prompt")):
             raise ValueError("no text")
         include = metadata["include"]
-        for i, clause in enumerate([*include, *metadata.get("exclude", ())]):
+        clauses = [*include, *metadata.get("exclude", ())]
+        for i, clause in enumerate(clauses):
             if not isinstance(clause["class"], str) or not isinstance(clause["count"], int):
                 raise ValueError("no class or count")
             if "position" in clause:
@@ -50,7 +57,23 @@ def _parse(line: str, where: str) -> Metadata:
             f"{where} is not a GenEval prompt: it must be a JSON object with tag, prompt and include clauses of class "
             "and count, whose positions name a relation and an earlier clause"
         ) from error
+    _check_known("tag", metadata["tag"], TAGS, where)
+    for clause in clauses:
+        if "color" in clause:
+            _check_known("colour", clause["color"], COLORS, where)
+        if classes is not None:
+            _check_known("class", clause["class"], classes, where)
     return metadata
+
+
+def _check_known(what: str, name: Any, known: Collection[str], where: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(str(name).lower(), known, 1)
+        raise UserError(
+            f"{where} has the {what} {str(name)[:50]!r}, which nothing can be recognised as: "
+            + (f"did you mean {near[0]!r}? The known ones" if near else "the known ones")
+            + f" are {', '.join(known)}"
+        )
 
 
 def sample_files(prompt: int, metadata: Metadata, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> dict[str, bytes]:
@@ -72,9 +95,12 @@ def read_samples(folder: Path) -> Iterator[tuple[Path, Metadata]]:
         prompts = read_prompts(place / "metadata.jsonl")
         if len(prompts) != 1:
             raise UserError(f"{place / 'metadata.jsonl'} must hold one prompt and holds {len(prompts)}")
-        pictures = sorted((place / "samples").glob("*.png"))
+        # The official rule; the same programs write a grid.png or masks beside them.
+        pictures = sorted(p for p in (place / "samples").glob("*.png") if re.fullmatch("[0-9]+", p.stem))
         if not pictures:
-            raise UserError(f"{place / 'samples'} holds no PNG: generate that prompt's pictures again")
+            raise UserError(
+                f"{place / 'samples'} holds no PNG named by a number: generate that prompt's pictures again"
+            )
         for picture in pictures:
             yield picture, prompts[0]
 

@@ -1,20 +1,20 @@
 """Flags of the commands that draw."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.utils.cli import Parser, number
+from pisces_jax.utils.cli import Parser, number, path
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import sniff
 
 DRAWING = ("describe", "temperature", "guidance", "vector_guidance")
 
 
 def add_run_flags(parser: Parser) -> None:
     """Which run to use."""
-    parser.add_argument("--workdir", type=Path, metavar="DIR", required=True, help="where the model was trained")
+    parser.add_argument("--workdir", type=path, metavar="DIR", required=True, help="where the model was trained")
     parser.add_argument("--run", default="", help="the run in it (default: the unified one that finished last)")
 
 
@@ -45,7 +45,7 @@ def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict
 def add_prompt_flags(parser: Parser) -> None:
     """What to draw."""
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--prompts_file", type=Path, metavar="F", help="a text file with a prompt on each line")
+    parser.add_argument("--prompts_file", type=path, metavar="F", help="a text file with a prompt on each line")
 
 
 def given_prompts(flags: argparse.Namespace) -> list[str]:
@@ -59,13 +59,13 @@ def given_prompts(flags: argparse.Namespace) -> list[str]:
     prompts = flags.prompt
     if (file := flags.prompts_file) is not None:
         try:
-            lines = file.read_text("utf-8").splitlines()
+            content = file.read_bytes()
+            lines = content.decode("utf-8-sig").split("\n")  # other line breaks may stand within a prompt
         except OSError as error:
             raise UserError(f"--prompts_file={file} cannot be read ({error.strerror}): give a text file") from error
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompts_file={file} is not UTF-8 text: give a file with a prompt on each line"
-            ) from error
+            found = sniff(content) or "not UTF-8 text"
+            raise UserError(f"--prompts_file={file} is {found}: give a file with a prompt on each line") from error
         if not any(line.strip() for line in lines):
             raise UserError(f"--prompts_file={file} holds no prompt: write one on each line")
         prompts = prompts + [line for line in lines if line.strip()]

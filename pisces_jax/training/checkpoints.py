@@ -205,11 +205,14 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
         )
         flat = optimizer.flatten(got[which][part])
     if source := config.init_from.get(part, ""):
-        tokens = load_tokenizer(config, workdir).vocab_size if part == "language_model" else 0
-        settings = part_settings(config, part, tokens)
+        tokenizer = load_tokenizer(config, workdir) if part == "language_model" else None
+        settings = part_settings(config, part, tokenizer.vocab_size if tokenizer else 0)
         # Of a part that was trained in part, the frozen parameters come from where the run took them.
         if settings is None or set(flat) != set(optimizer.flatten(part_shapes(settings))):
-            start = read_source(source, settings, part) if is_folder(source) else load_part(workdir, source, part)
+            if is_folder(source):
+                start = read_source(source, settings, part, tokenizer.own_size if tokenizer else None)
+            else:
+                start = load_part(workdir, source, part)
             flat = {**optimizer.flatten(start), **flat}
     if not flat:
         raise UserError(f"{run} has no part {part!r}: it trained {', '.join(kept)}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import runpy
 import sys
 import traceback
@@ -15,20 +16,21 @@ from ml_collections.config_flags import config_flags
 
 from pisces_jax.training.config import OPEN_KEYS, in_order
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import local_path
 
 Stages = dict[str, ConfigDict]
 """Runs by name, each after the runs whose weights it takes."""
 
 
 def load_stages(config: str, overrides: Mapping[str, str]) -> Stages:
-    """The runs of `FILE.py` or of `FILE.py:STAGE`, with values from the command line.
+    """The runs of `FILE` or of `FILE:STAGE`, with values from the command line.
 
     Where a config has stages, `stages.NAME.key` sets a key of one of them and `key` that of every stage that has it.
 
     Raises:
         UserError: no such file, stage or key, a file that fails, or a value of the wrong type.
     """
-    path, _, stage = config.partition(":")
+    path, stage = _file_and_stage(config)
     whole = _run(path)
     stages = whole.get("stages")
     runs = in_order(stages) if stages else {whole.name: whole}
@@ -51,6 +53,13 @@ def load_stages(config: str, overrides: Mapping[str, str]) -> Stages:
             if name not in missing:
                 _override(run, rest, value)
     return runs
+
+
+def _file_and_stage(config: str) -> tuple[str, str]:
+    """The file that `--config` names, and the stage ("": none); a folder's name may have colons too."""
+    whole = str(local_path(config))
+    path, colon, stage = whole.rpartition(":")
+    return (whole, "") if not colon or os.sep in stage or Path(whole).is_file() else (path, stage)
 
 
 def _run(path: str) -> ConfigDict:

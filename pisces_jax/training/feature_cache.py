@@ -28,6 +28,7 @@ from pisces_jax.training.programs.base import CachedInput
 from pisces_jax.training.programs.reconstruction import to_signal
 from pisces_jax.utils import processes
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import local_path
 from pisces_jax.weights.folder import read_source
 from pisces_jax.weights.sources import is_folder
 
@@ -51,7 +52,7 @@ def _caches(
     config: ConfigDict, workdir: Path, kind: CachedInput, entries: Sequence[Entry]
 ) -> list[FeatureCache | None]:
     """One cache per entry; None for an entry whose pictures the program does not need features of."""
-    folder = workdir / (config.data.features or "features") / kind.folder
+    folder = workdir / local_path(config.data.features or "features") / kind.folder
     encoder = encoder_of(config, workdir, kind)
     every = not program_class(config).draws_only
     return [FeatureCache(folder, entry, encoder) if every or entry.source.draws else None for entry in entries]

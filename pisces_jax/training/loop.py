@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.sharding import batch_share, make_mesh
 from pisces_jax.training import flops, input, optimizer
 from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_step, is_finished, load_part, open_run
@@ -24,6 +25,7 @@ from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.base import check_batch
 from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.training.tokenizer import load_tokenizer
+from pisces_jax.utils.cli import say
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.processes import primary
 from pisces_jax.weights.folder import Folder, read_part
@@ -47,14 +49,14 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     """
     check_run(workdir, config)
     if is_finished(workdir / config.name):
-        print(f"{config.name}: finished already ({config.steps} steps)")
+        say(f"{config.name}: finished already ({config.steps} steps)")
         return
     mesh = make_mesh(**config.mesh)
     tokenizer = load_tokenizer(config, workdir)
     program = make_program(config, tokenizer.vocab_size)
     trainer = make_trainer(program, config, mesh)
     trained = set(trainer.shardings.trained)
-    parts = starting_parts(config, workdir, trainer, tokenizer.vocab_size)
+    parts = starting_parts(config, workdir, trainer, tokenizer)
     for fallback in trainer.fallbacks:
         log.warning("%s", fallback)
 
@@ -155,7 +157,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         raise KeyboardInterrupt
 
 
-def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_size: int) -> dict[str, Any]:
+def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, tokenizer: Tokenizer) -> dict[str, Any]:
     """The parts that start from other runs' weights (host arrays) or from published folders (already sharded).
 
     Raises:
@@ -170,10 +172,10 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, vocab_si
             raise UserError(f"config key init_from.{part}: the model's parts are {', '.join(shapes)}")
         if is_folder(source):
             folder = Folder.open(source)
-            folder.check(part_settings(config, part, vocab_size), f"model.{part}")
+            folder.check(part_settings(config, part, tokenizer.vocab_size), f"model.{part}", tokenizer.own_size)
             parts[part] = read_part(
-                folder, shapes[part], vocab_size=vocab_size, shardings=shardings[part],
-                dtype=jax.tree.map(lambda x: x.dtype, shapes[part]), doing=f"reading {part}",
+                folder, shapes[part], vocab_size=tokenizer.vocab_size, own_tokens=tokenizer.own_size,
+                shardings=shardings[part], dtype=jax.tree.map(lambda x: x.dtype, shapes[part]), doing=f"reading {part}",
             )  # fmt: skip
             continue
         tree = load_part(workdir, source, part)

@@ -11,8 +11,9 @@ from pisces_jax.data.packing.layout import Entry
 from pisces_jax.data.sources import make_source
 from pisces_jax.data.tokenizers import Tokenizer, open_tokenizer, train_sentencepiece
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import local_path
 from pisces_jax.utils.processes import primary_first
-from pisces_jax.weights.sources import TOKENIZER, is_folder, resolve
+from pisces_jax.weights.sources import HUB, TOKENIZER, is_folder, resolve
 
 
 def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
@@ -23,8 +24,9 @@ def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
         UserError: it is not there and the config does not say how large a vocabulary to train.
     """
     if is_folder(config.data.tokenizer):
-        path = Path(config.data.tokenizer).expanduser()
-        return open_tokenizer(path if path.is_file() else resolve(config.data.tokenizer, TOKENIZER))
+        if config.data.tokenizer.startswith(HUB) or not (path := local_path(config.data.tokenizer)).is_file():
+            path = resolve(config.data.tokenizer, TOKENIZER)
+        return open_tokenizer(path)
     path = workdir / config.data.tokenizer
     with primary_first("tokenizer"):
         if not path.exists():

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils import files
+from pisces_jax.utils.errors import UserError, reader_may_leave, refusal
 
 Number = TypeVar("Number", int, float)
 
@@ -62,6 +63,14 @@ def whole_number(least: int) -> Callable[[str], int]:
 def number(least: float) -> Callable[[str], float]:
     """An argparse type: finite numbers of at least `least`."""
     return _number(float, "a number", least)
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path on this machine, with `~` expanded (`files.local_path`)."""
+    try:
+        return files.local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _number(convert: Callable[[str], Number], kind: str, least: Number) -> Callable[[str], Number]:
@@ -120,8 +129,7 @@ def start() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # replaces absl's handler
     absl_logging.set_verbosity(absl_logging.ERROR)
     warnings.filterwarnings("ignore", module="orbax")
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pisces_jax" / "xla"
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None and (cache := files.user_cache("xla")) is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
@@ -159,8 +167,7 @@ def write_files(folder: Path, files: Mapping[str, bytes], flag: str) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(scratch / name, folder / name)
     except OSError as error:
-        words = f"{error.strerror}: free some space or give another folder"
-        raise UserError(f"{flag}={folder} cannot be written: {words}") from error
+        raise UserError(f"{flag}={folder} cannot be written: {refusal(error) or error.strerror}") from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -169,8 +176,12 @@ def write_files(folder: Path, files: Mapping[str, bytes], flag: str) -> None:
 
 
 def say(*words: object) -> None:
-    """Prints a line and flushes it, so that output piped into a file appears while the command works."""
-    print(*words, flush=True)
+    """Prints a line and flushes it, so that output piped into a file appears while the command works.
+
+    A command whose output nobody reads any more (`... | head`) does its work to the end.
+    """
+    with reader_may_leave():
+        print(*words, flush=True)
 
 
 def arguments() -> list[str]:

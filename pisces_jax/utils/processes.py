@@ -15,6 +15,7 @@ from pisces_jax.utils.errors import UserError
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 GOOGLE = "0x1ae0"  # PCI vendor
 METADATA_SERVER = "169.254.169.254"  # the same for all Google Cloud VMs; asking by number needs no DNS
+OF_A_STEP = "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"  # what srun sets, and JAX needs
 METADATA_ATTEMPTS = 3
 METADATA_SECONDS = 2.0  # per attempt
 
@@ -55,13 +56,30 @@ def _several() -> bool:
 
     `jax.distributed.initialize()` finds the others, but fails where there are none, so this is asked first.
     """
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    if (tasks := _number("SLURM_NTASKS")) > 1 and os.environ.get("SLURM_PROCID"):
+        if missing := [name for name in OF_A_STEP if not os.environ.get(name)]:
+            raise UserError(
+                f"SLURM_NTASKS={tasks} asks for {tasks} processes and {missing[0]} is not set, so srun did not start "
+                "this one: start it with srun, or unset SLURM_NTASKS to use this process alone"
+            )
         return True
-    if int(os.environ.get("MEGASCALE_NUM_SLICES") or "1") > 1:
+    if _number("MEGASCALE_NUM_SLICES") > 1:
         return True
     if hosts := os.environ.get("TPU_WORKER_HOSTNAMES"):
         return _count(hosts) > 1
     return _on_tpu_vm() and _tpu_hosts() > 1
+
+
+def _number(variable: str) -> int:
+    """A count in the environment; 1 where it is not set, or empty.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    text = os.environ.get(variable, "").strip() or "1"
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {variable} is {text[:40]!r}, not a number: unset it or correct it")
+    return int(text)
 
 
 def _count(names: str) -> int:

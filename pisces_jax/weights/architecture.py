@@ -1,35 +1,17 @@
 """The settings of a published folder as ours, and a part's settings as a `config.json`."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.config_json import BICUBIC, NATIVE, READERS, WRITERS, Json, Refuse, family_of_file
+from pisces_jax.weights.tensors import read_json
 
 # Settings of how a model runs or is initialised: they do not make it another model.
 _RUNNING = {"attention", "remat", "unroll", "post_scale", "vocab_size", "vocab_multiple"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        UserError: the file is missing or is not a JSON object.
-    """
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): give a folder of published weights with its {path.name}"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object: download it again")
-    return values
 
 
 def read_architecture(folder: Path) -> tuple[str, Any]:
@@ -47,12 +29,35 @@ def read_architecture(folder: Path) -> tuple[str, Any]:
     try:
         family = family_of_file(values, refuse)
         config = _checked(READERS[family](values, refuse))
-        path = folder / "preprocessor_config.json"
-        if isinstance(config, ViTConfig) and family != NATIVE and path.exists():
-            config = _preprocessed(config, read_json(path), _refusal(path))
+        if isinstance(config, ViTConfig) and family != NATIVE:
+            for path, given in _preprocessors(folder):
+                config = _preprocessed(config, given, _refusal(path))
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} has a missing or invalid value ({error!r}): download it again") from error
     return family, config
+
+
+def _preprocessors(folder: Path) -> Iterator[tuple[Path, Json]]:
+    """What a folder says of its pictures, in the words of transformers; where files differ, the last one is right."""
+    for name, key in (
+        ("config.json", "pretrained_cfg"),
+        ("open_clip_config.json", "preprocess_cfg"),
+    ):  # timm, open_clip
+        path = folder / name
+        if path.exists() and (given := read_json(path).get(key)):
+            yield path, dict(
+                image_mean=given.get("mean"), image_std=given.get("std"), resample=given.get("interpolation"),
+                size=given.get("size", (given.get("input_size") or [None])[1:]),
+                crop_pct=given.get("crop_pct"), resize_mode=given.get("crop_mode", given.get("resize_mode")),
+            )  # fmt: skip
+    # transformers 5 writes the first of these, and takes it where both exist.
+    path = folder / "processor_config.json"
+    given = read_json(path).get("image_processor") if path.exists() else None
+    if not given:
+        path = folder / "preprocessor_config.json"
+        given = read_json(path) if path.exists() else None
+    if given:
+        yield path, given
 
 
 def _preprocessed(config: ViTConfig, given: Json, refuse: Refuse) -> ViTConfig:
@@ -60,14 +65,20 @@ def _preprocessed(config: ViTConfig, given: Json, refuse: Refuse) -> ViTConfig:
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if given.get(key, True) is False:
             raise refuse(f"preprocessing with {key} false", "take an encoder whose pictures are resized and normalised")
-    if given.get("resample") not in (None, BICUBIC):
+    if given.get("resample") not in (None, BICUBIC, "bicubic"):
         raise refuse(f"resampling {given['resample']}", f"take an encoder with bicubic resampling ({BICUBIC})")
     if abs((given.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-6:
         raise refuse(f"a rescale_factor of {given['rescale_factor']}", "take an encoder with 1/255")
+    if given.get("crop_pct") not in (None, 1):
+        raise refuse(f"a crop_pct of {given['crop_pct']}", "take an encoder that sees the whole middle square (1.0)")
+    if given.get("resize_mode") not in (None, "center", "shortest", "squash"):
+        raise refuse(
+            f"resizing by {given['resize_mode']!r}", "take an encoder of middle squares or of stretched pictures"
+        )
     for key in ("crop_size", "size"):
         sizes = given.get(key)
-        sizes = set(sizes.values()) if isinstance(sizes, Mapping) else {sizes}
-        if sizes - {config.image_size, None}:
+        sizes = sizes.values() if isinstance(sizes, Mapping) else sizes if isinstance(sizes, list) else [sizes]
+        if set(sizes) - {config.image_size, None}:
             raise refuse(f"a {key} of {given[key]} for pictures of {config.image_size}", "take one of the same size")
     mean = tuple(map(float, given.get("image_mean") or config.mean))
     std = tuple(map(float, given.get("image_std") or config.std))

@@ -26,6 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": dict(
         vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
         hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
+        max_position_embeddings=2048,
     ),
     "siglip": dict(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
@@ -103,10 +104,12 @@ def _read_llama(values: Json, refuse: Refuse) -> TransformerConfig:
     _require(v, _LLAMA_FIXED, refuse, "a LLaMA", "take one without biases and with silu")
     scaling = None
     if kind == "llama3":
+        # transformers takes the key beside these first, and without any the length that the config says.
+        key = "original_max_position_embeddings"
+        original = v.get(key) or rope.get(key) or v["max_position_embeddings"]
         scaling = RopeScaling(
-            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )  # fmt: skip
+            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(original)
+        )
     heads = v["num_attention_heads"]
     return TransformerConfig(
         **_ours(_LLAMA, v), kv_heads=v.get("num_key_value_heads") or heads,

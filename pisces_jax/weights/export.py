@@ -21,12 +21,13 @@ from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import synchronize, umask
+from pisces_jax.utils.units import gib
 from pisces_jax.weights.architecture import config_json, part_of
 from pisces_jax.weights.config_json import NATIVE, family_of, preprocessor_json
 from pisces_jax.weights.families import FAMILIES, Family
 from pisces_jax.weights.folder import Flat, Folder, flatten, native_family, progress_bar
 from pisces_jax.weights.layout import Entry
-from pisces_jax.weights.tensors import Pending, slabs, write_folder
+from pisces_jax.weights.tensors import Pending, common_dtype, slabs, write_folder
 
 
 def import_folder(source: str, target: Path, dtype: str | None = None) -> tuple[Folder, int]:
@@ -79,7 +80,8 @@ def export_part(
     if tokenizer is not None:
         ids = dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad)
         files["config.json"] |= ids
-        files["generation_config.json"] = ids
+        never = sorted(tokenizer.special - {tokenizer.eos})  # as `inference.model.Model` answers
+        files["generation_config.json"] = dict(ids, suppress_tokens=never)
     if isinstance(settings, ViTConfig) and name != NATIVE:
         files["preprocessor_config.json"] = preprocessor_json(name, settings)
     stem = "diffusion_pytorch_model" if name == "autoencoder" else "model"
@@ -98,8 +100,7 @@ def _check_room(target: Path, size: int) -> None:
         above = above.parent
     if (free := shutil.disk_usage(above).free) < 1.02 * size:
         raise UserError(
-            f"{above} has {free / 2**30:.1f} GiB free and {target.name} takes {size / 2**30:.1f}: free some space or "
-            "give another folder"
+            f"{above} has {gib(free)} free and {target.name} takes {gib(size)}: free some space or give another folder"
         )
 
 
@@ -120,7 +121,7 @@ def _pending(family: Family, settings: Any, flat: Flat, dtype: str | None) -> li
         if rows[0].vocabulary and tokens is not None:
             shape = (tokens, *shape[1:])
         name = family.prefixes[0] + rows[0].theirs.format(i=layer)
-        kind = np.dtype(dtype) if dtype else functools.reduce(np.promote_types, [np.dtype(a.dtype) for a in ours])
+        kind = np.dtype(dtype) if dtype else common_dtype(np.dtype(a.dtype) for a in ours)
         give = functools.partial(_pieces, rows, ours, layer, shape)
         pending.append(Pending(name, rows[0].published_shape(shape), kind, give))
     return pending

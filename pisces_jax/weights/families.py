@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import ViTConfig
+from pisces_jax.utils.errors import UserError, listed
 from pisces_jax.weights.layout import Entry
 
 T = TypeVar("T")
@@ -24,7 +25,8 @@ class Family:
     Attributes:
         table: the rows for a part's settings.
         prefixes: what may come before all names. The one that matches most names is taken; tensors with another one
-            belong to another part. The first is written at export.
+            belong to another part. The first is written at export. Where none fits, any other prefix will do (of
+            torch.compile, or of a larger model) if all names are there with it.
         unused: patterns of names, after the prefix, of tensors that belong to the model but are not used here.
         renamed: (pattern, replacement): older names of the same tensors.
     """
@@ -34,14 +36,28 @@ class Family:
     unused: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
-    def select(self, table: Iterable[Entry], tensors: Mapping[str, T]) -> dict[str, T]:
-        """The tensors of this part by their names in the table: without prefix, older names replaced."""
+    def select(self, table: Iterable[Entry], tensors: Mapping[str, T]) -> tuple[str, dict[str, T]]:
+        """The prefix of this part's tensors, and these by their names in the table: without it, older names replaced.
+
+        Raises:
+            UserError: the tensors are there several times, with other prefixes than the known ones.
+        """
         wanted = {entry.theirs.format(i=0) for entry in table}
-        found = []
-        for prefix in self.prefixes:
-            inside = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
-            found.append({self._current(name): tensor for name, tensor in inside.items()})
-        return max(found, key=lambda named: len(wanted & set(named)))
+
+        def inside(prefix: str) -> dict[str, T]:
+            named = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+            return {self._current(name): tensor for name, tensor in named.items()}
+
+        found = {prefix: inside(prefix) for prefix in self.prefixes}
+        best = max(found, key=lambda prefix: len(wanted & set(found[prefix])))
+        if wanted <= set(found[best]):
+            return best, found[best]
+        probe = min(wanted, default="")
+        others = {n.removesuffix(probe) for n in tensors if n.endswith(f".{probe}")} - set(self.prefixes)
+        whole = sorted(prefix for prefix in others if wanted <= set(inside(prefix)))
+        if len(whole) > 1:
+            raise UserError(f"this part is there several times, as {listed(whole)}: keep only one of them")
+        return (whole[0], inside(whole[0])) if whole else (best, found[best])
 
     def _current(self, name: str) -> str:
         for pattern, replacement in self.renamed:

@@ -5,7 +5,7 @@ A folder holds a published layout (`families.py`) or ours: the same files with o
 """
 
 import dataclasses
-import functools
+import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,15 +24,16 @@ from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.transformer import Transformer, TransformerConfig
 from pisces_jax.models.vit import ViT, ViTConfig
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.errors import UserError, listed
 from pisces_jax.weights.architecture import differences, read_architecture
 from pisces_jax.weights.config_json import NATIVE
 from pisces_jax.weights.families import FAMILIES, Family
 from pisces_jax.weights.layout import Entry
 from pisces_jax.weights.sources import resolve
-from pisces_jax.weights.tensors import Tensor, read_folder
+from pisces_jax.weights.tensors import Tensor, common_dtype, read_folder
 
 Flat = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class View:
     """One of our parameters as it lies in files: indexing reads what is asked for and no more.
 
     Attributes:
+        dtype: of what is read.
         layers: gives the published arrays in our layout, one by one (a single one if ours is not stacked).
         tokens: for a vocabulary, the rows that are tokens. Tokens that the file lacks start at the mean of its rows;
             the rows after the tokens are padding and zero.
@@ -55,7 +57,8 @@ class View:
         index = index if isinstance(index, tuple) else (index,)
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         if self.stacked:
-            return np.stack([self.layers[i]()[index[1:]] for i in range(*index[0].indices(self.shape[0]))])
+            layers = [self.layers[i]()[index[1:]] for i in range(*index[0].indices(self.shape[0]))]
+            return np.stack([layer.astype(self.dtype, copy=False) for layer in layers])
         array = self.layers[0]()
         if self.tokens is None or array.shape == self.shape:
             return np.asarray(array[index])
@@ -95,7 +98,10 @@ class Folder:
         if not any((path / name).exists() for name in ("config.json", "open_clip_config.json")):
             read_folder(path)  # if the weights are wrong too, the user should know that first
         family, settings = read_architecture(path)
-        return cls(path, family, settings, read_folder(path))
+        tensors = read_folder(path)
+        if family == "llama" and settings.tied_embedding and _other_head(settings, tensors):
+            settings = dataclasses.replace(settings, tied_embedding=False)
+        return cls(path, family, settings, tensors)
 
     def shapes(self) -> Any:
         """The tree of shapes of the part, as its settings or else the tensors of our own layout give it."""
@@ -103,37 +109,59 @@ class Folder:
             return traverse_util.unflatten_dict(dict(self.tensors), sep="/")
         return part_shapes(self.settings)
 
-    def check(self, settings: Any, where: str) -> None:
+    def check(self, settings: Any, where: str, own_tokens: int | None = None) -> None:
         """Compares a config's settings with those of the folder.
+
+        Args:
+            where: the config's key, for messages.
+            own_tokens: of a language model, those that the tokenizer's file has (`Tokenizer.own_size`).
 
         Raises:
             UserError: they differ, and the message lists every setting; or the vocabulary is not the tokenizer's.
         """
         wrong = differences(self.settings, settings)
         if wrong:
-            raise UserError(f"{where} does not fit {self.path / 'config.json'}: set {', '.join(wrong)} as there")
-        # Only our own tokens may be missing in the folder: otherwise texts would get other ids than the weights know.
+            raise UserError(f"{where} does not fit the weights of {self.path}: set {', '.join(wrong)} as there")
         if isinstance(settings, TransformerConfig):
-            rows = self.settings.vocab_size
-            if not 0 <= settings.vocab_size - rows <= len(APPENDED):
+            self._check_vocabulary(settings.vocab_size, own_tokens)
+
+    def _check_vocabulary(self, tokens: int, own: int | None) -> None:
+        """Only our own tokens may be missing in the folder, and no rows but padding may be without a token: otherwise
+        texts, or our tokens, would take rows that mean something else.
+        """
+        rows = self.settings.vocab_size
+        if own is not None and rows > own and not _is_padded(rows, own):
+            raise UserError(
+                f"{self.path} has rows for {rows} tokens and the tokenizer's file has {own}: set data.tokenizer to the "
+                "one that was saved with these weights"
+            )
+        if own is None or rows <= own:
+            if not 0 <= tokens - rows <= len(APPENDED):
                 raise UserError(
-                    f"{self.path} has {rows} tokens and the tokenizer {settings.vocab_size}, with ours: set "
-                    "data.tokenizer to that of these weights"
+                    f"{self.path} has {rows} tokens and the tokenizer {tokens}, with ours: set data.tokenizer to that "
+                    "of these weights"
                 )
 
-    def views(self, shapes: Mapping[str, Any], vocab_size: int | None = None) -> dict[str, View]:
+    def views(
+        self, shapes: Mapping[str, Any], vocab_size: int | None = None, own_tokens: int | None = None
+    ) -> dict[str, View]:
         """Our parameters by name.
 
         Args:
             shapes: of the part, by name (arrays will do).
             vocab_size: a language model's tokens.
+            own_tokens: those that the tokenizer's file has. Rows after them are padding in the files, and not read.
 
         Raises:
             UserError: tensors are missing, surplus or of the wrong shape; the message lists each with both shapes.
         """
         family = native_family(shapes) if self.family == NATIVE else FAMILIES[self.family]
         table = family.table(self.settings)
-        found = family.select(table, self.tensors)
+        prefix, found = family.select(table, self.tensors)
+        if prefix not in family.prefixes:
+            log.warning("%s: the names of its tensors begin with %r, which is left out", self.path, prefix)
+        rows = self.settings.vocab_size if isinstance(self.settings, TransformerConfig) else None
+        known = min(n for n in (rows, vocab_size, own_tokens) if n is not None) if rows and vocab_size else rows
         wrong: list[str] = []
         views, used = {}, set()
         for entry in table:
@@ -145,9 +173,10 @@ class Folder:
             names = [entry.theirs.format(i=i) for i in range(ours[0] if entry.stacked else 1)]
             used |= set(names)
             tensors = [found[name] for name in names if name in found]
-            if entry.vocabulary and vocab_size and tensors and len(tensors[0].shape) == len(shape):
-                shape = (min(tensors[0].shape[0], vocab_size) or shape[0], *shape[1:])
-            wanted = entry.published_shape(shape)
+            vocabulary = entry.vocabulary and rows is not None
+            wanted = (rows, *shape[1:]) if vocabulary else entry.published_shape(shape)
+            if vocabulary:
+                shape = (known, *shape[1:])
             wrong += [f"missing {name} {wanted}" for name in names if name not in found]
             wrong += [
                 f"{name} is {found[name].shape} and must be {wanted}"
@@ -155,18 +184,42 @@ class Folder:
                 if name in found and found[name].shape != wanted
             ]
             if not wrong:
-                dtype = functools.reduce(np.promote_types, [tensor.array().dtype for tensor in tensors])
+                dtype = common_dtype(tensor.array().dtype for tensor in tensors)
+                end = known if vocabulary else None
                 # Mapped anew at every read, so that what was read does not stay in memory.
-                reads = [lambda t=t, e=entry, s=shape: e.to_ours(t.array(), s) for t in tensors]
-                views[entry.ours] = View(ours, dtype, entry.stacked, reads, vocab_size if entry.vocabulary else None)
+                reads = [lambda t=t, e=entry, s=shape, n=end: e.to_ours(t.array()[:n], s) for t in tensors]
+                views[entry.ours] = View(ours, dtype, entry.stacked, reads, vocab_size if vocabulary else None)
         for name in sorted(set(found) - used):
             if family.uses(name):
                 wrong.append(f"surplus {name} {found[name].shape}")
         for name in sorted(set(shapes) - {entry.ours for entry in table}):
             wrong.append(f"missing {name} {tuple(shapes[name].shape)} (of ours)")
         if wrong:
-            raise UserError(f"{self.path} does not fit the model: {'; '.join(wrong)}")
+            raise UserError(f"{self.path} does not fit the model: {listed(wrong, separator='; ')}")
         return views
+
+
+def _is_padded(rows: int, tokens: int) -> bool:
+    """Whether a vocabulary of `tokens` was padded to `rows`: to the next multiple of a power of two."""
+    return rows in {-(-tokens // 2**i) * 2**i for i in range(3, 11)}
+
+
+def _other_head(settings: TransformerConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the files hold an output matrix that is not the embedding, to which `config.json` ties it.
+
+    transformers keeps such a matrix.
+    """
+    table = FAMILIES["llama"].table(dataclasses.replace(settings, tied_embedding=False))
+    names = {entry.ours: entry.theirs for entry in table}
+    _, found = FAMILIES["llama"].select(table, tensors)
+    if names["head"] not in found or names["embedding"] not in found:
+        return False
+    head, embedding = found[names["head"]].array(), found[names["embedding"]].array()
+    blocks = range(0, len(head), 4096)
+    return head.shape != embedding.shape or not all(
+        np.array_equal(head[i : i + 4096].astype(np.float32), embedding[i : i + 4096].astype(np.float32))
+        for i in blocks
+    )
 
 
 def native_family(shapes: Mapping[str, Any]) -> Family:
@@ -183,6 +236,7 @@ def read_part(
     shapes: Any,
     *,
     vocab_size: int | None = None,
+    own_tokens: int | None = None,
     shardings: Any = None,
     dtype: Any = None,
     doing: str = "reading",
@@ -191,7 +245,7 @@ def read_part(
 
     Args:
         shapes: the part's tree of shapes.
-        vocab_size: a language model's tokens.
+        vocab_size, own_tokens: as in `Folder.views`.
         shardings: the same tree of shardings; without it, host arrays are returned.
         dtype: what to store in, by default as the files do; or a tree of dtypes.
 
@@ -199,7 +253,7 @@ def read_part(
         UserError: the folder does not fit.
     """
     flat = flatten(shapes)
-    views = folder.views(flat, vocab_size)
+    views = folder.views(flat, vocab_size, own_tokens)
     where = None if shardings is None else flatten(shardings)
     dtypes = flatten(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(flat, dtype)
     got: Flat = {}
@@ -225,16 +279,17 @@ def flatten(tree: Any) -> Flat:
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def read_source(source: str, settings: Any, part: str) -> Any:
+def read_source(source: str, settings: Any, part: str, own_tokens: int | None = None) -> Any:
     """A part's parameters as a folder holds them, as host arrays.
 
     Raises:
         UserError: the folder does not fit these settings.
     """
     folder = Folder.open(source)
-    folder.check(settings, f"model.{part}")
+    folder.check(settings, f"model.{part}", own_tokens)
     shapes = folder.shapes() if settings is None else part_shapes(settings)
-    return read_part(folder, shapes, vocab_size=getattr(settings, "vocab_size", None), doing=f"reading {part}")
+    tokens = getattr(settings, "vocab_size", None)
+    return read_part(folder, shapes, vocab_size=tokens, own_tokens=own_tokens, doing=f"reading {part}")
 
 
 def part_shapes(settings: Any) -> Any:

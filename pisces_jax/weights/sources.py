@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import local_path
 from pisces_jax.weights.tensors import without_safetensors
 
 HUB = "hf://"
@@ -29,7 +30,7 @@ def resolve(source: str, wanted: Sequence[str] = WEIGHTS) -> Path:
         UserError: the folder does not exist, or the download fails.
     """
     if not source.startswith(HUB):
-        path = Path(source).expanduser()
+        path = local_path(source)
         if not path.is_dir():
             raise UserError(f"{source} is not a directory: give the folder of published weights")
         return path

@@ -7,6 +7,7 @@ them, since it needs all tensors in memory.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.errors import UserError, listed
+from pisces_jax.utils.files import SNIFFED, sniff
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -28,8 +30,13 @@ DTYPES: Mapping[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # the size at which published models split their files
-# Of several files without an index, the one that the libraries themselves would take.
-_USUAL = ("model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+# Of several, what the libraries themselves would take: transformers a single file, diffusers an index.
+_USUAL = (
+    "model.safetensors", f"model{INDEX_SUFFIX}", f"diffusion_pytorch_model{INDEX_SUFFIX}",
+    "diffusion_pytorch_model.safetensors", "open_clip_model.safetensors", f"open_clip_model{INDEX_SUFFIX}",
+    "open_clip_pytorch_model.safetensors",
+)  # fmt: skip
+_LONGEST_HEADER = 10**8  # bytes; the library's own limit
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -74,15 +81,57 @@ def read_header(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        raise UserError(
-            f"{path} is truncated, damaged or not a safetensors file ({reason}): download it again"
-        ) from error
+        raise UserError(_damage(path, str(error).removeprefix("Error while deserializing header: "))) from error
     header.pop("__metadata__", None)
     return {
         name: Tensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
+
+
+def _damage(path: Path, reason: str) -> str:
+    """The error message for a file that the library refuses."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(SNIFFED)
+        length = int.from_bytes(first[:8], "little")
+        file.seek(8)
+        header = file.read(length) if length <= _LONGEST_HEADER else b""
+    if meaning := sniff(first):
+        return f"{path} is {meaning}, not safetensors"
+    whole, least = 8, "at least "
+    if size >= 8 and length <= _LONGEST_HEADER:
+        whole += length
+        try:
+            entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+            whole, least = whole + max(entry["data_offsets"][1] for entry in entries), ""
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            pass  # the header is cut off, or is none
+    if size < whole:
+        return f"{path} is truncated (it has {size:,} of {least}{whole:,} bytes): download it again"
+    return f"{path} is damaged or not a safetensors file ({reason}): download it again"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: the file is missing or is not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give a folder of published weights with its {path.name}"
+        ) from error
+    except ValueError as error:
+        with path.open("rb") as file:
+            meaning = sniff(file.read(SNIFFED))
+        raise UserError(
+            f"{path} is {meaning}, not JSON" if meaning else f"{path} is not valid JSON ({error}): download it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object: download it again")
+    return values
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -95,30 +144,31 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     # A variant is named before the last suffix: model.safetensors.index.bf16.json.
     indices = sorted(folder.glob("*.safetensors.index*.json"))
     files = sorted(folder.glob("*.safetensors"))
-    usual = [f for name in _USUAL for f in (*indices, *files) if f.name in (name + INDEX_SUFFIX, name + ".safetensors")]
+    usual = [f for name in _USUAL for f in (*files, *indices) if f.name == name]
     if usual:
         chosen = usual[0]
     elif len(indices) == 1 or (not indices and len(files) == 1):
         chosen = (indices or files)[0]
     elif indices or files:
-        names = ", ".join(f.name for f in indices or files)
+        names = listed([f.name for f in indices or files])
         raise UserError(f"{folder} holds several sets of weights ({names}): keep only one of them there")
     else:
         raise UserError(without_safetensors(str(folder), [f.name for f in folder.iterdir()]))
     if chosen.suffix != ".json":
         return read_header(chosen)
+    index = read_json(chosen)
     try:
-        weight_map = json.loads(chosen.read_text())["weight_map"]
+        weight_map = index["weight_map"]
         parts = {name: folder / Path(file).name for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{chosen} cannot be read as an index of safetensors: download it again") from error
     missing = sorted({path.name for path in parts.values() if not path.is_file()})
     if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}, which {chosen.name} names: download them")
+        raise UserError(f"{folder} lacks {listed(missing)}, which {chosen.name} names: download them")
     headers = {path: read_header(path) for path in sorted(set(parts.values()))}
     gone = [name for name, path in parts.items() if name not in headers[path]]
     if gone:
-        raise UserError(f"{chosen} names tensors that their files lack ({', '.join(gone)}): download the folder again")
+        raise UserError(f"{chosen} names tensors that their files lack ({listed(gone)}): download the folder again")
     return {name: headers[path][name] for name, path in parts.items()}
 
 
@@ -128,10 +178,18 @@ def without_safetensors(where: str, files: Iterable[str]) -> str:
     if not pickles:
         return f"{where} has no safetensors file: give the folder of published weights"
     return (
-        f"{where} has only pickles ({', '.join(pickles)}), which are not opened since they can run any code: convert "
+        f"{where} has only pickles ({listed(pickles)}), which are not opened since they can run any code: convert "
         "each with safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors') and give the "
         "folder of the result"
     )
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The one dtype among `dtypes`; of several, the narrowest that holds all their values."""
+    # NumPy has no common dtype for bfloat16 and float16.
+    pair = {DTYPES["F16"], DTYPES["BF16"]}
+    kinds = set(dtypes)
+    return functools.reduce(np.promote_types, kinds - pair | {DTYPES["F32"]} if pair <= kinds else kinds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from pisces_jax.data import storage
 from pisces_jax.data.example import BrokenExample
 from pisces_jax.data.formats.record_files import RecordFiles, Span, count_records
-from pisces_jax.data.formats.records import encoded, labels, locate, parse_object, picture_files, reading
+from pisces_jax.data.formats.records import labels, locate, parse_object, picture, picture_files, reading
 from pisces_jax.data.images import EncodedImage
 from pisces_jax.data.recipes import Record
 from pisces_jax.utils.errors import UserError
@@ -67,12 +67,12 @@ class Tfds:
         key = f"{self.dataset}/{self.split}/{i}"
         with reading(key, damaged="a damaged record", errors=(UserError, OSError, ValueError, RuntimeError)):
             record = dict(self._features.deserialize_example_np(self._records[i], decoders=self._decoders))
-        pictures = [encoded(record.pop(field), key) for field in self.images]
+        pictures = [picture(record.pop(field), ".", key) for field in self.images]
         return Record(key, {field: self._plain(field, value) for field, value in record.items()}, pictures)
 
     def _plain(self, field: str, value: Any) -> Any:
-        if field in self._label_names and value >= 0:  # TFDS marks a hidden label by -1
-            return self._label_names[field][int(value)].replace("_", " ")
+        if field in self._label_names:
+            return self._label_names[field][int(value)].replace("_", " ") if value >= 0 else None  # -1 is a hidden one
         return _text(value)
 
 
@@ -142,10 +142,11 @@ class ArrayRecords:
             found = parse_object(data, key)
             return Record(key, found, picture_files(found, self.images, self.image_root or ".", key))
         found = parse_example(data, key)
-        pictures: list[EncodedImage] = []
+        pictures: list[EncodedImage | None] = []
         for name in self.images:
-            value = found.pop(name, None)
-            pictures += [encoded(one, key) for one in (value if isinstance(value, list) else [value])]
+            value = found.pop(name, None) or None
+            root = self.image_root or "."
+            pictures += [picture(one, root, key) for one in (value if isinstance(value, list) else [value])]
         return Record(key, {name: _text(value) for name, value in found.items()}, pictures)
 
 

@@ -12,19 +12,21 @@ import numpy as np
 
 from pisces_jax.data import storage
 from pisces_jax.data.example import BrokenExample
-from pisces_jax.data.formats.records import labels, locate, parse_object, picture_files, reading
+from pisces_jax.data.formats.records import EITHER, labels, locate, parse_object, picture_files, reading, unchanged
 from pisces_jax.data.recipes import Record
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.errors import UserError, cut
+from pisces_jax.utils.files import SNIFFED, sniff
 
 CUT = -1  # the length of what follows a place where the file ends or breaks within an object
 _lock = threading.Lock()
 
 
 class JsonRecords:
-    """Records of JSON files (one array of objects) and JSON Lines files; `path` is a pattern or a list of them.
+    """Records of JSON files (arrays of objects) and JSON Lines files; `path` is a pattern or a list of them.
 
-    `images` names the fields that hold a picture's path or a list of them, in the order in which a recipe takes them.
-    Paths are relative to `image_root`, by default the file's own folder. A record may have no picture.
+    `images` names the fields that hold a picture or a list of them (`records.picture`), in the order in which a recipe
+    takes them; by default it is "image" or "images", whichever is filled. Paths are relative to `image_root`, by
+    default the file's own folder. A record may have no picture.
 
     Raises:
         UserError: a file is missing or holds no object.
@@ -36,7 +38,7 @@ class JsonRecords:
     def __init__(
         self,
         path: str | Sequence[str],
-        images: Sequence[str] = ("image", "images"),
+        images: Sequence[str] = EITHER,
         image_root: str | None = None,
         name: str = "json",
     ):
@@ -46,14 +48,17 @@ class JsonRecords:
         self.roots = [image_root if image_root is not None else one.rpartition("/")[0] or "." for one in self.paths]
         digest = hashlib.blake2b(digest_size=16)
         spans = []
+        self._signatures = [storage.signature(one) for one in self.paths]
         for one in self.paths:
             data = storage.read(one)
+            if (meaning := sniff(data[:SNIFFED])) is not None:
+                raise UserError(f"{one} is {meaning}, not JSON")
             if storage.is_remote(one):
                 self._fetched[one] = data
-            digest.update(one.encode())
+            digest.update(one.encode(errors="surrogatepass"))
             digest.update(data)
             spans.append(_spans(data))
-            _refuse_one_object(one, data, spans[-1])
+            _refuse_one_object(one, data, spans[-1], self.images)
             if not (spans[-1][:, 1] >= 0).any():
                 raise UserError(f"{one} holds no JSON object, neither one per line nor in an array: change path")
         self._spans = np.concatenate(spans)
@@ -83,6 +88,7 @@ class JsonRecords:
             raise BrokenExample(key, "not JSON", f"{path} ends or is damaged after byte {start}")
         with reading(key):
             if not storage.is_remote(path):
+                unchanged(path, self._signatures[file], key)
                 data = storage.read(path, start, length)
             else:
                 with _lock:  # one thread fetches the whole file: a request per object would take far longer
@@ -125,7 +131,12 @@ def _array_spans(data: bytes) -> np.ndarray:
     while True:
         at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
         if text[at : at + 1] == "]":
-            break
+            at = _BETWEEN.match(text, at + 1).end()  # type: ignore[union-attr]
+            if at == len(text):
+                break
+            if text[at] == "[":  # another array, as in a file with an array a line
+                at += 1
+                continue
         try:
             _, end = decode(text, at)
         except (ValueError, RecursionError):
@@ -136,18 +147,36 @@ def _array_spans(data: bytes) -> np.ndarray:
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
-def _refuse_one_object(path: str, data: bytes, spans: np.ndarray) -> None:
-    """Raises `UserError` where several lines are one object, such as `{"annotations": [...]}`."""
-    if len(spans) < 2:
+_LISTS = ("conversations", "messages", "texts", *EITHER)  # lists of objects that belong to one record
+
+
+def _refuse_one_object(path: str, data: bytes, spans: np.ndarray, images: Sequence[str]) -> None:
+    """Raises `UserError` where the whole file is one object around its records, such as `{"annotations": [...]}`."""
+    if not len(spans) or spans[0, 1] == CUT:
         return
     try:
-        parse_object(data[spans[0, 0] : spans[0].sum()], path)
+        whole = parse_object(data[spans[0, 0] : spans[0].sum()], path)
+        if len(spans) > 1 or any(isinstance(whole.get(name), str) for name in images):
+            return
+        if not any(_is_records(value) for name, value in whole.items() if name not in _LISTS):
+            return
     except BrokenExample:
         try:
             whole = json.loads(data)
         except (ValueError, RecursionError):
             return
-        if isinstance(whole, dict):
-            raise UserError(
-                f"{path} is one object with the fields {', '.join(whole)}: write only its array, or one object per line"
-            ) from None
+    if not isinstance(whole, dict):
+        return
+    if _is_records(whole.get("annotations")) and _is_records(whole.get("images")):
+        known = next((name for name in ("caption", "text") if name in whole["annotations"][0]), "text")
+        advice = (
+            "this is COCO's layout: for each annotation write a line with the file_name of its picture, such as "
+            f'{{"image": "000000000009.jpg", "{known}": "..."}}'
+        )
+    else:
+        advice = "write only its array, or one object per line"
+    raise UserError(f"{path} is one object with the fields {cut(', '.join(whole))}: {advice}")
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(one, dict) for one in value)

@@ -5,6 +5,7 @@ goes on reading a file that was replaced.
 """
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from pisces_jax.data import storage
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import SNIFFED, sniff
 
 OPEN_READERS = 64  # each has a descriptor
 
@@ -61,6 +63,8 @@ def count_records(path: str) -> int:
     """
     reader = _reader(path, storage.signature(path))
     if not reader.ok():  # it would count none
+        if (meaning := sniff(storage.read(path, 0, SNIFFED))) is not None:
+            raise UserError(f"{path} is {meaning}, not an ArrayRecord file")
         raise UserError(f"{path} cannot be read as ArrayRecord: fix or remove it, or change path")
     return reader.num_records()
 
@@ -71,4 +75,4 @@ def count_records(path: str) -> int:
 def _reader(path: str, signature: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+    return ArrayRecordReader(os.fsencode(path), options="readahead_buffer_size:0", file_reader_buffer_size=32768)

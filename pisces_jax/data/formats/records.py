@@ -1,18 +1,22 @@
 """What the readers of file formats share: their protocol, the source that a recipe makes of one, and parsing."""
 
+import base64
 import contextlib
 import functools
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from pisces_jax.data import storage
-from pisces_jax.data.example import FILE_GONE, BrokenExample, Example
+from pisces_jax.data.conversations import sound
+from pisces_jax.data.example import FILE_CHANGED, FILE_GONE, BrokenExample, Example
 from pisces_jax.data.images import EncodedImage
-from pisces_jax.data.recipes import Recipe, Record, sound
+from pisces_jax.data.recipes import Recipe, Record
 from pisces_jax.utils.errors import UserError
 
 SPLITS = ("train", "val", "all")
@@ -178,17 +182,42 @@ def parse_object(data: bytes, key: str) -> dict[str, Any]:
     return value
 
 
-def encoded(value: Any, key: str) -> EncodedImage:
-    """The picture of a field that holds its bytes, or Hugging Face's {"bytes", "path"}.
+EITHER = ("image", "images")  # the usual fields of a picture and of several; a record that has both has them once
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{64,}={0,2}\s*")
+_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # of files of `PICTURES`
+
+
+def picture(value: Any, root: str, key: str) -> EncodedImage | None:
+    """The picture of a field: its bytes, Hugging Face's {"bytes", "path"}, a path below the folder `root`, base64, or
+    a data URL. None for a null or an empty one. Whether a file exists shows when the picture is called.
 
     Raises:
-        BrokenExample: the field has no bytes.
+        BrokenExample: the field is something else, a web address, or a path that is not below `root`.
     """
     if isinstance(value, Mapping):
-        value = value.get("bytes")
-    if not isinstance(value, (bytes, bytearray, memoryview)) or not len(value):
-        raise BrokenExample(key, "a picture is missing", "no bytes")
-    return EncodedImage(bytes(value), key)
+        if not {"bytes", "path"} & value.keys():
+            raise BrokenExample(key, "a picture of an unknown form", f"an object with {', '.join(map(str, value))}")
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return EncodedImage(bytes(value), key) if len(value) else None
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str):
+        about, comma, data = value[:100].partition(",")
+        if about.startswith("data:") and comma and about.endswith(";base64"):
+            return EncodedImage(functools.partial(_from_base64, value[len(about) + 1 :], key), key)
+        if _BASE64.fullmatch(value) and _from_base64(value[:64], key).startswith(_BEGINNINGS):
+            return EncodedImage(functools.partial(_from_base64, value, key), key)
+        if storage.is_remote(value) or about.startswith("data:"):
+            raise BrokenExample(key, "a picture by its address", f"{value}: download it and give its path")
+    return picture_file(value, root, key)
+
+
+def _from_base64(text: str, key: str) -> bytes:
+    try:
+        return base64.b64decode(text, b"-_" if "-" in text or "_" in text else None)
+    except ValueError as error:
+        raise BrokenExample(key, "a picture cannot be decoded", str(error)) from error
 
 
 def picture_file(name: Any, root: str, key: str) -> EncodedImage:
@@ -202,11 +231,33 @@ def picture_file(name: Any, root: str, key: str) -> EncodedImage:
     return EncodedImage(functools.partial(_read_picture, storage.join(root, name), key), key)
 
 
-def picture_files(fields: Mapping[str, Any], names: Sequence[str], root: str, key: str) -> list[EncodedImage]:
-    """`picture_file` for every path in the fields `names`, each of which holds one path, a list of them, or none."""
-    values = [fields.get(name) for name in names]
-    paths = [path for value in values for path in (value if isinstance(value, (list, tuple)) else [value])]
-    return [picture_file(path, root, key) for path in paths if path is not None and path != ""]
+def picture_files(fields: Mapping[str, Any], names: Sequence[str], root: str, key: str) -> list[EncodedImage | None]:
+    """`picture` for every value in the fields `names`, each of which holds one or a list of them.
+
+    A record with none of these fields has no picture; if it has some, one that it lacks counts as null. Of `EITHER`
+    the field that is filled is taken.
+
+    Raises:
+        BrokenExample: as `picture`; or both fields of `EITHER` are filled, and neither holds what the other does.
+    """
+    if not any(name in fields for name in names):
+        return []
+    if tuple(names) == EITHER:
+        filled = sorted((_listed(fields[name]) for name in names if _is_filled(fields.get(name))), key=len)
+        if len(filled) == 2 and not all(one in filled[1] for one in filled[0]):
+            raise BrokenExample(key, "two fields of pictures", "image and images differ: set images to one of them")
+        values = filled[-1:] or [_listed(next(fields[name] for name in reversed(names) if name in fields))]
+    else:
+        values = [_listed(fields.get(name)) for name in names]
+    return [picture(one, root, key) for value in values for one in value]
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_filled(value: Any) -> bool:
+    return value is not None and not (isinstance(value, (str, list, tuple)) and not value)
 
 
 def _read_picture(path: str, key: str) -> bytes:
@@ -214,4 +265,10 @@ def _read_picture(path: str, key: str) -> bytes:
         try:
             return storage.read(path)
         except storage.Missing as error:
-            raise BrokenExample(key, "a picture is missing", path) from error
+            raise BrokenExample(key, "a picture is missing", str(error)) from error
+
+
+def unchanged(path: str, signature: str, key: str, reason: str = FILE_CHANGED) -> None:
+    """Raises `BrokenExample` if a local file is no more what it was when it was opened; a bucket is not asked again."""
+    if not storage.is_remote(path) and storage.signature(path) != signature:
+        raise BrokenExample(key, reason, path)

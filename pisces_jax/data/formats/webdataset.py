@@ -5,11 +5,13 @@ folder is not writable, in the user's cache). It holds for the shard's size and 
 """
 
 import concurrent.futures
+import fnmatch
 import functools
 import hashlib
 import io
 import multiprocessing
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,23 +21,35 @@ import numpy as np
 from tqdm import tqdm
 
 from pisces_jax.data import storage
+from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.example import SHARD_CHANGED, SHARD_GONE, BrokenExample
-from pisces_jax.data.formats.records import PICTURES, labels, locate, parse_json, parse_object, parse_text, reading
+from pisces_jax.data.formats.records import (
+    PICTURES,
+    labels,
+    locate,
+    parse_json,
+    parse_object,
+    parse_text,
+    reading,
+    unchanged,
+)
 from pisces_jax.data.images import EncodedImage
-from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.recipes import Record
 from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.files import SNIFFED, local_path, sniff, user_cache
 
-VERSION = 2  # of the index
-TEXTS = ("txt", "text", "caption")
+VERSION = 3  # of the index
+TEXTS = ("txt", "text", "caption")  # of several of them, the first is the text
 LARGEST_TEXT = 2**16  # bytes: larger members with other suffixes are not fields
-WHOLE, DUPLICATE, OUTSIDE, CUT, NOT_A_FILE = PROBLEMS = (
+WHOLE, DUPLICATE, OUTSIDE, CUT, NOT_A_FILE, SPARSE = PROBLEMS = (
     "",
     "duplicate key",
     "a name outside its folder",
     "the shard is cut off",
     "a member that is not a file",
+    "a sparse member (pack without tar's -S)",
 )
+FIRST_DOT = "; the first dot ends a sample's name, so that 22.05.jpg is the 05.jpg of sample 22"
 OPEN_INDICES = 256
 LONGEST_END = 2**16  # bytes: an archive ends with two blocks of zeros, and more of them up to tar's record size
 
@@ -64,8 +78,10 @@ class WebDataset:
 
     A `.txt` is the field `text`, and a `.json` gives its own fields. `.prompt.txt` and `.prompt.json` are the field
     `prompt`. Other small members have their whole suffix as their name, with `_` for a dot (in a format, a dot asks for
-    an attribute). `images` names the members that are pictures ("jpg", "input.png") in the order in which a recipe
-    takes them; by default it is every picture of a sample. `index_dir` is where the indices go, by default beside the
+    an attribute). Of several members that give one field, in whatever order they come, a text is taken before others,
+    and a member of its own before a field of the `.json`. `images` names the members that are pictures ("jpg",
+    "input.png", or all that match "*.jpg") in the order in which a recipe takes them; by default it is the one with a
+    plain name ("jpg" beside "mask.png"), or the only one. `index_dir` is where the indices go, by default beside the
     shards, and `index_workers` the number of processes that make them.
 
     Raises:
@@ -106,7 +122,7 @@ class WebDataset:
             raise BrokenExample(key, PROBLEMS[index.problem[i]], path)
         found: dict[str, Any] = {}
         pictures = {}
-        for m in _needed(index, i, fields):
+        for m in sorted(_needed(index, i, fields), key=lambda m: _rank(index.kinds[int(index.kind[m])])):
             kind = index.kinds[index.kind[m]]
             read = functools.partial(_read, path, index.signature, int(index.offset[m]), int(index.size[m]), key)
             name, _, suffix = kind.rpartition(".")
@@ -116,7 +132,8 @@ class WebDataset:
             elif suffix in TEXTS:
                 found[name or "text"] = parse_text(read(), key)
             elif suffix == "json" and name:
-                found[name] = parse_json(read(), key)
+                value = parse_json(read(), key)
+                found |= {} if value is None and name in found else {name: value}
             elif suffix == "json":
                 found.update(parse_object(read(), key))
             elif index.size[m] < LARGEST_TEXT:
@@ -125,11 +142,14 @@ class WebDataset:
                     found[kind.replace(".", "_")] = parse_text(data, key)
                 except BrokenExample:  # an array or the like, which is not a field
                     continue
-        wanted = self.images if self.images is not None else tuple(pictures)
+        wanted = _plain(tuple(pictures)) if self.images is None else _matching(self.images, tuple(pictures))
+        note = FIRST_DOT if any("." in kind for kind in pictures) else ""
         missing = [kind for kind in wanted if kind not in pictures]
         if missing or not pictures:
             raise BrokenExample(key, "a picture is missing", f"no .{' and .'.join(missing or PICTURES[:1])} in {path}")
-        return Record(key, found, [pictures[kind] for kind in wanted])
+        if self.images is None and len(wanted) > 1:
+            raise BrokenExample(key, "several pictures", f"{', '.join(sorted(wanted))}: set images{note}")
+        return Record(key, found, [pictures[kind] for kind in wanted], note)
 
     def problems(self) -> list[int]:
         """How many samples have each of `PROBLEMS`."""
@@ -143,30 +163,47 @@ class WebDataset:
         return index
 
 
+def _matching(images: Sequence[str], kinds: Sequence[str]) -> Sequence[str]:
+    """The names `images`, with those of a sample's pictures that match in place of a pattern, 2 before 10."""
+    ordered = sorted(kinds, key=lambda kind: [(len(word), word) for word in re.findall(r"\d+|\D", kind)])
+    return [kind for name in images for kind in (fnmatch.filter(ordered, name) or [name])]
+
+
+def _plain(kinds: Sequence[str]) -> Sequence[str]:
+    """Of a sample's pictures those with a plain name; all if there is none."""
+    return tuple(kind for kind in kinds if "." not in kind) or kinds
+
+
+def _rank(kind: str) -> tuple[int, str]:
+    """Sorts members so that what stands comes last: the fields of the .json, other members, texts."""
+    suffix = kind.rpartition(".")[2]
+    rank = 2 + TEXTS[::-1].index(suffix) if suffix in TEXTS else int(kind != "json")
+    return rank, kind
+
+
 def _needed(index: Index, i: int, fields: frozenset[str] | None) -> list[int]:
     """The members of sample i that are a picture or may give one of `fields`: others are not fetched."""
     members = range(int(index.first[i]), int(index.first[i + 1]))
     if fields is None:
         return list(members)
     needed, left = [], fields
-    for m in reversed(members):
+    for m in sorted(members, key=lambda m: _rank(index.kinds[int(index.kind[m])]), reverse=True):
         kind = index.kinds[index.kind[m]]
         if kind in TEXTS:
-            use = "text" in fields
-            left -= {"text"}  # a .json before this member would give one in vain
+            use = "text" in left
+            left -= {"text"}  # other texts and the .json would give one in vain
         elif kind == "json":
             use = bool(left)
         else:
             begins = kind.replace(".", "_")
             use = kind.rpartition(".")[2] in PICTURES or any(begins.startswith(name) for name in fields)
         needed += [m] if use else []
-    return needed[::-1]
+    return needed
 
 
 def _read(path: str, signature: str, offset: int, size: int, key: str) -> bytes:
     with reading(key, gone=SHARD_GONE):
-        if not storage.is_remote(path) and storage.signature(path) != signature:
-            raise BrokenExample(key, SHARD_CHANGED, path)
+        unchanged(path, signature, key, SHARD_CHANGED)
         data = storage.read(path, offset, size)
     if len(data) < size:
         raise BrokenExample(key, CUT, path)
@@ -218,14 +255,15 @@ def index_shards(paths: Sequence[str], index_dir: str | None = None, workers: in
 
 def _place(path: str, index_dir: str | None) -> Path:
     whole = path if storage.is_remote(path) else os.path.abspath(path)
-    digest = hashlib.blake2b(whole.encode(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(os.fsencode(whole), digest_size=6).hexdigest()
     if index_dir is None:
         beside = Path(f"{path}.index")
         if not storage.is_remote(path) and (beside.exists() or os.access(beside.parent, os.W_OK)):
             return beside
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        index_dir = str(Path(cache) / "pisces_jax" / "index")
-    return Path(index_dir) / f"{Path(path).name}-{digest}.index"
+        if (cache := user_cache("index")) is None:
+            raise UserError(f"there is no place for the index of {path}: set index_dir to a folder")
+        index_dir = str(cache)
+    return local_path(index_dir) / f"{Path(path).name}-{digest}.index"
 
 
 def _write_index(path: str, place: Path) -> None:
@@ -243,9 +281,7 @@ def index_shard(path: str) -> Index:
     Raises:
         UserError: it cannot be read, is compressed, or is not a tar file.
     """
-    signature, start = storage.signature(path), storage.read(path, 0, 4)
-    if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\x28\xb5\x2f\xfd" or start[:4] == b"\xfd7zX":
-        raise UserError(f"{path} is compressed, which makes random access impossible: unpack it to a plain .tar")
+    signature = storage.signature(path)
     file = storage.File(path)
     total = file.seek(0, io.SEEK_END)
     samples: list[tuple[str, str]] = []  # key, problem
@@ -276,6 +312,8 @@ def index_shard(path: str) -> Index:
                 samples[-1] = key, OUTSIDE
             elif not member.isreg():
                 samples[-1] = key, NOT_A_FILE
+            elif member.issparse():  # its bytes do not lie in the archive as they are
+                samples[-1] = key, SPARSE
             elif member.offset_data + member.size > total:
                 samples[-1] = key, CUT
                 break
@@ -320,6 +358,8 @@ def _members(path: str, file: storage.File, total: int) -> Iterator[tarfile.TarI
     except (tarfile.TarError, EOFError, ValueError) as error:
         if not total:
             raise
+        if (meaning := sniff(storage.read(path, 0, SNIFFED))) is not None:
+            raise UserError(f"{path} is {meaning}, not a plain tar file") from error
         raise UserError(f"{path} is not a tar file ({error}): remove it from path") from error
     with archive:
         for member in archive:

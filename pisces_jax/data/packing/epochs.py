@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
-from pisces_jax.data.packing.arrays import read_arrays, write_arrays
+from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.packing.binning import pack
 from pisces_jax.data.packing.layout import Layout
 from pisces_jax.data.packing.lengths import Lengths

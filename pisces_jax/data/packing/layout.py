@@ -4,6 +4,7 @@ The sequence is `bos`, the parts in order, `eos`. A text is its ids. A picture t
 the `<image>` id. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
 
 With a chat tokenizer (LLaMA 3's), what is given is the user's turn, and what is learned or drawn is the assistant's.
+Parts of a conversation say themselves where a turn begins (`Text.turn`).
 Each turn starts with its header and ends with the end of turn, except for the last turn, which `eos` ends.
 """
 
@@ -14,8 +15,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from pisces_jax.data.example import Example, Picture, Role, Text
-from pisces_jax.data.tokenizers import Speaker, Tokenizer
+from pisces_jax.data.example import Example, Picture, Role, Speaker, Text
+from pisces_jax.data.tokenizers import Tokenizer
 
 
 class Source(Protocol):
@@ -109,8 +110,8 @@ def lay_out(example: Example, tokenizer: Tokenizer, layout: Layout, *, prompt: b
     """The token sequence of `example`; no picture is decoded. With `prompt` it has no end, for the model to continue.
 
     Targets are the tokens of learned texts, and what the model decides right after one: the `[IMG]` of a picture that
-    it draws, or the `eos` with which it stops. A learned text before a given one is a turn of a conversation, and ends
-    with its own `eos` or the tokenizer's end of turn. Elsewhere `[IMG]` and `eos` are given. The state at `[IMG]`
+    it draws, or the `eos` with which it stops. A learned text before a given one, or before the next turn, ends its own
+    turn: with an `eos`, or the tokenizer's end of turn. Elsewhere `[IMG]` and `eos` are given. The state at `[IMG]`
     (`start - 1`) predicts vector 0.
 
     If an example with `cut` is longer than a row, its last text loses its end, and the `eos` after it is no target.
@@ -132,27 +133,31 @@ def _lay_out(
     decides = False  # whether the part before was a learned text
     last = max((i for i, part in enumerate(example.parts) if isinstance(part, Text)), default=-1)
     speaker: Speaker | None = None
+    said = False  # whether the parts themselves say where turns begin
 
     def put(ids: Sequence[int], learned: bool) -> None:
         tokens.extend(ids)
         loss_mask.extend([learned] * len(ids))
 
-    def turn(new: Speaker) -> None:
-        nonlocal speaker
-        if new == speaker:
-            return
+    def turn(new: Speaker, ends: bool) -> None:
+        """Opens a turn. With `ends`, a learned text before it has said all, also where no token parts turns."""
+        nonlocal speaker, decides
         if speaker is not None and tokenizer.end_of_turn is not None:
             put([tokenizer.end_of_turn], decides)
+        elif ends and decides:
+            put([tokenizer.eos], True)
         put(tokenizer.header(new), False)
-        speaker = new
+        speaker, decides = new, False
 
     for ordinal, part in enumerate(example.parts):
-        made = part.learn if isinstance(part, Text) else part.role == "draw"
-        turn("assistant" if made else "user")
+        given = isinstance(part, Text) and not part.learn
+        said = said or part.turn is not None
+        made = not given and (isinstance(part, Text) or part.role == "draw")
+        usual: Speaker = "assistant" if made else "user"
+        if part.turn or (usual != speaker and not said):
+            turn(part.turn or usual, given or part.turn is not None)
         if isinstance(part, Text):
             ids = tokenizer.encode(part.text)
-            if decides and not part.learn and tokenizer.end_of_turn is None:
-                put([tokenizer.eos], True)
             shortened = ordinal == last and cut > 0
             put(ids[: len(ids) - cut] if shortened else ids, part.learn)
             texts.append(len(ids))
@@ -165,8 +170,8 @@ def _lay_out(
         if part.role == "draw":
             put([tokenizer.end_image], False)
         decides = False
-    if prompt:
-        turn("assistant")
-    else:
+    if prompt and speaker != "assistant":
+        turn("assistant", ends=False)
+    if not prompt:
         put([tokenizer.eos], decides)
     return LaidOut(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool), pictures), texts

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 from tqdm import tqdm
 
+from pisces_jax.data.arrays import read_arrays, write_arrays
 from pisces_jax.data.example import TRANSIENT, Text, reason_of
-from pisces_jax.data.packing.arrays import read_arrays, write_arrays
 from pisces_jax.data.packing.layout import Layout, Source, lay_out
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.utils.errors import UserError
@@ -149,9 +149,9 @@ def _scan_span(span: tuple[int, int]) -> Lengths:
 
 def _fingerprint(source: Source, tokenizer: Tokenizer, layout: Layout) -> str:
     """Changes with all that can change a length."""
-    words = ["1", tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, layout.length]
+    words = ["2", tokenizer.fingerprint, layout.read_vectors, layout.draw_vectors, layout.length]
     words += fingerprint_words(source)
-    return hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("\0".join(map(str, words)).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def fingerprint_words(source: Source) -> list[str]:
@@ -164,5 +164,7 @@ def fingerprint_words(source: Source) -> list[str]:
             words += [] if reason_of(error) in TRANSIENT else ["unreadable"]
             continue
         words.append(example.key)
-        words += [part.text if isinstance(part, Text) else part.role for part in example.parts]
+        for part in example.parts:
+            words += [part.turn] if part.turn else []
+            words.append(part.text if isinstance(part, Text) else part.role)
     return words

@@ -7,6 +7,7 @@ each process, so the views are made here.
 import errno
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
         try:
             save_file(contiguous, temporary, {"about": json.dumps(about)})
         except SafetensorError as error:
-            raise OSError(errno.EIO, str(error)) from error
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number) if code else str(error)) from error
 
 
 def read_arrays(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:

@@ -18,7 +18,7 @@ from pisces_jax.training.config import run_config
 READER = dict(parts.SHARP_ENCODER, layers=1)  # one layer: what a vector shows stays where it is
 ENCODERS = dict(understanding_encoder=READER, generation_encoder=parts.GENERATION_ENCODER, pool=2)
 LANGUAGE_MODEL = dict(parts.LANGUAGE_MODEL, heads=6, kv_heads=3, head_dim=32)
-MODEL = dict(parts.FLOW_HEAD, language_model=LANGUAGE_MODEL, **ENCODERS)
+MODEL = dict(parts.UNIFIED, language_model=LANGUAGE_MODEL, **ENCODERS)
 FROZEN = dict(understanding_encoder="reader", generation_encoder="pretrain")
 STAGE = dict(
     program="unified", batch_size=16, decoder="decoder", loss=dict(flow_samples=4), vector_flow=parts.VECTOR_FLOW,
@@ -89,7 +89,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     # To find what is asked for: by its colour first, since "is there a red circle?" is noise until it can be found.
     colours = run_config(
-        **STAGE, name="colours", steps=200, model=MODEL, init_from=FROZEN | dict.fromkeys(parts.FLOW_TRAINED, "stage1"),
+        **STAGE, name="colours", steps=200, model=MODEL, init_from=FROZEN | dict.fromkeys(parts.TRAINED, "stage1"),
         data=dict(ROWS, read_slots=29, draw_slots=1, **parts.train_and_evaluate(
             parts.SHAPES_HELD_OUT,
             conversation=dict(FOUR, task="conversation", question_kinds=("colour",), num_examples=16_000),
@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     questions = run_config(
         **STAGE, name="questions", steps=200, model=MODEL,
-        init_from=FROZEN | dict.fromkeys(parts.FLOW_TRAINED, "colours"),
+        init_from=FROZEN | dict.fromkeys(parts.TRAINED, "colours"),
         data=dict(ROWS, read_slots=29, draw_slots=1, **parts.train_and_evaluate(
             parts.SHAPES_HELD_OUT,
             conversation=dict(FOUR, task="conversation", question_kinds=("colour", "existence"), num_examples=16_000),
@@ -108,7 +108,7 @@ def get_config() -> ConfigDict:
     # Detailed captions, prompts, and questions of all kinds.
     stage2 = run_config(
         **STAGE, name="stage2", steps=850, model=MODEL,
-        init_from=FROZEN | dict.fromkeys(parts.FLOW_TRAINED, "questions"),
+        init_from=FROZEN | dict.fromkeys(parts.TRAINED, "questions"),
         data=dict(ROWS, read_slots=10, draw_slots=17, **parts.train_and_evaluate(
             parts.SHAPES_HELD_OUT,
             describe=dict(TWO, task="describe", weight=0.4, num_examples=5120),
@@ -122,7 +122,7 @@ def get_config() -> ConfigDict:
     # Prompts, drawn directly and after a description.
     stage3 = run_config(
         **STAGE, name="stage3", steps=1050, model=MODEL,
-        init_from=FROZEN | dict.fromkeys(parts.FLOW_TRAINED, "stage2"),
+        init_from=FROZEN | dict.fromkeys(parts.TRAINED, "stage2"),
         data=dict(ROWS, read_slots=6, draw_slots=18, **parts.train_and_evaluate(
             parts.SHAPES_HELD_OUT,
             describe=dict(FOUR, task="describe", weight=0.1, num_examples=1000),

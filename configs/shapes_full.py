@@ -19,9 +19,9 @@ from pisces_jax.training.config import run_config
 
 ENCODERS = dict(understanding_encoder=parts.SHARP_ENCODER, generation_encoder=parts.GENERATION_ENCODER, pool=2)
 LANGUAGE_MODEL = dict(parts.LANGUAGE_MODEL, layers=5, heads=6, kv_heads=3, head_dim=32, mlp_hidden=384)
-MODEL = dict(parts.UNIFIED, language_model=LANGUAGE_MODEL, **ENCODERS)
+MODEL = dict(parts.REGRESSION_HEAD, language_model=LANGUAGE_MODEL, **ENCODERS)
 PRETRAINED = dict(understanding_encoder="pretrain", generation_encoder="pretrain")
-LEARNED = (*parts.TRAINED, "understanding_encoder")  # which the next stage goes on from
+LEARNED = (*parts.REGRESSION_TRAINED, "understanding_encoder")  # which the next stage goes on from
 # A vector's error is about a hundredth of a token's: brought to the same size.
 STAGE = dict(program="unified", batch_size=16, decoder="decoder", loss=dict(vectors=200.0), plain_products=True)
 OPTIMIZER = dict(

@@ -36,14 +36,15 @@ TEXT_TOWER = dict(width=128, layers=2, heads=2, mlp_hidden=384, unroll=True)
 LANGUAGE_MODEL = dict(
     width=192, layers=4, heads=3, kv_heads=1, head_dim=64, mlp_hidden=256, rope_theta=10_000.0, unroll=True
 )
-# The vector heads: flow matching (BLIP3-o) and regression (Pisces).
+# The vector heads: flow matching (BLIP3-o), and regression (Pisces).
 FLOW_HEAD = dict(
     hidden=dict(projector=256), fed_vectors=False, standardise=True,
     generator=dict(width=192, layers=3, heads=3, mlp_hidden=384, local_condition=True, unroll=True),
 )  # fmt: skip
 REGRESSION_HEAD = dict(hidden=dict(projector=256, vector_head=256), place_embedding=True, fed_vectors=False)
-# What a unified stage trains and the next one goes on from, beside the encoders, with each head.
-FLOW_TRAINED = ("language_model", "understanding_projector", "queries", "generator", "feature_statistics")
+UNIFIED = dict(FLOW_HEAD, language_model=LANGUAGE_MODEL)
+# What a unified stage trains and the next one goes on from, beside the encoders.
+TRAINED = ("language_model", "understanding_projector", "queries", "generator", "feature_statistics")
 REGRESSION_TRAINED = ("language_model", "understanding_projector", "generation_projector", "vector_head")
 
 # The decoder predicts the picture itself: strongly conditioned, it need not pass the noise through.
@@ -74,7 +75,7 @@ SHAPES = dict(
 SHAPES_HELD_OUT = dict(split="val", num_examples=64)
 # All stages of a work directory share one tokenizer.
 SHAPES_TOKENIZER = dict(
-    tokenizer_vocabulary=512,
+    tokenizer_vocabulary=512, tokenizer_casefold=True,
     tokenizer_sources={
         task: dict(SHAPES, task=task, num_examples=2000)
         for task in (

@@ -280,3 +280,19 @@ def test_folders_without_a_tokenizer_are_named(tmp_path):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
         with pytest.raises(UserError, match=f"{name} is a git-lfs pointer"):
             open_tokenizer(tmp_path / name)
+
+
+def test_capitals_are_small_letters_where_the_config_says_so(tmp_path):
+    """The same pieces for small letters with and without; in transformers too."""
+    from transformers import AutoTokenizer
+
+    plain, folded = (
+        train_sentencepiece(TEXTS, tmp_path / f"{fold}.model", 512, casefold=fold) for fold in (False, True)
+    )
+    small = "a red circle is left of a blue square."
+    assert folded.encode(small) == plain.encode(small)
+    assert folded.encode("A RED Circle is Left of a BLUE square.") == folded.encode(small)
+    assert plain.encode("RED") != plain.encode("red")
+    folded.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode("A RED Circle")[1:] == folded.encode("a red circle")

@@ -259,12 +259,14 @@ def train_sentencepiece(
     vocab_size: int,
     model_type: Literal["bpe", "unigram"] = "bpe",
     byte_fallback: bool = True,
+    casefold: bool = False,
 ) -> SentencePieceTokenizer:
     """Trains a tokenizer on `texts`, writes it to `path` (atomically) and returns it.
 
     The same texts in the same order give the same file. `vocab_size` is an upper limit. With "bpe", every word of a
     small closed language becomes a single piece if the limit allows. With `byte_fallback` (256 of the pieces), any
-    text survives encoding and decoding, except for repeated spaces.
+    text survives encoding and decoding, except for repeated spaces. With `casefold` capitals, and other forms of the
+    same characters (Unicode's NFKC), are taken for the plain ones: for models that learn from small letters alone.
 
     Raises:
         UserError: there are no texts, or `vocab_size` is too small for their characters.
@@ -290,7 +292,7 @@ def train_sentencepiece(
             byte_fallback=byte_fallback,
             hard_vocab_limit=False,
             character_coverage=1.0 if not byte_fallback else 0.9995,
-            normalization_rule_name="identity",
+            normalization_rule_name="nfkc_cf" if casefold else "identity",
             pad_id=0,
             bos_id=1,
             eos_id=2,

@@ -60,6 +60,7 @@ def run_config(**changes: Any) -> ConfigDict:
                 tokenizer_vocabulary=0,
                 tokenizer_sources=ConfigDict(),
                 tokenizer_examples=2000,
+                tokenizer_casefold=False,  # it takes capitals for small letters
                 train=ConfigDict(),  # name -> source (docs/data.md)
                 evaluate=ConfigDict(),
                 examples_per_epoch=0,  # 0: as many as the sources hold

@@ -35,7 +35,8 @@ def load_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
                     f"{path} does not exist: put a SentencePiece model there, or set data.tokenizer_vocabulary"
                 )
             workdir.mkdir(parents=True, exist_ok=True)
-            train_sentencepiece(_texts(config), path, config.data.tokenizer_vocabulary)
+            data = config.data
+            train_sentencepiece(_texts(config), path, data.tokenizer_vocabulary, casefold=data.tokenizer_casefold)
     return open_tokenizer(path)
 
 

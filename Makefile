@@ -18,7 +18,8 @@ PY := $(VENV)/bin/python
 # Not compiling every module ahead of time saves a third of the installation; Python compiles what it imports.
 PIP_INSTALL := $(PY) -m pip install -qq --no-input --no-compile --disable-pip-version-check
 PINNED := $(if $(strip $(CONSTRAINTS)),-c $(CONSTRAINTS))
-PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n $(WORKERS) -q
+# Each worker takes neighbouring tests, which share what is made once for a file.
+PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n $(WORKERS) --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -39,8 +40,8 @@ test: setup  ## all tests
 test-fast: setup  ## the tests that take seconds
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-long: setup  ## the shapes world at length: a million examples, ten thousand detections (some minutes)
-	@PISCES_LONG_TESTS=1 $(PYTEST) tests/test_shapes.py tests/test_detection.py $(ARGS)
+test-long: setup  ## a million examples, ten thousand detections, more meshes and processes (some minutes)
+	@PISCES_LONG_TESTS=1 $(PYTEST) $$(grep -l PISCES_LONG_TESTS tests/test_*.py) $(ARGS)
 
 parity: setup  ## every part at its true shape against its reference implementation (24 GB of memory, an hour)
 	@JAX_PLATFORMS=cpu $(PY) tests/parity.py $(ARGS)

@@ -76,3 +76,22 @@ def trained(made_once) -> pathlib.Path:
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / "picture.png")
 
     return made_once("demo", make)
+
+
+_opened: dict = {}
+
+
+@pytest.fixture
+def models_opened_once(monkeypatch):
+    """Commands that open the same run get the same model, with the programs that it has compiled."""
+    from pisces_jax.inference import model
+
+    load = model.load_model
+
+    def load_once(workdir, run="", batch_size=64):
+        key = pathlib.Path(workdir), run, batch_size
+        if key not in _opened:
+            _opened[key] = load(workdir, run, batch_size)
+        return _opened[key]
+
+    monkeypatch.setattr(model, "load_model", load_once)

@@ -25,7 +25,7 @@ COMMANDS = ("train", "generate", "answer", "evaluate", "demo")
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(models_opened_once, monkeypatch, capsys):
     """Runs a command in this process: (exit status, standard output, standard error)."""
 
     def run(command: str, *flags: str) -> tuple[int, str, str]:

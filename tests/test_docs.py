@@ -263,7 +263,7 @@ SMALLEST = list(
 
 
 @pytest.mark.parametrize("words", SMALLEST, ids=show)
-def test_what_runs_on_a_laptop_runs(words, places, trained, monkeypatch, capsys):
+def test_what_runs_on_a_laptop_runs(words, places, trained, models_opened_once, monkeypatch, capsys):
     words = [word.replace("{tmp}", str(places)).replace("{trained}", str(trained)) for word in words]
     if words[0].startswith("launch/"):
         ended = subprocess.run(["bash", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -18,6 +18,7 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pisces_jax import plan as plan_command
 from pisces_jax import xla_flags
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.planning import hlo, memory, report, roofline, search, slices
@@ -28,7 +29,7 @@ from pisces_jax.training import flops
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.base import check_batch
 from pisces_jax.utils.chips import TPUS, find_chip
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.errors import UserError, run_command
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: it is for Linux on x86-64 alone"
@@ -392,28 +393,33 @@ def test_candidates_keep_the_batch():
 # --- the command, and TPUs that are not there
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "pisces_jax.plan", *arguments], capture_output=True, text=True, timeout=600
-    )
-
-
 @pytest.mark.slow
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """In this process, which has the devices: `test_no_accelerator_of_this_machine_is_touched` starts one."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # which the command sets too
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+        try:
+            run_command(plan_command.main)
+        except SystemExit as end:
+            return end.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
     out = tmp_path / "plan.json"
-    config = "--config=tests/tiny_config.py:unified"
-    done = command(config, "--topology=cpu:4", "--mesh=fsdp=2,tensor=2", f"--json={out}")
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(out.read_text())
-    assert plan["devices"] == 4 and plan["mesh"] == dict(data=1, fsdp=2, tensor=2)
-    assert f"{plan['wire_bytes_per_step'] / 1e9:.2f} GB" in done.stdout
+    config = "--config=tests/tiny_config.py:decoder"
+    status, printed, error = command(config, "--topology=cpu:4", "--mesh=fsdp=2,tensor=2", f"--json={out}")
+    assert status == 0, error
+    made = json.loads(out.read_text())
+    assert made["devices"] == 4 and made["mesh"] == dict(data=1, fsdp=2, tensor=2)
+    assert f"{made['wire_bytes_per_step'] / 1e9:.2f} GB" in printed
     for arguments, words in (
         (["--config=tests/tiny_config.py", "--topology=cpu:4"], "has several stages: name one"),
         (["--config=tests/tiny_config.py:unified", "--topology=v5p"], "write it like v5p:4x4x4"),
         (["--config=tests/tiny_config.py:unified", "--topology=cpu:4", "--mesh=fsdp:2"], "write it like data=2"),
     ):
-        done = command(*arguments)
-        assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        status, _, error = command(*arguments)
+        assert status == 1 and words in error and error.count("\n") == 1, error
 
 
 def test_no_accelerator_of_this_machine_is_touched():
@@ -424,20 +430,16 @@ class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "jax":
             print(os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"])
+            sys.exit()  # the rest takes seconds
 sys.meta_path.insert(0, Watch())
 sys.argv = ["plan", "--config=no_such_file.py", "--topology=cpu:3"]
 from pisces_jax import plan
 assert "jax" not in sys.modules
-try:
-    plan.main()
-except Exception as error:
-    print(error)
+plan.main()
 """
     environment = {**os.environ, "JAX_PLATFORMS": "tpu", "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
-    first, error = done.stdout.splitlines()
-    assert first == "cpu --xla_force_host_platform_device_count=3"
-    assert "no_such_file.py" in error
+    assert done.stdout == "cpu --xla_force_host_platform_device_count=3\n", done.stderr
 
 
 def tiny_text(**mesh):
@@ -489,15 +491,21 @@ def test_the_tpu_compiler_knows_every_flag(name):
         lowered.compile(compiler_options={"xla_tpu_no_such_flag": "true"})
 
 
+@pytest.fixture(scope="module")
+def tpu_step():
+    """A step that offloads, compiled for 16 chips that are not here."""
+    config = tiny_text(fsdp=16)
+    config.batch_size, config.model.language_model.remat = 16, "offload"
+    trainer = abstract_trainer(config, slices.find_slice("v5e:4x4"), 512)
+    return trainer, compile_step(trainer)
+
+
 @needs_libtpu
 @pytest.mark.slow
-def test_a_tpu_step_reduce_scatters_and_runs_splash():
-    """Compiled for 16 chips that are not here: every gradient that counts travels as a reduce-scatter."""
-    config = tiny_text(fsdp=16)
-    config.batch_size = 16
-    where = slices.find_slice("v5e:4x4")
-    trainer = abstract_trainer(config, where, 512)
-    text = compile_step(trainer).as_text()
+def test_a_tpu_step_reduce_scatters_and_runs_splash(tpu_step):
+    """Every gradient that counts travels as a reduce-scatter."""
+    trainer, compiled = tpu_step
+    text = compiled.as_text()
     assert "tpu_custom_call" in text
     found = hlo.collectives(text, dict(trainer.mesh.shape))
     scattered = sum(c.bytes * c.executions for c in found if c.kind == "reduce-scatter")
@@ -509,15 +517,28 @@ def test_a_tpu_step_reduce_scatters_and_runs_splash():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_offloading_leaves_the_device():
+def test_offloading_leaves_the_device(tpu_step):
     """What the blocks save waits in the host's memory: their input and attention's result, in bfloat16."""
-    config = tiny_text(fsdp=4)
-    config.batch_size = 4
-    config.model.language_model.remat = "offload"
-    analysis = compile_step(abstract_trainer(config, slices.find_slice("v5e:2x2"), 512)).memory_analysis()
-    language = config.model.language_model
+    trainer, compiled = tpu_step
+    analysis, language = compiled.memory_analysis(), trainer.config.model.language_model
     saved = language.layers * 512 * (language.width + language.heads * language.head_dim) * 2
-    assert analysis.host_temp_size_in_bytes >= saved
+    peak, host = memory.peak_and_host(analysis)
+    assert host == analysis.host_temp_size_in_bytes >= saved
+    assert analysis.argument_size_in_bytes <= peak == analysis.peak_memory_in_bytes - host
+
+
+def test_the_hosts_memory_is_no_part_of_the_devices_peak():
+    sizes = dict(peak_memory=900, argument_size=300, output_size=310, alias_size=290, host_temp_size=400)
+    names = ("host_argument_size", "host_output_size", "host_alias_size")
+
+    def analysis(**more):
+        made = {**dict.fromkeys(names, 0), **sizes, **more}
+        return SimpleNamespace(**{f"{name}_in_bytes": size for name, size in made.items()})
+
+    assert memory.peak_and_host(analysis()) == (500, 400)
+    assert memory.peak_and_host(analysis(host_temp_size=0)) == (900, 0)
+    assert memory.peak_and_host(analysis(host_temp_size=700)) == (320, 700)  # at some other time than the peak
+    assert memory.peak_and_host(analysis(host_argument_size=50, host_output_size=50, host_alias_size=50))[1] == 450
 
 
 @needs_libtpu

@@ -56,19 +56,20 @@ def run(workdir, count, module, *arguments):
 
 @pytest.mark.slow
 def test_several_processes_equal_one(trained, tmp_path):
-    """A mesh that spans them: with two, each holds a half of the rows; with four, pairs share theirs (tensor)."""
+    """A mesh that spans them: with four, pairs share their half of the rows (tensor); with two, each holds a half."""
     flags = "--config=tests/tiny_config.py:unified", "--config.log.samples_every=0"
     mesh = "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
     wanted = "train/text", "train/vectors", "train/reconstruction", "train/norm/gradient", "val/text", "val/vectors"
     losses = {}
-    for count in (1, 2, 4):
+    counts = (1, 2, 4) if os.environ.get("PISCES_LONG_TESTS") else (1, 4)
+    for count in counts:
         workdir = tmp_path / f"of{count}"
         shutil.copytree(trained / "run", workdir, ignore=shutil.ignore_patterns("unified"))
         run(workdir, count, "train", *flags, *mesh)
         entries = [json.loads(line) for line in (workdir / "unified/metrics.jsonl").read_text().splitlines()]
         losses[count] = [(e["step"], {k: v for k, v in e.items() if k in wanted}) for e in entries]
     assert [(step, len(values)) for step, values in losses[1]] == [(1, 4), (2, 4), (2, 2)]
-    for count in (2, 4):
+    for count in counts[1:]:
         assert len(losses[count]) == 3  # written once, not by every process
         for (step, values), (same, truth) in zip(losses[count], losses[1], strict=True):
             assert step == same and values == pytest.approx(truth, rel=2e-5)
@@ -97,7 +98,10 @@ def test_features_by_several_processes(trained, tmp_path):
 
 
 def test_processes_that_pack_other_examples_stop(tmp_path):
-    """Each of two processes reads a folder of its own, in one of which a text is missing."""
+    """Each of two processes reads a folder of its own, in one of which a text is missing.
+
+    That those that agree go on, `test_several_processes_equal_one` shows.
+    """
     program = (
         "import sys, pathlib\n"
         "from pisces_jax.training.config_files import load_stages\n"
@@ -114,30 +118,28 @@ def test_processes_that_pack_other_examples_stop(tmp_path):
         "    tokenizer = load_tokenizer(config, pathlib.Path(workdir))\n"
         "    config.data.train = dict(f=dict(kind='image_folder', path=folder, recipe='pair'))\n"
         "    input.train_iterator(config, tokenizer, make_program(config, 300), pathlib.Path(workdir))\n"
-        "    print('agreed')\n"
         "run_command(main)\n"
     )
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in range(9)]
     for name, held in ("whole", lines), ("holed", [*lines[:4], "{", *lines[5:]]):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metadata.jsonl").write_text("\n".join(held))
-    for other, expected in ("whole", (0, "agreed")), ("holed", (1, "find different examples")):
-        port = free_port()
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", program, str(port), str(i), str(tmp_path / "work"), str(tmp_path / folder)],
-                cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-            for i, folder in enumerate(("whole", other))
-        ]  # fmt: skip
-        try:
-            said = [p.communicate(timeout=200)[0] for p in started]
-        finally:
-            for p in started:
-                p.kill()
-        for p, words in zip(started, said, strict=True):
-            assert p.returncode == expected[0] and expected[1] in words, words
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(port), str(i), str(tmp_path / "work"), str(tmp_path / folder)],
+            cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i, folder in enumerate(("whole", "holed"))
+    ]  # fmt: skip
+    try:
+        said = [p.communicate(timeout=200)[0] for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    for p, words in zip(started, said, strict=True):
+        assert p.returncode == 1 and "find different examples" in words, words
 
 
 def test_incomplete_arguments_are_refused():
@@ -147,7 +149,14 @@ def test_incomplete_arguments_are_refused():
         processes.start("127.0.0.1:1234", 2, 2)
 
 
-ENVIRONMENT = ("SLURM_NTASKS", "SLURM_PROCID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "TPU_SKIP_MDS_QUERY")
+ENVIRONMENT = (
+    *processes.OF_A_STEP,
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "TPU_WORKER_HOSTNAMES",
+    "MEGASCALE_NUM_SLICES",
+    "TPU_SKIP_MDS_QUERY",
+)
 
 
 @pytest.fixture
@@ -201,7 +210,17 @@ def test_whether_there_are_others(bare):
     bare.setenv("SLURM_NTASKS", "4")
     assert not processes._several()  # an allocation, outside srun
     bare.setenv("SLURM_PROCID", "0")
+    with pytest.raises(UserError, match="SLURM_NTASKS=4 .* SLURM_JOB_ID is not set.* start it with srun, or unset"):
+        processes._several()  # a batch script, outside srun
+    for name in processes.OF_A_STEP:
+        bare.setenv(name, "1")
     assert processes._several()
+    for name in "SLURM_NTASKS", "MEGASCALE_NUM_SLICES":
+        bare.setenv("SLURM_NTASKS", " ")
+        assert not processes._several()
+        bare.setenv(name, "two")
+        with pytest.raises(UserError, match=f"{name} is 'two', not a number: unset it"):
+            processes._several()
 
 
 @pytest.mark.parametrize(
@@ -266,7 +285,7 @@ def test_dry_run_tries_everything_and_leaves_nothing(tmp_path):
     from pisces_jax.planning.preflight import preflight
     from pisces_jax.training.config_files import load_stages
 
-    (config,) = load_stages(str(ROOT / "tests/tiny_config.py") + ":pretrain", {}).values()
+    (config,) = load_stages(str(ROOT / "tests/tiny_config.py") + ":decoder", {}).values()
     said = []
     preflight(config, tmp_path / "new", said.append)
     assert said[-1] == "go" and not (tmp_path / "new").exists()

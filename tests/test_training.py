@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -276,8 +277,8 @@ def test_evaluation_takes_the_averaged_weights():
 
 
 def test_accumulation_equals_the_whole_batch():
-    """Also where a part of the batch holds nothing at all."""
-    batch = next(toy_batches(1))
+    """Also where a part of the batch holds nothing at all, and beside an empty pool."""
+    batch = next(toy_batches(1)) | {"pool": np.zeros((4, 0, 2), np.float32)}
     results = []
     for parts in (1, 2, 4):
         _, trainer = toy(grad_accum_steps=parts, warmup_steps=0)
@@ -287,6 +288,24 @@ def test_accumulation_equals_the_whole_batch():
         assert metrics == pytest.approx(results[0][1], rel=1e-5)
         for k in ("w", "v", "scale"):
             np.testing.assert_allclose(trained["a"][k], results[0][0]["a"][k], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "program, read_slots, draw_slots",
+    [("text", 0, 0), ("unified", 0, 0), ("unified", 2, 0), ("unified", 0, 2), ("decoder", 0, 0)],
+)
+def test_every_program_takes_its_batch_in_parts(program, read_slots, draw_slots):
+    """Traced for two steps, whatever its pools hold; `test_sharding.py` compares their numbers."""
+    config = tiny.config(batch_size=4, model=tiny.model_settings(), optimizer=dict(grad_accum_steps=2))
+    merge(config.data, dict(train={"a": {}}, read_slots=read_slots, draw_slots=draw_slots))
+    if program == "text":
+        config.model = dict(language_model=tiny.model_settings()["language_model"])
+    config.program = "unified" if program == "text" else program
+    config.optimizer.param_groups = ((".*", 1.0, 0.0),)
+    trainer = make_trainer(make_program(config, 32), config, make_mesh(devices=jax.devices()[:1]))
+    state, metrics = jax.eval_shape(trainer.train_step().function, trainer.abstract, trainer.abstract_batch())
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, trainer.abstract)
+    assert set(trainer.program.weights) <= set(metrics) | {k for k, w in trainer.program.weights.items() if not w}
 
 
 def test_averages_of_bfloat16_parameters_are_float32():
@@ -415,6 +434,23 @@ def unified(**changes):
         ),
         **changes,
     })  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs that differ in nothing but what befalls them share a trainer, and the steps that it has compiled."""
+    made = {}
+
+    def make_once(program, config, mesh):
+        key = json.dumps({**json.loads(config.to_json()), "log": None}), mesh
+        if key not in made:
+            made[key] = trainer = make_trainer(program, config, mesh)
+            vars(trainer).update({k: functools.cache(getattr(trainer, k)) for k in ("train_step", "evaluate_step")})
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_trainer", make_once)
+        yield
 
 
 class Killed(BaseException):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.planning import hlo
 from pisces_jax.planning.advice import advise
-from pisces_jax.planning.memory import main_part, memory_by_part
+from pisces_jax.planning.memory import main_part, memory_by_part, peak_and_host
 from pisces_jax.planning.roofline import hbm_traffic, roofline, work
 from pisces_jax.planning.slices import Slice
 from pisces_jax.sharding import make_mesh, user_mesh
@@ -40,7 +40,8 @@ class Plan:
     grad_accum_steps: int
     remat: str
     fits: bool
-    peak_bytes: int
+    peak_bytes: int  # of the device's memory
+    host_bytes: int  # what the step keeps in the host's memory for each device
     hbm_bytes: int | None  # None: CPUs
     spare_bytes: int | None
     compiler: dict[str, int]  # the compiler's figures; empty where it refused
@@ -99,6 +100,7 @@ def plan_trainer(trainer: Trainer, where: Slice) -> Plan:
     config, mesh, chip = trainer.config, trainer.mesh, where.chip
     found: list[hlo.Collective] = []
     figures: dict[str, int] = {}
+    host = 0
     start = time.perf_counter()
     try:
         compiled = compile_step(trainer)
@@ -109,13 +111,14 @@ def plan_trainer(trainer: Trainer, where: Slice) -> Plan:
         fits = False
     else:
         analysis: Any = compiled.memory_analysis()
-        peak = analysis.peak_memory_in_bytes
+        peak, host = peak_and_host(analysis)
         figures = {
             "arguments": analysis.argument_size_in_bytes,
             "outputs": analysis.output_size_in_bytes,
             "aliased": analysis.alias_size_in_bytes,
             "temporaries": analysis.temp_size_in_bytes,
-            "peak": peak,
+            "host": host,
+            "peak": analysis.peak_memory_in_bytes,
         }
         found = hlo.collectives(str(compiled.as_text()), dict(mesh.shape))
         fits = chip is None or peak <= chip.hbm_bytes
@@ -137,6 +140,7 @@ def plan_trainer(trainer: Trainer, where: Slice) -> Plan:
         remat=config.model.get(main_part(config), {}).get("remat", "none"),
         fits=fits,
         peak_bytes=peak,
+        host_bytes=host,
         hbm_bytes=chip.hbm_bytes if chip else None,
         spare_bytes=chip.hbm_bytes - peak if chip else None,
         compiler=figures,

@@ -36,6 +36,22 @@ def tree_bytes(tree: Any, shardings: Any) -> int:
     )
 
 
+def peak_and_host(analysis: Any) -> tuple[int, int]:
+    """The peak of a device's own memory and what a program keeps in the host's, in bytes, from a
+    `jax.stages.Compiled`'s `memory_analysis()`.
+
+    The compiler's peak has both in it (`remat="offload"`). What is offloaded is all there at the peak, between the
+    forward and the backward pass. Arguments and new outputs lie on the device in any case.
+    """
+    a = analysis
+    host = (
+        a.host_temp_size_in_bytes + a.host_argument_size_in_bytes
+        + a.host_output_size_in_bytes - a.host_alias_size_in_bytes
+    )  # fmt: skip
+    held = a.argument_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes
+    return max(a.peak_memory_in_bytes - host, held) if host else a.peak_memory_in_bytes, host
+
+
 def memory_by_part(trainer: Trainer) -> dict[str, int]:
     """Bytes per device of the parameters of each part, averaged weights, optimizer, gradients, batch and of the
     activations that each part saves."""

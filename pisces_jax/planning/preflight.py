@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from pisces_jax.planning.memory import by_kind, memory_by_part
+from pisces_jax.planning.memory import by_kind, memory_by_part, peak_and_host
 from pisces_jax.sharding import batch_share, make_mesh, user_mesh
 from pisces_jax.training import input
 from pisces_jax.training.checkpoints import Checkpoints
@@ -75,7 +75,9 @@ def _try_all(config: ConfigDict, workdir: Path, scratch: Path, say: Callable[[st
     start = time.perf_counter()
     compiled = trainer.train_step().lower(state, on_mesh).compile()
     analysis: Any = compiled.memory_analysis()
-    say(f"compiled    in {time.perf_counter() - start:.0f} s; peak {gib(analysis.peak_memory_in_bytes)} per device")
+    peak, host = peak_and_host(analysis)
+    beside = f"; {gib(host)} in the host's memory" if host else ""
+    say(f"compiled    in {time.perf_counter() - start:.0f} s; peak {gib(peak)} per device{beside}")
     say("            by formula: " + ", ".join(f"{k} {gib(v)}" for k, v in by_kind(memory_by_part(trainer)).items()))
     metrics = []
     for number in range(STEPS + 1):

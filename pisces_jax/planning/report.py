@@ -23,7 +23,9 @@ def describe(plan: Plan) -> str:
         spare = plan.hbm_bytes - plan.peak_bytes
         rest = f"{gib(spare)} to spare" if spare >= 0 else f"{gib(-spare)} too much"
         lines.append(f"memory    {word}: peak {gib(plan.peak_bytes)} of {gib(plan.hbm_bytes)} per device, {rest}")
-    figures = ", ".join(f"{name} {gib(size)}" for name, size in plan.compiler.items() if name != "peak")
+    if plan.host_bytes:
+        lines[-1] += f"; {gib(plan.host_bytes)} more in the host's memory"
+    figures = ", ".join(f"{k} {gib(v)}" for k, v in plan.compiler.items() if k not in ("peak", "host"))
     lines.append(f"          compiler: {figures or 'no figures, as it did not compile'}")
     lines.append("          analytic: " + ", ".join(f"{k} {gib(v)}" for k, v in by_kind(plan.memory).items()))
     largest = sorted(plan.memory.items(), key=lambda item: -item[1])[:6]

@@ -99,7 +99,7 @@ class Folder:
             read_folder(path)  # if the weights are wrong too, the user should know that first
         family, settings = read_architecture(path)
         tensors = read_folder(path)
-        if family == "llama" and settings.tied_embedding and _other_head(settings, tensors):
+        if family == "llama" and settings.tied_embedding and _other_head(path, settings, tensors):
             settings = dataclasses.replace(settings, tied_embedding=False)
         return cls(path, family, settings, tensors)
 
@@ -157,7 +157,7 @@ class Folder:
         """
         family = native_family(shapes) if self.family == NATIVE else FAMILIES[self.family]
         table = family.table(self.settings)
-        prefix, found = family.select(table, self.tensors)
+        prefix, found = _select(self.path, family, table, self.tensors)
         if prefix not in family.prefixes:
             log.warning("%s: the names of its tensors begin with %r, which is left out", self.path, prefix)
         rows = self.settings.vocab_size if isinstance(self.settings, TransformerConfig) else None
@@ -204,14 +204,23 @@ def _is_padded(rows: int, tokens: int) -> bool:
     return rows in {-(-tokens // 2**i) * 2**i for i in range(3, 11)}
 
 
-def _other_head(settings: TransformerConfig, tensors: Mapping[str, Tensor]) -> bool:
+def _select(
+    path: Path, family: Family, table: Sequence[Entry], tensors: Mapping[str, Tensor]
+) -> tuple[str, dict[str, Tensor]]:
+    try:
+        return family.select(table, tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _other_head(path: Path, settings: TransformerConfig, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the files hold an output matrix that is not the embedding, to which `config.json` ties it.
 
     transformers keeps such a matrix.
     """
     table = FAMILIES["llama"].table(dataclasses.replace(settings, tied_embedding=False))
     names = {entry.ours: entry.theirs for entry in table}
-    _, found = FAMILIES["llama"].select(table, tensors)
+    _, found = _select(path, FAMILIES["llama"], table, tensors)
     if names["head"] not in found or names["embedding"] not in found:
         return False
     head, embedding = found[names["head"]].array(), found[names["embedding"]].array()

@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -31,8 +32,8 @@ def free_port():
 
 def run(workdir, count, module, *arguments):
     """What the processes of a command print, `count` of them with four devices in all."""
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count"
-    environment = {**os.environ, "XLA_FLAGS": f"{flags}={DEVICES // count}", "JAX_PLATFORMS": "cpu"}
+    flags = re.sub(r"(device_count)=\d+", rf"\1={DEVICES // count}", os.environ["XLA_FLAGS"])
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", f"pisces_jax.{module}", f"--workdir={workdir}", *arguments]
     port = free_port()
     started = []

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # JAX reads these once, when it is first imported; what the user has set stays.
 assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could choose its devices"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: unoptimised code is there in half the time, and without the fusion emitters in a
+# Tests compile much and compute little: unoptimised code is there in half the time, without the fusion emitters in a
 # third. The second flag is of jaxlib 0.10; another version may not know it, and stops at flags that it does not know.
 FAST = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):

@@ -21,7 +21,7 @@ LANGUAGE_MODEL = dict(parts.LANGUAGE_MODEL, heads=6, kv_heads=3, head_dim=32)
 MODEL = dict(parts.UNIFIED, language_model=LANGUAGE_MODEL, **ENCODERS)
 FROZEN = dict(understanding_encoder="reader", generation_encoder="pretrain")
 STAGE = dict(
-    program="unified", batch_size=16, decoder="decoder", loss=dict(flow_samples=4), vector_flow=parts.VECTOR_FLOW,
+    program="unified", batch_size=16, decoder="decoder", loss=dict(flow_samples=2), vector_flow=parts.VECTOR_FLOW,
     plain_products=True,
 )  # fmt: skip
 OPTIMIZER = dict(learning_rate=3e-3, muon=parts.MUON, param_groups=(parts.FROZEN_ENCODERS, *parts.GROUPS))
@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     # Detailed captions, prompts, and questions of all kinds.
     stage2 = run_config(
-        **STAGE, name="stage2", steps=850, model=MODEL,
+        **STAGE, name="stage2", steps=800, model=MODEL,
         init_from=FROZEN | dict.fromkeys(parts.TRAINED, "questions"),
         data=dict(ROWS, read_slots=10, draw_slots=17, **parts.train_and_evaluate(
             parts.SHAPES_HELD_OUT,
@@ -121,7 +121,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     # Prompts, drawn directly and after a description.
     stage3 = run_config(
-        **STAGE, name="stage3", steps=1050, model=MODEL,
+        **STAGE, name="stage3", steps=900, model=MODEL,
         init_from=FROZEN | dict.fromkeys(parts.TRAINED, "stage2"),
         data=dict(ROWS, read_slots=6, draw_slots=18, **parts.train_and_evaluate(
             parts.SHAPES_HELD_OUT,

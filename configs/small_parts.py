@@ -51,7 +51,7 @@ REGRESSION_TRAINED = ("language_model", "understanding_projector", "generation_p
 FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
 
 # How the flow head is trained and sampled.
-VECTOR_FLOW = dict(drop=0.1, steps=20)
+VECTOR_FLOW = dict(drop=0.1, steps=20, guidance=2.0)
 
 # Rows of `optimizer.param_groups`: (pattern, multiple of the learning rate, weight decay); the first match applies.
 FROZEN_GENERATION_ENCODER = ("generation_encoder/.*", 0.0, 0.0)

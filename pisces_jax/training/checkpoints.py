@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,15 @@ def is_finished(run: Path) -> bool:
 
 
 class Checkpoints:
-    """Saves and restores the state of one run together with the position of its input."""
+    """Saves and restores the state of one run together with the position of its input.
 
-    def __init__(self, run: Path, keep: int) -> None:
+    Args:
+        keep: how many checkpoints stay.
+        measured: frozen parts that the run measured itself (`Program.measured`): they are saved too.
+    """
+
+    def __init__(self, run: Path, keep: int, measured: Sequence[str] = ()) -> None:
+        self._measured = measured
         self._folder = (run / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
             self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -123,7 +129,7 @@ class Checkpoints:
         Raises:
             UserError: the disk is too full.
         """
-        changed = _changed(state)
+        changed = self._changed(state)
         size = sum(x.nbytes for x in jax.tree.leaves(changed))
         free = shutil.disk_usage(self._folder).free
         if free < 1.1 * size:
@@ -139,20 +145,21 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        target = _changed(state)
+        target = self._changed(state)
         args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
         restored = self._manager.restore(step, args=ocp.args.Composite(state=args, iterator=ocp.args.JsonRestore()))
         values = restored["state"]
-        return dataclasses.replace(state, ema=values.pop("average"), **values), restored["iterator"]
+        frozen = {**state.frozen, **values.pop("measured", {})}
+        return dataclasses.replace(state, ema=values.pop("average"), frozen=frozen, **values), restored["iterator"]
+
+    def _changed(self, state: State) -> dict[str, Any]:
+        # "average": the name on disk since the first checkpoints.
+        changed = {"step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer}
+        return changed | ({"measured": {part: state.frozen[part] for part in self._measured}} if self._measured else {})
 
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def _changed(state: State) -> dict[str, Any]:
-    # "average": the name on disk since the first checkpoints.
-    return {"step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer}
 
 
 def part_mark(workdir: Path, name: str, part: str) -> str:
@@ -193,10 +200,10 @@ def load_part(workdir: Path, name: str, part: str) -> Any:
     path = run.absolute() / "checkpoints" / str(step) / "state"
     checkpointer = ocp.PyTreeCheckpointer()
     tree = checkpointer.metadata(path).item_metadata.tree
-    kept = tree["average"] if tree.get("average") else tree["trained"]
+    which = "measured" if part in tree.get("measured", {}) else "average" if tree.get("average") else "trained"
+    kept = tree[which]
     flat: dict[str, Any] = {}
     if part in kept:
-        which = "average" if tree.get("average") else "trained"
         wanted = {which: {part: kept[part]}}
         # As NumPy arrays: with their saved shardings they could be restored on as many devices only.
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)

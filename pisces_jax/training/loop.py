@@ -78,7 +78,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         parts |= program.measure(parts, batches)
         train_iterator.set_state({"next_batch": 0})
     state = trainer.init(jax.random.key(config.seed), parts)
-    checkpoints = Checkpoints(run, config.log.keep)
+    checkpoints = Checkpoints(run, config.log.keep, program.measured)
     if restored := checkpoints.restore(state):
         state, position = restored
         train_iterator.set_state(position)

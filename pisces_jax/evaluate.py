@@ -19,7 +19,8 @@ def main() -> None:
     parser = cli.Parser(
         "evaluate",
         "Scores a finished run on unseen data: geneval (drawing), spread (of one prompt's pictures), reading and "
-        "reconstruction in the shapes world, pictures and judge (a classifier of the true pictures) on real ones; all: whatever fits the run, but judge.",
+        "reconstruction in the shapes world, pictures and judge (a classifier of true pictures) on real ones; all: "
+        "whatever fits the run, but judge.",
         [
             "--workdir=runs/shapes --task=all --out=scores.json",
             "--workdir=runs/shapes --task=geneval --per_task=50 --images=4 --nodescribe",

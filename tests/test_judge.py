@@ -131,7 +131,8 @@ def test_pairs_and_their_differences():
     images[1] = 51
     found = distances.apart(images, np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[0, 1]]))
     assert found == {"pixels": pytest.approx(0.2), "features": pytest.approx(5)}
-    np.testing.assert_array_equal(judging._across(np.repeat([4, 7, 9], 2), 2), [[0, 2], [1, 3], [2, 4], [3, 5], [4, 0], [5, 1]])  # fmt: skip
+    across = judging._across(np.repeat([4, 7, 9], 2), 2)
+    assert across.tolist() == [[0, 2], [1, 3], [2, 4], [3, 5], [4, 0], [5, 1]]
 
 
 # Labels, and what the judge may see
@@ -140,7 +141,8 @@ def test_pairs_and_their_differences():
 def test_what_the_judge_may_not_see():
     """A held-out picture is kept from it once it sees three others of every label."""
     train = labelled_set([("duck", "flat")] * 2 + [("cat", "flat")] * 3)
-    held_out = {"val": labelled_set([("cat", "flat")] * 2, "val"), "names": labelled_set([("owl", "flat")] * 5, "names")}
+    rows = {"val": [("cat", "flat")] * 2, "names": [("owl", "flat")] * 5}
+    held_out = {name: labelled_set(of, name) for name, of in rows.items()}
     kept = labelled.unseen(train, held_out)
     assert kept["val"].all() and kept["names"].sum() == 2
     assert labelled.unseen(train, held_out)["names"].tolist() == kept["names"].tolist()
@@ -178,13 +180,14 @@ def test_pictures_are_moved_and_mirrored():
     still = np.asarray(judge.moved(jax.random.key(0), images, 0.0, False))
     np.testing.assert_array_equal(still, images)
     mirrored = np.asarray(judge.moved(jax.random.key(0), images, 0.0, True))
-    flipped = [(x == y[:, ::-1]).all() for x, y in zip(mirrored, images, strict=True)]
-    assert 15 < sum(flipped) < 49 and all(f or (x == y).all() for f, x, y in zip(flipped, mirrored, images, strict=True))
+    flipped = (mirrored == images[:, :, ::-1]).all((1, 2, 3))
+    assert 15 < flipped.sum() < 49 and (flipped | (mirrored == images).all((1, 2, 3))).all()
     moved = np.asarray(judge.moved(jax.random.key(0), images, 1 / 6, False))
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     cuts = [{padded[i, a : a + 6, b : b + 6].tobytes() for a in range(3) for b in range(3)} for i in range(64)]
     assert all(x.tobytes() in cut for x, cut in zip(moved, cuts, strict=True))
-    assert len({tuple(np.argwhere(padded[0] == x[0, 0])[0]) for x in moved[:1]}) == 1
+    assert len({int(np.flatnonzero([x.tobytes() == padded[i, a : a + 6, b : b + 6].tobytes() for a in range(3)
+                                    for b in range(3)])[0]) for i, x in enumerate(moved)}) > 4  # fmt: skip
 
 
 # The whole task
@@ -242,4 +245,4 @@ def test_what_cannot_be_judged(sets):
     with pytest.raises(UserError, match=r"--sets=test .*val"):
         evaluate(Painter(), sets, sets=("test",))
     with pytest.raises(UserError, match=r"val has no picture .*--labels"):
-        evaluate(Painter(), (folder_of(sets[2].parent / "one", 1), sets[1], sets[2]), labels=("number",), passes=0)
+        evaluate(Painter(), (folder_of(sets[2].parent / "one", 1), sets[1], sets[2]), labels=("file_name",))

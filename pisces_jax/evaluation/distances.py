@@ -79,9 +79,7 @@ def mean_and_error(values: Float[np.ndarray, "N"], groups: Sequence[Hashable]) -
     return mean, float(np.sqrt(scale * np.sum(residual**2)) / size.sum())
 
 
-def bootstrap(
-    of: Callable[[np.ndarray], float], groups: Sequence[Hashable], rounds: int = 50, seed: int = 0
-) -> float:
+def bootstrap(of: Callable[[np.ndarray], float], groups: Sequence[Hashable], rounds: int = 50, seed: int = 0) -> float:
     """The standard error of `of(numbers)` by drawing whole groups with replacement."""
     rng = np.random.default_rng(seed)
     names, number = np.unique(np.array(groups).astype(str), return_inverse=True)

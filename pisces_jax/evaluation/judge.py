@@ -81,7 +81,7 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A trained classifier. `classes` are the values of each field that it knows, `pictures` those it was trained on."""
+    """A trained classifier: the values of each field that it knows, and how many pictures it was trained on."""
 
     settings: JudgeSettings
     classes: Classes
@@ -122,8 +122,11 @@ def train(
 
     def loss(params: Any, x: Array, y: Array) -> Array:
         _, logits = apply(network, params, x)
-        smooth = [optax.smooth_labels(jax.nn.one_hot(a, k.shape[1]), settings.smoothing) for k, a in zip(logits, y.T)]
-        return sum(optax.softmax_cross_entropy(k, t).mean() for k, t in zip(logits, smooth)) / len(logits)
+        losses = []
+        for head, wanted in zip(logits, y.T, strict=True):
+            target = optax.smooth_labels(jax.nn.one_hot(wanted, head.shape[1]), settings.smoothing)
+            losses.append(optax.softmax_cross_entropy(head, target).mean())
+        return sum(losses) / len(losses)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, number: Array, x: Array, y: Array) -> tuple[Any, Any]:

@@ -62,8 +62,8 @@ def evaluate_judge(
 ) -> Outcome:
     """Draws `images` pictures for each of `prompts` prompts of every held-out set (or those that `sets` names).
 
-    The judge is trained on the pictures of `train` and on what it may see of all `held_out` (`labelled.unseen`); prompts
-    are those of pictures that it has not seen, spread evenly over the set. `settings` are those of `JudgeSettings`.
+    The judge is trained on the pictures of `train` and on what it may see of all `held_out` (`labelled.unseen`);
+    prompts are those of unseen pictures, spread evenly over the set. `settings` are those of `JudgeSettings`.
 
     Returns:
         The fields, what the judge was trained on and, for each set (`score_set`), the scores.
@@ -79,6 +79,12 @@ def evaluate_judge(
     loaded = {name: labelled.load(source, fields, size) for name, source in held_out.items()}
     classes = labelled.classes_of([known, *loaded.values()], fields)
     unseen = labelled.unseen(known, loaded)
+    for name in sets or held_out:
+        if not unseen[name].any():
+            raise UserError(
+                f"held-out set {name} has no picture of which the judge sees {labelled.LEAST} others with the same "
+                f"{' and '.join(fields)}: name fields that repeat with --labels"
+            )
     shown = [known, *(loaded[name].take(~unseen[name]) for name in sorted(loaded))]
     judge = open_judge(
         folder,
@@ -93,11 +99,6 @@ def evaluate_judge(
     sheets = {}
     for name in sets or held_out:
         true = loaded[name].take(unseen[name])
-        if not len(true):
-            raise UserError(
-                f"held-out set {name} has no picture of which the judge saw {labelled.LEAST} others with the same "
-                f"{' and '.join(fields)}: name fields that repeat with --labels"
-            )
         scores[name], sheets[name] = score_set(model, judge, true, known.images, prompts, images, seed, how)
     return Outcome(scores, shown=sheets)
 

@@ -111,9 +111,7 @@ def numbered(labels: Sequence[tuple[str, ...]], classes: Classes) -> Int32[np.nd
     return np.array(rows, np.int32).reshape(-1, len(numbers))
 
 
-def unseen(
-    train: Labelled, held_out: Mapping[str, Labelled], least: int = LEAST
-) -> dict[str, Bool[np.ndarray, "N"]]:
+def unseen(train: Labelled, held_out: Mapping[str, Labelled], least: int = LEAST) -> dict[str, Bool[np.ndarray, "N"]]:
     """Which held-out pictures the judge does not see: all of which it sees `least` others with each of the labels.
 
     It must have seen a name to recognise it. So where training has too few pictures of a label, as of a name that is

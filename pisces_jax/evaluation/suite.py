@@ -48,7 +48,7 @@ def check_name(task: str, known: Tasks) -> None:
 
 
 def tasks_for(task: str, known: Tasks, config: ConfigDict) -> Tasks:
-    """The tasks that --task asks for: one, or for "all" those that fit a run of this config, without those that run alone.
+    """The tasks that --task asks for: one, or for "all" those that fit a run of this config and do not run alone.
 
     Raises:
         UserError: the task does not fit.

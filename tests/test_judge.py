@@ -17,7 +17,7 @@ from pisces_jax.utils.errors import UserError
 SIZE = 8
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220)}
 SIDES = ("left", "right")
-TINY = dict(widths=(8, 16), features=8, seen=1200, passes=200, batch_size=16, shift=0.0, learning_rate=0.02)
+TINY = dict(widths=(8, 16), features=8, seen=1200, passes=200, batch_size=16, shift=0.0, learning_rate=0.01)
 
 
 def painted(colour, side, noise=0):

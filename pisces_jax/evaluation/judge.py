@@ -103,7 +103,8 @@ class Judge:
 @functools.partial(jax.jit, static_argnums=0)
 def _look(network: Classifier, params: Any, images: Array, asked: Array) -> tuple[Array, Array, Array]:
     features, logits = apply(network, params, images)
-    rank = [(x > x[jnp.arange(len(x)), a][:, None]).sum(1) for x, a in zip(logits, asked.T, strict=True)]
+    # Not "larger than": of logits that are no numbers none would be, and every picture would be right.
+    rank = [(~(x <= x[jnp.arange(len(x)), a][:, None])).sum(1) for x, a in zip(logits, asked.T, strict=True)]
     return features, jnp.stack(rank, 1).astype(jnp.int32), jnp.stack([x.argmax(1) for x in logits], 1).astype(jnp.int32)
 
 
@@ -139,7 +140,10 @@ def train(
     chosen = _order(len(images), steps * settings.batch_size, settings.seed).reshape(steps, -1)
     for number, some in enumerate(tqdm(chosen, desc="judge", unit="step", leave=False, delay=3.0, mininterval=1.0)):
         params, state = step(params, state, jnp.int32(number), images[some], labels[some])
-    return Judge(settings, classes, jax.device_get(params), len(images))
+    params = jax.device_get(params)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(params)):
+        raise FloatingPointError(f"the training of the judge diverged with {settings}")
+    return Judge(settings, classes, params, len(images))
 
 
 def moved(key: Array, images: Array, shift: float, flip: bool) -> Array:

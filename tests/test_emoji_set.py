@@ -30,14 +30,19 @@ def packages(folder, names=30):
         for i in range(names)
     ]
     messages = {
-        "groups": [{"key": "a", "message": "animals & nature", "order": 3}],
+        "groups": [
+            {"key": "animals-nature", "message": "animals & nature", "order": 3},
+            {"key": "component", "message": "component", "order": 2},
+        ],
         "subgroups": [{"key": "m", "message": "mammals", "order": 7}],
     }
-    data = [*entries, {"label": "regional indicator A", "hexcode": "1F1E6"}]
+    hair = {"label": "animal 1", "hexcode": "1F401", "group": 2, "subgroup": 7, "tags": ["hair"]}
+    data = [*entries, {"label": "regional indicator A", "hexcode": "1F1E6"}, hair]
     paths = [package(folder, "emojibase-data", **{"en/data.json": data, "en/messages.json": messages})]
     for style in emoji_set.STYLES:
         icons = {f"animal-{i}": {"body": f"<b>{i}</b>"} for i in range(1, names)}
         chars = {f"1f4{i:02x}": f"animal-{i}" for i in range(names)}  # animal 0 is an alias
+        chars = {} if "emojione" in style else chars  # its icons are known by the names of the others
         whole = {"icons": icons, "aliases": {"animal-0": {"parent": "animal-1"}}, "width": 36, "height": 36}
         paths.append(package(folder, style, **{"icons.json": whole, "chars.json": chars}))
     return paths

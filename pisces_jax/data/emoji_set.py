@@ -13,6 +13,7 @@ Twemoji and EmojiOne 2 CC BY 4.0, OpenMoji CC BY-SA 4.0, Fluent and emojibase MI
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -130,38 +131,50 @@ def emoji(packages: Mapping[str, Mapping[str, Any]]) -> Iterator[Emoji]:
         groups, subgroups = (
             {one["order"]: one["message"] for one in messages[kind]} for kind in ("groups", "subgroups")
         )
-        icons = {style: _icons(packages[package]) for package, style in STYLES.items()}
+        parts = next((one["order"] for one in messages["groups"] if one["key"] == "component"), None)
+        names = _names(packages)
+        own = {package: {_code(p): [name] for p, name in packages[package]["chars.json"].items()} for package in STYLES}
         for entry in packages[NAMES]["en/data.json"]:
-            if "group" not in entry:
-                continue  # parts of others, such as regional indicators
+            if entry.get("group") in (None, parts):
+                continue  # parts of others, such as regional indicators, hair and skin tones
             code = _code(entry["hexcode"])
             about = dict(
                 tags=", ".join(sorted(entry.get("tags", [entry["label"]]))),
                 group=groups[entry["group"]], subgroup=subgroups[entry["subgroup"]], code=code,
             )  # fmt: skip
-            for style, known in icons.items():
-                if svg := known.get(code):
+            slug = re.sub("[^a-z0-9]+", "-", entry["label"].lower()).strip("-")
+            for package, style in STYLES.items():
+                called = own[package].get(code) or [*names.get(code, []), slug]
+                if svg := _svg(packages[package]["icons.json"], called):
                     yield Emoji(svg, {"label": entry["label"], "style": style, **about})
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"a package has another form than is known ({error!r}): fetch an older version") from error
 
 
-def _icons(package: Mapping[str, Any]) -> dict[str, str]:
-    """The SVG of each code point that a style has."""
-    whole = package["icons.json"]
-    found = {}
-    for code, name in package["chars.json"].items():
+def _names(packages: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What the styles call each code point: those that list no code points use the same names."""
+    found: dict[str, list[str]] = {}
+    for package in STYLES:
+        for code, name in packages[package]["chars.json"].items():
+            names = found.setdefault(_code(code), [])
+            names += [name] if name not in names else []
+    return found
+
+
+def _svg(whole: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The SVG of the first of `names` that a style has, if any."""
+    for name in names:
         icon = whole["icons"].get(name) or whole["icons"].get(whole.get("aliases", {}).get(name, {}).get("parent"))
         if icon:
             left, top, width, height = (
                 icon.get(key, whole.get(key, default))
                 for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
             )
-            found[_code(code)] = (
+            return (
                 '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
                 f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
             )
-    return found
+    return None
 
 
 def _code(points: str) -> str:

@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
             TOKENIZER, row_length=256, rows_per_pool=4, read_slots=15, draw_slots=15,
             train=READ_AND_DRAW, evaluate=held_out(READ_AND_DRAW),
         ),
-        loss=dict(vectors=200.0),  # a vector's error is about a hundredth of a token's: brought to the same size
+        loss=dict(flow_samples=4), vector_flow=parts.VECTOR_FLOW,
         optimizer=dict(
             learning_rate=1e-3, warmup_steps=30, muon=parts.MUON,
             param_groups=(parts.FROZEN_GENERATION_ENCODER, *parts.GROUPS),

@@ -1,6 +1,6 @@
 """Scores a finished run, or a folder of pictures in GenEval's layout.
 
-python -m pisces_jax.evaluate --workdir=DIR --task=geneval|spread|reading|reconstruction|pictures|all [--out=F.json]
+python -m pisces_jax.evaluate --workdir=DIR --task=geneval|spread|reading|reconstruction|pictures|judge|all [--out=F]
 """
 
 import dataclasses
@@ -19,11 +19,13 @@ def main() -> None:
     parser = cli.Parser(
         "evaluate",
         "Scores a finished run on unseen data: geneval (drawing), spread (of one prompt's pictures), reading and "
-        "reconstruction in the shapes world, pictures for runs on real ones; all: whatever fits the run.",
+        "reconstruction in the shapes world, pictures and judge (a classifier of true pictures) on real ones; all: "
+        "whatever fits the run, but judge.",
         [
             "--workdir=runs/shapes --task=all --out=scores.json",
             "--workdir=runs/shapes --task=geneval --per_task=50 --images=4 --nodescribe",
             "--workdir=runs/cifar10 --task=pictures --out=scores.json --grid=pictures.png",
+            "--workdir=runs/emoji --task=judge --pictures=400 --judge=runs/judge --out=scores.json --grid=drawn.png",
             "--folder=drawn --task=geneval --out=results.jsonl",
         ],
     )
@@ -32,23 +34,29 @@ def main() -> None:
     where.add_argument("--folder", type=cli.path, metavar="DIR", help="for --task=geneval: pictures of the shapes "
                        "world's prompts in GenEval's layout, as `generate --geneval` writes them")  # fmt: skip
     parser.add_argument("--run", default="", help="the run in --workdir (default: the unified one that finished last)")
-    parser.add_argument("--task", required=True, help="geneval, spread, reading, reconstruction, pictures or all")
+    parser.add_argument("--task", required=True, help="geneval, spread, reading, reconstruction, pictures, judge, all")
     parser.add_argument("--out", type=cli.path, metavar="F.json", help="a JSON file with every number that is printed; "
                         "with --folder GenEval's results file, a line per picture")  # fmt: skip
     parser.add_argument("--grid", type=cli.path, metavar="F.png", help="a sheet of what was drawn and read, to look at")
     parser.add_argument("--both", action="store_true", help="geneval: with descriptions and without")
+    suite.add_judge_flags(parser)
     add_drawing_flags(parser)
     suite.add_amount_flags(parser)
     parser.add_argument("--batch_size", type=cli.whole_number(1), default=64, help="rows at a time (default 64)")
     flags = parser.parse()
 
-    from pisces_jax.evaluation import geneval_folder, pictures
+    from pisces_jax.evaluation import geneval_folder, judging, pictures
     from pisces_jax.evaluation.grids import png
     from pisces_jax.inference.model import load_model
     from pisces_jax.shapes_world import scores as shapes
-    from pisces_jax.training.input import evaluation_sources, training_sources
+    from pisces_jax.training.input import evaluation_sources, judged_sources, training_sources
 
-    known = {**shapes.TASKS, "pictures": pictures.task(evaluation_sources, training_sources, {shapes.KIND})}
+    folder = flags.judge or (flags.workdir or Path()) / "judge"
+    known = {
+        **shapes.TASKS,
+        "pictures": pictures.task(evaluation_sources, training_sources, {shapes.KIND}),
+        "judge": judging.task(judged_sources, {shapes.KIND}, folder, flags.labels, flags.sets),
+    }
     suite.check_name(flags.task, known)
     for flag in ("out", "grid"):
         if getattr(flags, flag):

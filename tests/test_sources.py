@@ -23,7 +23,7 @@ import tiny
 from PIL import Image, ImageOps
 
 from pisces_jax.data import sources, storage
-from pisces_jax.data.example import BrokenExample, Picture, Text
+from pisces_jax.data.example import BrokenExample, Example, Picture, Text
 from pisces_jax.data.formats import parquet, record_files, webdataset
 from pisces_jax.data.images import UnreadablePicture, fit, load_image
 from pisces_jax.data.packing import lengths
@@ -175,6 +175,28 @@ def test_cifar10():
         assert f"draw: a photo of a {names[int(texts(again[i])[0][0].split()[1])]}" == texts(source[i])[0][0]
 
 
+def test_what_is_read_is_seen_otherwise_in_every_epoch():
+    whole = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    parts = (Picture(lambda: whole, "read"), Text("a"), Picture(whole, "draw"))
+    example = Example(parts, "key", flip=True, crop=0.5)
+    seen = [example.of_epoch(0, epoch) for epoch in range(200)]
+    assert all(one.parts[1:] == parts[1:] for one in seen)  # drawn pictures stay as they are
+    windows = {whole[y : y + h, x : x + w][:, ::way].tobytes() for h in range(3, 7) for w in range(4, 9)
+               for y in range(7 - h) for x in range(9 - w) for way in (1, -1)}  # fmt: skip
+    found = [one.parts[0].array() for one in seen]
+    assert all(image.tobytes() in windows for image in found)
+    assert {image.shape[0] for image in found} == {3, 4, 5, 6}
+    again = example.of_epoch(0, 7).parts[0].array()
+    assert again.tobytes() == found[7].tobytes() and len({image.tobytes() for image in found}) > 50
+    mirrored = [Example(parts, f"{i}", flip=True).of_epoch(0, 0).parts[0].array() for i in range(100)]
+    assert 30 < sum((image == whole[:, ::-1]).all() for image in mirrored) < 70
+    assert seen[0].parts[0].square(4).shape == (4, 4, 3)
+    plain = Example(parts, "key")
+    assert plain.of_epoch(0, 3) is plain and not plain.varies and example.varies
+    # What lengths are known by does not change.
+    assert repr(Recipe("caption", flip=True, crop=0.1)) == repr(Recipe("caption"))
+
+
 def test_a_missing_dataset_is_named_without_asking_the_network(tmp_path):
     with pytest.raises(UserError, match="no prepared dataset cifar10 in"):
         source_of("tfds", dataset="cifar10", split="train", data_dir=str(tmp_path), recipe="pair")
@@ -196,6 +218,9 @@ def test_a_missing_dataset_is_named_without_asking_the_network(tmp_path):
         (dict(answer_format="{[1]}"), "answer_format='{[1]}' has braces without"),
         (dict(drop="0.1"), "drop='0.1' is not a rate"),
         (dict(drop=None), "drop=None is not a rate"),
+        (dict(crop="x"), "crop='x' is not a share"),
+        (dict(crop=1), "crop=1 is not a share"),
+        (dict(flip="no"), "flip='no' is neither True nor False"),
         (dict(val_share="x"), "val_share='x' is not a share"),
         (dict(weight="x"), "weight='x' is not a number"),
         (dict(recipe=["caption"]), "unknown recipe ['caption']"),

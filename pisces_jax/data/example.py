@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8, UInt32
 
-from pisces_jax.data.images import EncodedImage, fit
+from pisces_jax.data.images import EncodedImage, View, fit
 from pisces_jax.utils.errors import UserError, cut
 
 Role = Literal["read", "draw"]
@@ -62,7 +62,8 @@ class Example:
 
     At the rate `drop`, packing takes `dropped` in place of `parts`, decided anew in every epoch: the same pictures
     without their caption, for guidance. `dropped` must not be longer than `parts`. With `cut`, an example that is
-    longer than a row loses the end of its last text instead of being left out.
+    longer than a row loses the end of its last text instead of being left out. With `flip` and `crop`, training sees
+    its pictures to read otherwise in every epoch: mirrored or not, and without up to that share of both sides.
     """
 
     parts: tuple[Part, ...]
@@ -70,12 +71,31 @@ class Example:
     drop: float = 0.0
     dropped: tuple[Part, ...] = ()
     cut: bool = False
+    flip: bool = False
+    crop: float = 0.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether it differs between epochs."""
+        return bool(self.drop or self.flip or self.crop)
 
     def of_epoch(self, seed: int, epoch: int) -> "Example":
-        """The example as it is in that epoch, with its caption or without."""
+        """The example as it is in that epoch: with its caption or without, and its pictures as they are then read."""
         if self.drop and identity(seed, epoch, self.key, "drop")[0] < self.drop * 2**32:
-            return dataclasses.replace(self, parts=self.dropped)
-        return self
+            return dataclasses.replace(self, parts=self.dropped).viewed(seed, epoch)
+        return self.viewed(seed, epoch)
+
+    def viewed(self, seed: int, epoch: int) -> "Example":
+        """The example with its pictures as they are read in that epoch."""
+        if not (self.flip or self.crop):
+            return self
+        parts = list(self.parts)
+        for i, part in enumerate(parts):
+            if isinstance(part, Picture) and part.role == "read":
+                mirror, share, left, top = np.random.default_rng(identity(seed, epoch, self.key, "view", i)).random(4)
+                view = View(part.image, self.flip and mirror < 0.5, 1 - self.crop * share, left, top)
+                parts[i] = Picture(view, "read")
+        return dataclasses.replace(self, parts=tuple(parts))
 
 
 class BrokenExample(UserError):

@@ -58,6 +58,27 @@ class EncodedImage:
         return open_image(self.data() if callable(self.data) else self.data, self.name, at_least)
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A square or oblong window of a picture, mirrored or not.
+
+    `share` is that of both sides that the window keeps, `left` and `top` where it lies: 0 to 1 of what is left over.
+    """
+
+    image: np.ndarray | Callable[[], np.ndarray]
+    mirrored: bool
+    share: float
+    left: float
+    top: float
+
+    def __call__(self) -> UInt8[np.ndarray, "H W 3"]:
+        whole = self.image() if callable(self.image) else self.image
+        height, width = (max(1, round(self.share * side)) for side in whole.shape[:2])
+        y, x = round(self.top * (whole.shape[0] - height)), round(self.left * (whole.shape[1] - width))
+        window = whole[y : y + height, x : x + width]
+        return np.ascontiguousarray(window[:, ::-1] if self.mirrored else window)
+
+
 def load_image(source: str | os.PathLike | bytes, name: str = "", at_least: int = 0) -> UInt8[np.ndarray, "H W 3"]:
     """`open_image` as an array."""
     return np.asarray(open_image(source, name, at_least))

@@ -46,7 +46,9 @@ class Recipe:
 
     Formats are Python's, over the record's fields ("{text}"). A tuple of formats is several wordings, of which the
     example's key chooses one. `drop` is the rate at which a picture is drawn without its caption, for guidance. With
-    `cut`, an example that is longer than a row is cut at the end of its last text instead of being left out.
+    `cut`, an example that is longer than a row is cut at the end of its last text instead of being left out. With
+    `flip`, training mirrors half of the pictures that are read, others in every epoch: not for labels such as "left
+    arrow". With `crop` it takes a window that lacks up to that share of both sides.
 
     Raises:
         UserError: an unknown recipe, a missing format, or an invalid format or rate.
@@ -59,6 +61,9 @@ class Recipe:
     answer_format: str | Sequence[str] = "{answer}"
     drop: float = 0.0
     cut: bool = False
+    # Not in the representation, by which sources know their lengths: these do not depend on them.
+    flip: bool = dataclasses.field(default=False, repr=False)
+    crop: float = dataclasses.field(default=0.0, repr=False)
 
     def __post_init__(self) -> None:
         if self.recipe not in tuple(RECIPES):
@@ -73,6 +78,10 @@ class Recipe:
             raise UserError(f"drop={self.drop!r} is not a rate: give a number from 0 to below 1")
         if self.drop and not self.draws:
             raise UserError(f"drop={self.drop} is for drawing, but {self.recipe!r} draws nothing: remove it")
+        if not isinstance(self.crop, (int, float)) or not 0 <= self.crop < 1:
+            raise UserError(f"crop={self.crop!r} is not a share: give a number from 0 to below 1")
+        if not isinstance(self.flip, bool):
+            raise UserError(f"flip={self.flip!r} is neither True nor False: give one of them")
 
     @property
     def _used(self) -> list[Any]:
@@ -110,7 +119,8 @@ class Recipe:
             BrokenExample: a field or a picture is missing, or a field does not fit its format.
         """
         parts, dropped = RECIPES[self.recipe].make(self, record)
-        return Example(parts, record.key, self.drop if dropped else 0.0, dropped, self.cut)
+        drop = self.drop if dropped else 0.0
+        return Example(parts, record.key, drop, dropped, self.cut, self.flip, self.crop)
 
     def text(self, record: Record, number: int = 0) -> str:
         """The record in the wording of one of the formats that the recipe uses.

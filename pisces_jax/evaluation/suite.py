@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pisces_jax.evaluation.task import Amount, Model, Outcome, Task
-from pisces_jax.utils.cli import Parser, whole_number
+from pisces_jax.utils.cli import Parser, path, whole_number
 from pisces_jax.utils.errors import UserError
 
 Tasks = Mapping[str, Task]
@@ -26,6 +26,15 @@ def add_amount_flags(parser: Parser) -> None:
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=meaning)
 
 
+def add_judge_flags(parser: Parser) -> None:
+    """The flags of the task "judge" (`judging.py`)."""
+    parser.add_argument("--judge", type=path, metavar="DIR", help="judge: where its classifier is kept, for all runs "
+                        "on one set (default: WORKDIR/judge)")  # fmt: skip
+    parser.add_argument("--labels", default="", help="judge: the fields with labels, as in label,style (default: those "
+                        "that the captions name)")  # fmt: skip
+    parser.add_argument("--sets", default="", help="judge: the held-out sets to draw from (default: all)")
+
+
 def amount(given: argparse.Namespace, *, both: bool) -> Amount:
     """The amount that the flags of `add_amount_flags` ask for."""
     return Amount(**{field.name: getattr(given, field.name) for field in _NUMBERS}, both=both)
@@ -38,7 +47,7 @@ def check_name(task: str, known: Tasks) -> None:
 
 
 def tasks_for(task: str, known: Tasks, config: ConfigDict) -> Tasks:
-    """The tasks that --task asks for: one, or for "all" those that fit a run of this config.
+    """The tasks that --task asks for: one, or for "all" those that fit a run of this config and do not run alone.
 
     Raises:
         UserError: the task does not fit.
@@ -48,7 +57,9 @@ def tasks_for(task: str, known: Tasks, config: ConfigDict) -> Tasks:
     if task != "all" and task not in possible:
         other = next(iter(possible))
         raise UserError(f"--task={task} does not fit this run, which saw {', '.join(kinds)}: try {other}")
-    return possible if task == "all" else {task: possible[task]}
+    if task == "all":
+        return {name: one for name, one in possible.items() if not one.alone}
+    return {task: possible[task]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Amount:
     held_out: int = _number(12, "prompts and questions of each kind about what is held out of training; 0: none", 0)
     other_words: int = _number(50, "prompts and questions of each kind, at most, in wordings held out too; 0: none", 0)
     spread: int = _number(8, "prompts drawn several times each, to see how much their pictures differ; 0: none", 0)
-    pictures: int = _number(128, "pictures to reconstruct; real pictures to read and draw")
+    pictures: int = _number(128, "pictures to reconstruct; real pictures to read and draw; judged prompts of a set")
     seed: int = _number(0, "another seed, other prompts, questions and noise", 0)
     both: bool = False  # GenEval's prompts are drawn both ways, after a description and directly
 
@@ -102,8 +102,10 @@ class Task:
         fits: whether it fits a run whose sources are of these kinds (config keys `data.*.*.kind`).
         run: scores a model; the mapping holds the arguments of `Model.draw`. None if the amount asks for nothing.
         sheet: a picture of what was drawn, for tasks that draw.
+        alone: whether it runs only where it is asked for by name, because it takes long before it scores.
     """
 
     fits: Callable[[set[str]], bool]
     run: Callable[[Model, Amount, Mapping[str, Any]], Outcome | None]
     sheet: Callable[[Outcome], Image.Image] | None = None
+    alone: bool = False

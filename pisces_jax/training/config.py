@@ -63,6 +63,8 @@ def run_config(**changes: Any) -> ConfigDict:
                 tokenizer_casefold=False,  # it takes capitals for small letters
                 train=ConfigDict(),  # name -> source (docs/data.md)
                 evaluate=ConfigDict(),
+                # Further held-out sources that `evaluate --task=judge` draws from; training never reads them.
+                judge=ConfigDict(),
                 examples_per_epoch=0,  # 0: as many as the sources hold
                 threads=2,
                 workers=0,  # processes; 0: threads alone
@@ -145,7 +147,7 @@ def run_config(**changes: Any) -> ConfigDict:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Keys whose subkeys are the user's own: any name may stand there.
-OPEN_KEYS = ("model", "init_from", "param_dtype", "train", "evaluate", "tokenizer_sources", "stages")
+OPEN_KEYS = ("model", "init_from", "param_dtype", "train", "evaluate", "judge", "tokenizer_sources", "stages")
 
 
 def merge(config: ConfigDict, changes: Mapping[str, Any], prefix: str = "") -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pisces_jax.data.example import Text
+from pisces_jax.data.formats.records import Examples
 from pisces_jax.data.packing import pipeline
 from pisces_jax.data.packing.items import Items
 from pisces_jax.data.tokenizers import Tokenizer
@@ -102,3 +104,20 @@ def evaluation_sources(config: ConfigDict) -> list[Any]:
 
 def training_sources(config: ConfigDict) -> list[Any]:
     return [entry.source for entry in entries_of(config.data.train)]
+
+
+def judged_sources(config: ConfigDict) -> tuple[Examples, dict[str, Examples]]:
+    """The source of captioned pictures that a run learns to draw from, and the held-out ones like it by name: that of
+    `data.evaluate` ("evaluate") and those of `data.judge`. Of several, it is the first by name.
+
+    Raises:
+        UserError: the run draws from no prompts of files.
+    """
+    train = {entry.name: entry.source for entry in entries_of(config.data.train)}
+    evaluate = {entry.name: entry.source for entry in entries_of(config.data.evaluate)}
+    for name in sorted(set(train) & set(evaluate)):
+        source = evaluate[name]
+        if isinstance(source, Examples) and source.draws and isinstance(source[0].parts[0], Text):
+            more = {entry.name: entry.source for entry in entries_of(config.data.judge)}
+            return train[name], {"evaluate": source, **more}
+    raise UserError("no source in both data.train and data.evaluate draws from a caption: the task judge needs one")

@@ -102,10 +102,14 @@ class Examples:
         return self._length
 
     def __getitem__(self, i: int) -> Example:
+        return self.recipe.example(self.record(i, self.recipe.fields))
+
+    def record(self, i: int, fields: frozenset[str] | None = None) -> Record:
+        """What the file holds of example i; of its fields at least `fields`, or all."""
         i = int(i)
         if not 0 <= i < self._length:
             raise IndexError(f"example {i} of {self._length}")
-        return self.recipe.example(self.records.read(self._number(i), self.recipe.fields))
+        return self.records.read(self._number(i), fields)
 
     def _number(self, i: int) -> int:
         """Of the record of example i."""

@@ -92,6 +92,8 @@ class Pairs(Items):
             for name, caches in self._cached.items():
                 pair[name] = caches[source][index]
             if "image" in pair:
+                if not self._cached:  # features are of the pictures as they are
+                    example = example.viewed(self.seed, self.locate(i)[0])
                 picture = next(part for part in example.parts if isinstance(part, Picture))
                 pair["image"] = picture.square(self.layout.read_size, scaled=self.scaled_jpeg)
         except UserError as error:

@@ -143,7 +143,7 @@ class PackedGroups(Items):
         laid_out = lay_out(example, self.tokenizer, self.layout)
         if len(laid_out.tokens) != length:
             raise UserError(f"{example.key} has changed since its length was scanned")
-        if example.drop:
+        if example.varies:
             laid_out = lay_out(example.of_epoch(self.seed, epoch), self.tokenizer, self.layout)
             if len(laid_out.tokens) > length:
                 raise UserError(f"{example.key} is longer without its caption than with it")

@@ -200,8 +200,8 @@ def sets(tmp_path_factory):
     return folder_of(folder / "train", 5), {"val": folder_of(folder / "val", 5, 100)}, folder / "kept"
 
 
-def evaluate(model, sets, **changes):
-    train, held_out, folder = sets
+def evaluate(model, given, **changes):
+    train, held_out, folder = given
     how = dict(folder=folder, prompts=12, images=2, how={"describe": False}, **TINY)
     return judging.evaluate_judge(model, train, held_out, **how | changes)
 

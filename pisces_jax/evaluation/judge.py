@@ -129,7 +129,7 @@ def train(
             losses.append(optax.softmax_cross_entropy(head, target).mean())
         return sum(losses) / len(losses)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @jax.jit
     def step(params: Any, state: Any, number: Array, x: Array, y: Array) -> tuple[Any, Any]:
         x = moved(jax.random.fold_in(key, number), x, settings.shift, settings.flip)
         gradient = jax.grad(loss)(params, x, y)

@@ -36,7 +36,12 @@ class Labelled:
     def take(self, chosen: np.ndarray) -> "Labelled":
         """Those at these numbers, or where a mask is True."""
         numbers = np.arange(len(self))[chosen].tolist()
-        return Labelled(self.images[chosen], *([x[i] for i in numbers] for x in (self.labels, self.prompts, self.keys)))
+        return Labelled(
+            self.images[chosen],
+            [self.labels[i] for i in numbers],
+            [self.prompts[i] for i in numbers],
+            [self.keys[i] for i in numbers],
+        )
 
 
 def label_fields(source: Examples, given: Sequence[str] = ()) -> tuple[str, ...]:

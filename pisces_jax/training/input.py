@@ -106,8 +106,8 @@ def training_sources(config: ConfigDict) -> list[Any]:
     return [entry.source for entry in entries_of(config.data.train)]
 
 
-def judged_sources(config: ConfigDict) -> tuple[Examples, dict[str, Examples]]:
-    """The source of captioned pictures that a run learns to draw from, and the held-out ones like it by name: that of
+def judged_sources(config: ConfigDict) -> tuple[Any, dict[str, Any]]:
+    """The source of captioned pictures (`Examples`) that a run learns to draw from, and held-out ones by name: that of
     `data.evaluate` ("evaluate") and those of `data.judge`. Of several, it is the first by name.
 
     Raises:

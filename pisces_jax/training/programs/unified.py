@@ -245,7 +245,8 @@ class UnifiedProgram(Program):
             x = x.astype(jnp.float32)
             return jnp.stack([(w * weight).sum((0, 1, 2)) for w in (jnp.ones_like(x), x, jnp.square(x))])
 
-        count, total, squares = sum(np.asarray(moments(params, batch), np.float64) for batch in batches)
+        found = [np.asarray(moments(params, batch), np.float64) for batch in batches]
+        count, total, squares = np.sum(found, axis=0)
         if not count.all():
             raise UserError("model.standardise: the first batches hold no drawn picture: name a source that draws")
         mean = total / count

@@ -26,6 +26,7 @@ from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import config as settings
+from pisces_jax.training.checkpoints import Checkpoints
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.unified import UnifiedProgram
 from pisces_jax.training.step import make_trainer
@@ -356,7 +357,7 @@ def test_a_rollout_conditions_on_the_states_of_training(fed):
 # --- training orders
 
 
-def test_sequential_training_leaves_the_language_model_as_it_is():
+def test_sequential_training_leaves_the_language_model_as_it_is(tmp_path):
     """Frozen language model: queries and generator train, and every frozen number is the same bit for bit."""
     frozen = ("(language_model|understanding_.*|generation_encoder)/.*", 0.0, 0.0)
     config = flow_config(
@@ -382,6 +383,16 @@ def test_sequential_training_leaves_the_language_model_as_it_is():
     for part, tree in jax.device_get(state.trained).items():
         assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (tree, before[0][part])), strict=True)), part
     assert metrics["vectors"].compute() > 0
+
+    # What the run measured is saved with what it trains, and comes back.
+    measured = {part: jax.tree.map(lambda x: x + 1.5, state.frozen[part]) for part in program.measured}
+    checkpoints = Checkpoints(tmp_path, 1, program.measured)
+    checkpoints.save(5, dataclasses.replace(state, frozen={**state.frozen, **measured}), {"next_batch": 3})
+    checkpoints.close()
+    restored, position = Checkpoints(tmp_path, 1, program.measured).restore(trainer.init(jax.random.key(0)))
+    assert position == {"next_batch": 3}
+    jax.tree.map(np.testing.assert_array_equal, restored.frozen["feature_statistics"], measured["feature_statistics"])
+    jax.tree.map(np.testing.assert_array_equal, restored.frozen["language_model"], before[1]["language_model"])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,7 +120,7 @@ def train(
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay, mask=_matrices)
     )
-    params = jax.jit(network.init)(key, images[:1])["params"]
+    params = nn.unbox(jax.jit(network.init)(key, images[:1])["params"])
 
     def loss(params: Any, x: Array, y: Array) -> Array:
         _, logits = apply(network, params, x)

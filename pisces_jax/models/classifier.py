@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from pisces_jax.models.layers import LayerNorm
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
@@ -42,7 +44,7 @@ class Classifier(nn.Module):
 
         def convolve(x: Any, width: int, stride: int = 1, side: int = 3) -> Any:
             x = nn.Conv(width, (side, side), (stride, stride), use_bias=False)(x)
-            return nn.LayerNorm(epsilon=1e-5)(x)
+            return LayerNorm(1e-5)(x)
 
         x = images.astype(jnp.float32) / 127.5 - 1.0
         stride = max(1, x.shape[1] // 32)
@@ -53,5 +55,5 @@ class Classifier(nn.Module):
                 x = nn.relu(x + convolve(nn.relu(convolve(x, width)), width))
         # The largest and the mean response: whether something is there, and how much of it.
         pooled = jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=-1)
-        features = nn.LayerNorm()(nn.Dense(c.features)(pooled))
+        features = LayerNorm(1e-5)(nn.Dense(c.features)(pooled))
         return features, [nn.Dense(classes)(features) for classes in c.classes]

@@ -23,11 +23,16 @@ def upgrade(saved: Mapping[str, Any]) -> ConfigDict:
     """A run's saved config with today's keys; keys that are newer than the run have the defaults, which keep what the
     run did."""
     config = _renamed(saved, _TOP)
+    if "vector_flow" not in saved:  # from before the shapes world had several wordings
+        config["data"] = {
+            key: _standard_words(value) if key in ("train", "evaluate", "tokenizer_sources") else value
+            for key, value in saved.get("data", {}).items()
+        }
     if "parts" in saved:
         config |= {
             "optimizer": _renamed(saved.get("optimizer", {}), _OPTIMIZER),
             "sampling": _renamed(saved.get("sampling", {}), {"tokens": "max_tokens"}),
-            "data": _renamed(saved.get("data", {}), {"rows": "rows_per_pool"}),
+            "data": _renamed(config.get("data", {}), {"rows": "rows_per_pool"}),
             "model": {name: _part(settings) for name, settings in saved.get("model", {}).items()},
         }
         if saved.get("program") in ("unified", "text"):  # a batch was counted in groups of rows
@@ -40,6 +45,11 @@ def upgrade(saved: Mapping[str, Any]) -> ConfigDict:
 
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in values.items()}
+
+
+def _standard_words(sources: Any) -> dict[str, Any]:
+    shapes = {"other_words": 0.0}
+    return {name: {**shapes, **s} if s.get("kind") == "shapes" else s for name, s in dict(sources or {}).items()}
 
 
 def _part(settings: Any) -> Any:

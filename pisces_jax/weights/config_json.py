@@ -294,7 +294,7 @@ def family_of_file(values: Json, refuse: Refuse) -> str:
 def family_of(config: Any) -> str:
     """The published layout in which a part with these settings is written; ours where there is none."""
     if isinstance(config, TransformerConfig):
-        return "llama"
+        return NATIVE if config.qkv_bias else "llama"
     if isinstance(config, AutoencoderConfig):
         return "autoencoder" if config.eps == 1e-6 else NATIVE
     if isinstance(config, ViTConfig):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pisces_jax.data import sources
-from pisces_jax.data.formats import webdataset
 from pisces_jax.data.arrays import write_arrays
+from pisces_jax.data.formats import webdataset
 from pisces_jax.training.config_files import load_stages
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils import cli, files

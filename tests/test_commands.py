@@ -253,7 +253,7 @@ BAD = [
     ("answer --workdir=RUN --image=SYNTAX", "cannot be read"),
     ("answer --workdir=RUN --image=PICTURE --question=", "--question is empty"),
     ("answer --workdir=FOREIGN --image=PICTURE", "holds no finished unified run"),
-    ("evaluate --workdir=RUN --task=painting", "none of geneval, spread, reading, reconstruction, pictures, judge, all"),
+    ("evaluate --workdir=RUN --task=painting", "spread, reading, reconstruction, pictures, judge, all"),
     ("evaluate --workdir=RUN --task=pictures", "does not fit this run"),
     ("evaluate --workdir=RUN --task=reading --grid=NEW", "draws none"),
     ("evaluate --workdir=RUN --task=all --per_kind=-1", "at least 1"),

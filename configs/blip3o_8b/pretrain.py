@@ -7,7 +7,7 @@ Published: 512 pictures a step, AdamW, learning rate 1e-4 falling to 1e-5 along 
 steps, no weight decay, clipping at 1, at least 150,000 steps. Rows of 1,024 tokens hold some four pictures with their
 texts, so 128 rows a step.
 
-Hardware: planned for a TPU slice, not run yet.
+Hardware: not run yet. `plan` compiles it for a slice; Qwen2.5's files and its tokenizer are not read by this project.
 """
 
 import parts

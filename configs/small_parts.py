@@ -70,19 +70,16 @@ MUON = (
 # pictures have up to `most_objects`. What is held out comes from other random numbers.
 SHAPES = dict(
     kind="shapes", split="train", size=32, weight=1.0, prompts=0.85, most_objects=4,
-    question_kinds=("colour", "count", "relation", "existence", "comparison"),
+    question_kinds=("colour", "count", "relation", "existence", "comparison"), other_words=0.0,
 )  # fmt: skip
 SHAPES_HELD_OUT = dict(split="val", num_examples=64)
+TASKS = (
+    "caption", "describe", "question", "conversation", "draw_caption", "draw_details", "draw_prompt", "draw_described",
+)  # fmt: skip
 # All stages of a work directory share one tokenizer.
 SHAPES_TOKENIZER = dict(
     tokenizer_vocabulary=512, tokenizer_casefold=True,
-    tokenizer_sources={
-        task: dict(SHAPES, task=task, num_examples=2000)
-        for task in (
-            "caption", "describe", "question", "conversation",
-            "draw_caption", "draw_details", "draw_prompt", "draw_described",
-        )
-    },
+    tokenizer_sources={task: dict(SHAPES, task=task, num_examples=2000) for task in TASKS},
 )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ class Amount:
     images: int = _number(2, "pictures per prompt")
     per_kind: int = _number(200, "questions of each kind")
     held_out: int = _number(12, "prompts and questions of each kind about what is held out of training; 0: none", 0)
-    other_words: int = _number(50, "prompts and questions of each kind, at most, in wordings held out too; 0: none", 0)
+    other_words: int = _number(20, "prompts and questions of each kind, at most, in wordings held out too; 0: none", 0)
     spread: int = _number(8, "prompts drawn several times each, to see how much their pictures differ; 0: none", 0)
     pictures: int = _number(128, "pictures to reconstruct; real pictures to read and draw; judged prompts of a set")
     seed: int = _number(0, "another seed, other prompts, questions and noise", 0)

@@ -2,9 +2,9 @@
 
     python -m pisces_jax.demo --config=configs/shapes_flow.py --workdir=runs/shapes_flow
 
-The stages of configs/shapes.py, with queries and a generator in place of the regression head, more prompts that are drawn
-at once, and half of all questions and prompts in other words than the standard ones. A picture is sampled: another seed,
-another picture.
+The stages of configs/shapes.py, with queries and a generator in place of the regression head, more prompts that are
+drawn at once, and half of all questions and prompts in other words than the standard ones. A picture is sampled:
+another seed, another picture.
 
 RESULT
 """

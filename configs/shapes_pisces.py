@@ -3,9 +3,9 @@
     python -m pisces_jax.demo --config=configs/shapes_pisces.py --workdir=runs/shapes_pisces
 
 The stages, data, steps and sizes of configs/shapes.py. Drawn vectors are fed in, each predicts the next, the loss is
-their squared error; there is no place embedding, and the decoder stays as it learned from true vectors. The encoders and
-the decoder are those of configs/shapes.py: copy its runs pretrain, reader and decoder into the work directory to save
-the time.
+their squared error; there is no place embedding, and the decoder stays as it learned from true vectors. The encoders
+and the decoder are those of configs/shapes.py: copy its runs pretrain, reader and decoder into the work directory to
+save the time.
 
 Hardware: two CPU cores. Not run to its end yet.
 """

@@ -6,7 +6,9 @@ The stages of configs/shapes.py, with queries and a generator in place of the re
 drawn at once, and half of all questions and prompts in other words than the standard ones. A picture is sampled:
 another seed, another picture.
 
-RESULT
+Hardware: two cores of an AMD EPYC. Trained once, seed 0, beside other work, so its time is not known. Result: drawing
+0.000 of 192 pictures, directly and after a description: number, places and most colours are right, shapes are not
+sharp. Reading 0.760 of 200 questions, 0.590 of the same in wordings that were held out (docs/small_runs.md).
 """
 
 import small_parts as parts

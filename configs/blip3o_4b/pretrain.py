@@ -4,10 +4,10 @@
 
 Run it first. Cache the features once with `python -m pisces_jax.cache`.
 Published: 512 pictures a step, AdamW, learning rate 1e-4 falling to 1e-5 along a cosine, warm-up of 0.3 % of the
-steps, no weight decay, clipping at 1, at least 150,000 steps. Rows of 1,024 tokens hold some four pictures with their
-texts, so 128 rows a step.
+steps, no weight decay, clipping at 1, at least 150,000 steps. Taken at four pictures with their texts in a row of
+1,024 tokens: 128 rows a step.
 
-Hardware: not run yet. `plan` compiles it for a slice; Qwen2.5's files and its tokenizer are not read by this project.
+Hardware: neither run nor planned yet: Qwen2.5's files and its tokenizer are not read by this project.
 """
 
 import parts

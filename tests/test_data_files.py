@@ -111,7 +111,7 @@ def array_record(path, *records):
     "first, words",
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "git lfs pull"),
-        (gzip.compress(b"{}"), "gzip"),
+        (gzip.compress(b"{}", mtime=0), "gzip"),
         ('{"a": 1}'.encode("utf-16"), "UTF-16"),
         ('{"a": 1}'.encode("utf-16-le"), "UTF-16"),
         ('[{"a": 1}]'.encode("utf-16-be"), "UTF-16"),
@@ -139,7 +139,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
     "data, words",
     [
         (POINTER, "is a git-lfs pointer without the data (run git lfs pull), not "),
-        (gzip.compress(bytes(2000)), "is compressed by gzip (unpack it), not "),
+        (gzip.compress(bytes(2000), mtime=0), "is compressed by gzip (unpack it), not "),
         ('[{"text": "a"}]'.encode("utf-16"), "is text in UTF-16 (convert it to UTF-8), not "),
         (b"<!doctype html>" + bytes(600), "is a web page"),
     ],

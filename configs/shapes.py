@@ -23,7 +23,8 @@ FROZEN = dict(understanding_encoder="reader", generation_encoder="pretrain")
 # A vector's error is about a hundredth of a token's: brought to the same size.
 STAGE = dict(program="unified", batch_size=16, decoder="decoder", loss=dict(vectors=200.0), plain_products=True)
 OPTIMIZER = dict(learning_rate=3e-3, muon=parts.MUON, param_groups=(parts.FROZEN_ENCODERS, *parts.GROUPS))
-DATA = dict(parts.SHAPES_TOKENIZER, examples_per_epoch=16_000)
+TOKENIZER = parts.tokenizer(parts.SHAPES)
+DATA = dict(TOKENIZER, examples_per_epoch=16_000)
 ROWS = dict(DATA, row_length=160, rows_per_pool=8)
 # Objects in a picture, at most.
 ONE, TWO, FOUR = (dict(parts.SHAPES, most_objects=n) for n in (1, 2, 4))
@@ -51,7 +52,7 @@ def get_config() -> ConfigDict:
     reader = run_config(
         name="reader", program="pretrain", steps=1400, batch_size=32, plain_products=True, log=LOG_WITHOUT_SAMPLES,
         model=dict(understanding_encoder=READER, text_tower=dict(parts.TEXT_TOWER, layers=1)),
-        data=dict(parts.SHAPES_TOKENIZER, examples_per_epoch=32_000, text_length=40, **parts.train_and_evaluate(
+        data=dict(TOKENIZER, examples_per_epoch=32_000, text_length=40, **parts.train_and_evaluate(
             parts.SHAPES_HELD_OUT, pair=dict(FOUR, task="pair", num_examples=32_000)
         )),
         loss=dict(words=0.1, contrastive=0.01, reconstruction=100.0, feature_noise=0.01),

@@ -16,12 +16,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.training.config import run_config
 
-# Half of the questions and prompts are in other words than the standard ones.
-SHAPES = dict(parts.SHAPES, other_words=0.5)
-TOKENIZER = dict(
-    parts.SHAPES_TOKENIZER,
-    tokenizer_sources={task: dict(SHAPES, task=task, num_examples=2000) for task in parts.TASKS},
-)
+TOKENIZER = parts.tokenizer(parts.SHAPES)
 READER = dict(parts.SHARP_ENCODER, layers=1)  # one layer: what a vector shows stays where it is
 ENCODERS = dict(understanding_encoder=READER, generation_encoder=parts.GENERATION_ENCODER, pool=2)
 LANGUAGE_MODEL = dict(parts.LANGUAGE_MODEL, heads=6, kv_heads=3, head_dim=32)
@@ -35,7 +30,7 @@ OPTIMIZER = dict(learning_rate=3e-3, muon=parts.MUON, param_groups=(parts.FROZEN
 DATA = dict(TOKENIZER, examples_per_epoch=16_000)
 ROWS = dict(DATA, row_length=160, rows_per_pool=8)
 # Objects in a picture, at most.
-ONE, TWO, FOUR = (dict(SHAPES, most_objects=n) for n in (1, 2, 4))
+ONE, TWO, FOUR = (dict(parts.SHAPES, most_objects=n) for n in (1, 2, 4))
 LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
 LOG_WITHOUT_SAMPLES = dict(LOG, samples_every=0)  # of what draws nothing
 

@@ -29,10 +29,11 @@ OPTIMIZER = dict(
     muon=parts.MUON,
     param_groups=(parts.SLOW_READER, parts.FROZEN_GENERATION_ENCODER, *parts.GROUPS),
 )
-DATA = dict(parts.SHAPES_TOKENIZER, examples_per_epoch=100_000)
+SHAPES = dict(parts.SHAPES, other_words=0.0)  # all texts are in the standard wording
+DATA = dict(parts.tokenizer(SHAPES), examples_per_epoch=100_000)
 ROWS = dict(DATA, row_length=160, rows_per_pool=8)
 # Objects in a picture, at most.
-ONE, FOUR = (dict(parts.SHAPES, most_objects=n) for n in (1, 4))
+ONE, FOUR = (dict(SHAPES, most_objects=n) for n in (1, 4))
 LOG = dict(every=50, evaluate_every=500, evaluate_batches=6, checkpoint_every=500, samples_every=1500)
 
 

@@ -67,20 +67,22 @@ MUON = (
 )
 
 # The shapes world. 85 % of the short texts of "draw_described" are prompts, most of one or two objects; all other
-# pictures have up to `most_objects`. What is held out comes from other random numbers.
+# pictures have up to `most_objects`. Half of the questions and prompts are in other words than the standard ones. What
+# is held out comes from other random numbers.
 SHAPES = dict(
     kind="shapes", split="train", size=32, weight=1.0, prompts=0.85, most_objects=4,
-    question_kinds=("colour", "count", "relation", "existence", "comparison"), other_words=0.0,
+    question_kinds=("colour", "count", "relation", "existence", "comparison"), other_words=0.5,
 )  # fmt: skip
 SHAPES_HELD_OUT = dict(split="val", num_examples=64)
 TASKS = (
     "caption", "describe", "question", "conversation", "draw_caption", "draw_details", "draw_prompt", "draw_described",
 )  # fmt: skip
-# All stages of a work directory share one tokenizer.
-SHAPES_TOKENIZER = dict(
-    tokenizer_vocabulary=512, tokenizer_casefold=True,
-    tokenizer_sources={task: dict(SHAPES, task=task, num_examples=2000) for task in TASKS},
-)  # fmt: skip
+
+
+def tokenizer(shapes: dict) -> dict:
+    """The tokenizer of the texts of a shapes world, which all stages of a work directory share."""
+    sources = {task: dict(shapes, task=task, num_examples=2000) for task in TASKS}
+    return dict(tokenizer_vocabulary=512, tokenizer_casefold=True, tokenizer_sources=sources)
 
 
 def train_and_evaluate(held_out: dict, **sources: dict) -> dict:

@@ -119,6 +119,27 @@ def test_prediction_of_data_and_of_velocity_give_the_same_loss(weight):
     assert not np.allclose(losses(denoised, as_velocity, 500), a, rtol=0.1)
 
 
+def test_a_preconditioned_output_is_karras_form():
+    """D(x, t) = c_skip·x + c_out·F with Karras et al.'s equations for σ = (1-t)/t, data of variance 1, x/t as input."""
+    rng = np.random.default_rng(0)
+    x, f = rng.standard_normal((2, 5, 3))
+    t = np.array([0.05, 0.3, 0.5, 0.8, 0.95])
+    sigma = ((1 - t) / t)[:, None]
+    skip, out = 1 / (sigma**2 + 1), sigma / np.sqrt(sigma**2 + 1)
+    denoised = skip * (x / t[:, None]) + out * f
+    expected = (denoised - x) / (1 - t)[:, None]
+    config = FlowConfig(prediction="preconditioned")
+    np.testing.assert_allclose(velocity(*map(jnp.asarray, (f, x, t)), config), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_preconditioned_zero_is_the_best_linear_guess():
+    """For data of mean 0 and variance 1 an output of 0 is the exact velocity E[data - noise | x_t]."""
+    x, t = jnp.linspace(-2, 2, 5)[:, None], jnp.array([0.0, 0.2, 0.5, 0.9, 1.0])
+    best = ((2 * t - 1) / ((1 - t) ** 2 + t**2))[:, None] * x
+    got = velocity(jnp.zeros_like(x), x, t, FlowConfig(prediction="preconditioned"))
+    np.testing.assert_allclose(got, best, rtol=1e-6, atol=1e-6)
+
+
 def test_floor_bounds_the_velocity_of_a_data_prediction():
     config = FlowConfig(prediction="data", floor=0.05)
     x, t = jnp.array([[1.0], [1.0]]), jnp.array([0.5, 0.99])
@@ -211,7 +232,7 @@ def test_noise_depends_on_each_examples_key_alone():
     assert len(set(whole.tolist())) == n
 
 
-@pytest.mark.parametrize("prediction", ["velocity", "data"])
+@pytest.mark.parametrize("prediction", ["velocity", "data", "preconditioned"])
 def test_guidance(prediction):
     def network(x, t, condition, keep):
         return jnp.where(keep[:, None], condition * jnp.sin(x), jnp.cos(x) + t[:, None])
@@ -220,6 +241,8 @@ def test_guidance(prediction):
     t = jnp.full(4, 0.3)
 
     def v(output):
+        if prediction == "preconditioned":
+            return -0.4 / 0.58 * x + output / math.sqrt(0.58)
         return output if prediction == "velocity" else (output - x) / 0.7
 
     with_condition, without = v(condition * jnp.sin(x)), v(jnp.cos(x) + 0.3)
@@ -242,5 +265,5 @@ def test_guidance_of_one_costs_no_second_pass():
 
 
 def test_unknown_settings_are_refused():
-    with pytest.raises(ValueError, match="flow.prediction 'noise' is not one of velocity, data"):
+    with pytest.raises(ValueError, match="flow.prediction 'noise' is not one of velocity, data, preconditioned"):
         FlowConfig(prediction="noise")

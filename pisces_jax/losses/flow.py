@@ -25,7 +25,9 @@ class FlowConfig:
             2024, arXiv 2403.03206).
         grid: t is one of 0, 1/grid, …, (grid − 1)/grid, as in training on a scheduler's steps; 0: any number.
         zero_share: fraction of the samples with t = 0 exactly, where a sampler of few steps starts.
-        prediction: what the network predicts: "velocity" or "data". The loss compares velocities in both cases.
+        prediction: what the network predicts: "velocity", "data", or "preconditioned": what is left of the data after
+            the best linear guess from x_t, scaled to variance 1 (Karras et al. 2022, arXiv 2206.00364, eq. 7, for data
+            of variance 1). The loss compares velocities in all cases.
         floor: lower bound of 1 − t, in the conversion of data to velocity and in `weight`.
         weight: factor of the squared velocity error: "none" (1), "inverse" (1 / max(1 − t, floor)) or "data"
             (max(1 − t, floor)², which makes it the squared error of the data).
@@ -54,7 +56,7 @@ class FlowConfig:
     def __post_init__(self) -> None:
         for name, known in (
             ("times", ("uniform", "logit_normal")),
-            ("prediction", ("velocity", "data")),
+            ("prediction", ("velocity", "data", "preconditioned")),
             ("weight", ("none", "inverse", "data")),
         ):
             if getattr(self, name) not in known:
@@ -93,7 +95,12 @@ def velocity(
     """A network's output at (x, t) as a velocity: data = x + (1 − t)·velocity."""
     if config.prediction == "velocity":
         return output
-    return (output - x) / jnp.maximum(1 - t, config.floor).reshape(-1, *[1] * (x.ndim - 1))
+    t = t.reshape(-1, *[1] * (x.ndim - 1))
+    if config.prediction == "data":
+        return (output - x) / jnp.maximum(1 - t, config.floor)
+    # data = c_skip·x + c_out·output, c_skip = t / variance, c_out = (1 − t) / √variance; 1 − t is divided out.
+    variance = t**2 + (1 - t) ** 2
+    return (2 * t - 1) / variance * x + output / jnp.sqrt(variance)
 
 
 def integrate(field: Velocity, noise: Float[Array, "B ..."], steps: int) -> Float[Array, "B ..."]:

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,6 +136,21 @@ def test_output_takes_any_text(encoding, monkeypatch):
     assert (
         written.getvalue() == ("4 × v5p caf\\udce9\n" if encoding == "utf-8" else "4 \\xd7 v5p caf\\udce9\n").encode()
     )
+
+
+def test_in_the_c_locale_a_message_holds_any_name(tmp_path):
+    """Without UTF-8 mode, as `LC_ALL=C` once was: the name is written with escapes, and the file is found."""
+    code = (
+        "import sys; from pathlib import Path; from pisces_jax.utils.errors import UserError, run_command\n"
+        "def main():\n    raise UserError(f'{sys.argv[1]} holds ' + Path(sys.argv[1]).read_text())\n"
+        "run_command(main)"
+    )
+    path = tmp_path / "café.txt"
+    path.write_text("one sentence")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    done = subprocess.run([sys.executable, "-c", code, path], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path}/caf\\udcc3\\udca9.txt holds one sentence\n".encode()
 
 
 def refused(number, *names):

@@ -18,7 +18,9 @@ from einops import rearrange
 from flax import linen as nn
 from test_pisces import GivenVectors, forward, given_batch, make, pictures
 
-from pisces_jax.inference.rollout import Prompts, Rollout
+from pisces_jax.data.example import Example, Text
+from pisces_jax.data.packing.layout import lay_out
+from pisces_jax.inference.rollout import Pool, Prompts, Rollout
 from pisces_jax.losses.flow import FlowConfig, guided, integrate
 from pisces_jax.losses.objectives import cosine_error
 from pisces_jax.models.dit import DiT, DiTConfig
@@ -307,10 +309,8 @@ def prompts(rows, width=6):
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
     none = np.zeros(0, np.int32)
-    return Prompts(
-        jnp.asarray(tokens), jnp.asarray([len(r) for r in rows]), jnp.zeros((0, 8, 8, 3), jnp.uint8), none, none,
-        np.zeros(0, bool),
-    )  # fmt: skip
+    pool = Pool(jnp.zeros((0, 8, 8, 3), jnp.uint8), none, none, np.zeros(0, bool))
+    return Prompts(jnp.asarray(tokens), jnp.asarray([len(r) for r in rows]), pool, pool)
 
 
 @pytest.mark.parametrize("fed", [False, True])
@@ -352,6 +352,39 @@ def test_a_rollout_conditions_on_the_states_of_training(fed):
     again = draw(prompts(rows), jax.vmap(jax.random.key)(jnp.array([0, 5])))[2]
     np.testing.assert_array_equal(again[0], vectors[0])
     assert np.abs(again[1] - vectors[1]).max() > 1e-2
+
+
+PISCES = {"regression": tiny.PISCES, "flow": FLOW}
+
+
+@pytest.mark.parametrize("fed", [False, True])
+@pytest.mark.parametrize("head", PISCES)
+def test_a_picture_drawn_before_stands_in_a_prompt_as_in_training(head, fed):
+    """Two drawn pictures and one read in one conversation: its state after prefill is that of the packed row."""
+    config = dataclasses.replace(PISCES[head], fed_vectors=fed)
+    model = Pisces(config)
+    params = make(model)
+    parts = (*tiny.EDIT.parts, Text("n"), tiny.picture("draw", 5), Text("op"))
+    layout = dataclasses.replace(tiny.LAYOUT, draw_vectors=config.draw_positions, length=40)
+    laid = lay_out(Example(parts, "chat"), L(), layout, prompt=True)
+    assert [p.role for p in laid.pictures] == ["read", "draw", "draw"]
+
+    def pool(role):
+        own = [p for p in laid.pictures if p.role == role]
+        images = np.stack([p.picture.array() for p in own])
+        n, start = len(own), np.array([p.start for p in own], np.int32)
+        return Pool(*map(jnp.asarray, (images, np.full(n, 1, np.int32), start, np.ones(n, bool))))
+
+    tokens = np.zeros((2, 40), np.int32)
+    tokens[0, :3], tokens[1, : len(laid.tokens)] = [L.bos, 7, 8], laid.tokens
+    given = Prompts(jnp.asarray(tokens), jnp.asarray([3, len(laid.tokens)]), pool("read"), pool("draw"))
+    rows = jax.jit(lambda p, g: Rollout(model).prefill(p, g, 48))(params, given)
+    packed = tiny.batch(tiny.pack([[Example(parts, "chat")]], layout))
+    hidden = jax.jit(lambda p, b: model.apply({"params": p}, b)[0])(params, packed)
+    np.testing.assert_allclose(rows.hidden[1], hidden[0, len(laid.tokens) - 1], rtol=1e-4, atol=1e-5)
+    other = dataclasses.replace(given.drawn, images=255 - given.drawn.images)
+    changed = jax.jit(lambda p, g: Rollout(model).prefill(p, g, 48))(params, given.replace(drawn=other))
+    assert np.allclose(changed.hidden[1], rows.hidden[1], rtol=1e-4, atol=1e-5) != fed
 
 
 # --- training orders

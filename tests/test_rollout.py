@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from pisces_jax.data.example import Text
 from pisces_jax.inference.model import Model
-from pisces_jax.inference.rollout import Prompts, Rollout
+from pisces_jax.inference.rollout import Pool, Prompts, Rollout
 from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
@@ -61,6 +61,10 @@ ROWS = [  # (tokens, the picture that it reads, where)
 ]
 
 
+NONE = jnp.zeros(0, jnp.int32)
+NO_PICTURES = Pool(jnp.zeros((0, 8, 8, 3), jnp.uint8), NONE, NONE, jnp.zeros(0, bool))
+
+
 def prompts(rows, length=10):
     tokens = np.zeros((len(rows), length), np.int32)
     lengths, images, row, start, valid = [], [], [], [], []
@@ -71,8 +75,8 @@ def prompts(rows, length=10):
         row.append(b)
         start.append(at or 0)
         valid.append(picture is not None)
-    arrays = tokens, np.array(lengths, np.int32), np.stack(images), np.int32(row), np.int32(start), np.array(valid)
-    return Prompts(*map(jnp.asarray, arrays))
+    pool = Pool(*map(jnp.asarray, (np.stack(images), np.int32(row), np.int32(start), np.array(valid))))
+    return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), pool, NO_PICTURES)
 
 
 def inputs_of(apply, row):

@@ -12,11 +12,11 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pisces_jax.data.example import Example, Picture, Text
+from pisces_jax.data.example import Example, Picture, Role, Text
 from pisces_jax.data.packing.layout import Layout, lay_out
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.inference.decode import PictureDecoder
-from pisces_jax.inference.rollout import Prompts, Rollout
+from pisces_jax.inference.rollout import Pool, Prompts, Rollout
 from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT
@@ -160,8 +160,10 @@ class Model:
         vector_guidance: float | None = None,
         seed: int = 0,
     ) -> list[Drawing]:
-        """A picture for each prompt. With `describe` the model first writes, sampled at `temperature`, a description
-        of its own (at most `max_tokens` tokens), and then draws from prompt and description in the same rollout.
+        """A picture for each prompt, in which pictures to read and pictures drawn before may stand (role "draw").
+
+        With `describe` the model first writes, sampled at `temperature`, a description of its own (at most `max_tokens`
+        tokens), and then draws from prompt and description in the same rollout.
 
         Args:
             guidance, vector_guidance: scales of the decoder's and of the flow head's guidance; None: the config's.
@@ -228,17 +230,23 @@ class Model:
         longest = max(32, *map(len, ids))
         tokens = np.full((self.batch_size, 1 << (longest - 1).bit_length()), self.tokenizer.pad, np.int32)
         length = np.ones(self.batch_size, np.int32)
-        pictures = []
+        placed: dict[Role, list[tuple[int, int, Picture]]] = {"read": [], "draw": []}
         for b, row in enumerate(ids):
             tokens[b, : len(row)], length[b] = row, len(row)
-            pictures += [(b, placed.start, placed.picture) for placed in laid[b].pictures]
-        size = self.read_size
-        slots = -(-len(pictures) // self.batch_size) * self.batch_size
+            for found in laid[b].pictures:
+                placed[found.role].append((b, found.start, found.picture))
+        read, drawn = (self._pool(role, pictures) for role, pictures in placed.items())
+        return Prompts(jnp.asarray(tokens), jnp.asarray(length), read, drawn)
+
+    def _pool(self, role: Role, placed: Sequence[tuple[int, int, Picture]]) -> Pool:
+        """Pictures at (row, position), in a multiple of `batch_size` slots."""
+        slots = -(-len(placed) // self.batch_size) * self.batch_size
+        size, stretch = self._layout.size(role), role == "read" and self._layout.read_stretch
         images = np.zeros((slots, size, size, 3), np.uint8)
-        row, start, valid = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.arange(slots) < len(pictures)
-        for i, (b, at, picture) in enumerate(pictures):
-            images[i], row[i], start[i] = picture.square(size, self._layout.read_stretch), b, at
-        return Prompts(*map(jnp.asarray, (tokens, length, images, row, start, valid)))
+        row, start, valid = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.arange(slots) < len(placed)
+        for i, (b, at, picture) in enumerate(placed):
+            images[i], row[i], start[i] = picture.square(size, stretch), b, at
+        return Pool(*map(jnp.asarray, (images, row, start, valid)))
 
 
 def _with_guidance(flow: FlowConfig, guidance: float | None, flag: str) -> FlowConfig:

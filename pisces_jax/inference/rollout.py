@@ -32,16 +32,23 @@ class Rows:
 
 
 @flax.struct.dataclass
-class Prompts:
-    """Prompts, left-aligned in `tokens [B, T]`, and the pictures that they read: a pool with pointers, as in
-    `data/packing/rows.py`."""
+class Pool:
+    """Pictures of a batch of prompts, with pointers to their places, as in `data/packing/rows.py`."""
 
-    tokens: Int[Array, "B T"]
-    length: Int[Array, "B"]
     images: Int[Array, "P S S 3"]
     row: Int[Array, "P"]
     start: Int[Array, "P"]
     valid: Bool[Array, "P"]
+
+
+@flax.struct.dataclass
+class Prompts:
+    """Prompts, left-aligned in `tokens [B, T]`, with the pictures that they read and those that were drawn in them."""
+
+    tokens: Int[Array, "B T"]
+    length: Int[Array, "B"]
+    read: Pool
+    drawn: Pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +64,16 @@ class Rollout:
         """Runs the prompts; the cache has `slots` positions, for the prompts and all that follows."""
         B, T = prompts.tokens.shape
         x = self._apply(params, prompts.tokens, method="embed")
-        if prompts.images.shape[0]:
-            read = self._apply(params, prompts.images, method="read")
-            row, start, valid = prompts.row[None], prompts.start[None], prompts.valid[None]
-            index = slot_positions(row, start, valid, vectors=read.shape[1], length=T, rows=B)
-            x = place_vectors(x.reshape(1, B * T, -1), index, read[None]).reshape(x.shape)
+
+        def put(x: Array, pool: Pool, vectors: Array) -> Array:
+            index = slot_positions(pool.row[None], pool.start[None], pool.valid[None], vectors.shape[1], T, B)
+            return place_vectors(x.reshape(1, B * T, -1), index, vectors[None]).reshape(x.shape)
+
+        if prompts.read.images.shape[0]:
+            x = put(x, prompts.read, self._apply(params, prompts.read.images, method="read"))
+        if prompts.drawn.images.shape[0]:
+            features = self._apply(params, prompts.drawn.images, method="features")
+            x = put(x, prompts.drawn, self._apply(params, features, method="drawn_inputs"))
         cache = empty_cache(self.model.config.language_model, B, slots, self.model.dtype)
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         hidden, cache = self._apply(params, x, positions, None, cache, method="run")

@@ -475,7 +475,10 @@ def test_a_model_may_draw_and_read_no_pictures():
     ]
     assert losses[0] == losses[1] and losses[0]["vectors"] > 0
     assert set(nn.unbox(jax.eval_shape(alone.init, jax.random.key(0)))) == set(alone.parts(draws))
-    assert "understanding_encoder" not in alone.forward_flops(alone.batch_spec(draws))
+    spec = alone.batch_spec(draws)
+    assert spec["read_images"].shape[1:3] == (0, 0)
+    jax.eval_shape(alone.losses, {n: params[n] for n in alone.parts(draws)}, spec, jax.random.key(0))
+    assert "understanding_encoder" not in alone.forward_flops(spec)
 
 
 def test_forward_is_the_same_with_regression(params):

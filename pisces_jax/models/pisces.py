@@ -274,7 +274,8 @@ class Pisces(nn.Module):
 
         def pool(role: str, kind: str = "images") -> tuple[Array, Array, Array]:
             images = batch[f"{role}_{kind}"]
-            return images.reshape(-1, *images.shape[2:]), batch[f"{role}_row"], batch[f"{role}_start"]
+            slots = math.prod(images.shape[:2])  # -1 cannot stand for it: a pool without slots has pictures of no size
+            return images.reshape(slots, *images.shape[2:]), batch[f"{role}_row"], batch[f"{role}_start"]
 
         images, row, start = pool("read")
         if images.shape[0]:

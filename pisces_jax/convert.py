@@ -44,8 +44,9 @@ def import_weights(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--from", dest="source", required=True, metavar="FOLDER",
-        help="a folder in the layout of transformers (LLaMA, SigLIP, CLIP), diffusers (AutoencoderKL), timm, open_clip "
-        "or Emu2 (EVA-CLIP); or hf://ORGANISATION/NAME[/SUBFOLDER][@REVISION], which is downloaded",
+        help="a folder in the layout of transformers (LLaMA, SigLIP, CLIP), diffusers (AutoencoderKL, the "
+        "UNet2DConditionModel of Emu2-Gen), timm, open_clip or Emu2 (EVA-CLIP); or "
+        "hf://ORGANISATION/NAME[/SUBFOLDER][@REVISION], which is downloaded",
     )  # fmt: skip
     parser.add_argument("--out", required=True, type=cli.path, metavar="DIR", help="a new folder to write")
     parser.add_argument("--dtype", choices=_DTYPES, help="the dtype to store (default: that of the files)")

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
@@ -41,6 +41,7 @@ from transformers import (
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.layers import apply
 from pisces_jax.models.transformer import Transformer
+from pisces_jax.models.unet import UNet
 from pisces_jax.models.vit import ViT
 from pisces_jax.weights.folder import Folder, part_shapes, read_part
 
@@ -78,7 +79,7 @@ def fill(model: torch.nn.Module, seed: int = 0, sharpen: float = 2.0) -> None:
         x = torch.randn(p.shape, generator=generator, dtype=torch.float32)
         if p.ndim == 1:
             x = 0.3 * x + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        elif "embed" in name and "patch" not in name:
+        elif "embed" in name and "patch" not in name and "linear" not in name:
             x = 0.5 * x
         else:
             x = x / p[0].numel() ** 0.5
@@ -103,12 +104,14 @@ def widened(model: torch.nn.Module):
         if any(True for _ in module.parameters(recurse=False)):
             hooks.append(module.register_forward_pre_hook(cast(torch.double)))
             hooks.append(module.register_forward_hook(cast(NARROW)))
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(model.config)
+    rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
+    if rotary is not None:
+        model.model.rotary_emb = type(rotary)(model.config)
     try:
         yield
     finally:
-        model.model.rotary_emb = rotary
+        if rotary is not None:
+            model.model.rotary_emb = rotary
         for hook in hooks:
             hook.remove()
 
@@ -159,7 +162,7 @@ class Case:
         make: builds the reference's model, with the default dtype.
         run: the reference's output for (model, inputs, dtype).
         ours: our output for (settings, params, inputs, dtype).
-        inputs: host array.
+        inputs: host array, or a tuple of them.
         config_json: where the reference has no writer of its own.
         in_place: whether float64 is had by widening each layer's values while it runs, for models that would not fit.
     """
@@ -169,7 +172,7 @@ class Case:
     make: Callable[[], torch.nn.Module]
     run: Callable[..., torch.Tensor]
     ours: Callable[..., Any]
-    inputs: np.ndarray
+    inputs: Any
     config_json: dict | None = None
     in_place: bool = False
 
@@ -294,15 +297,12 @@ def autoencoder(part: str, size: str, side: int, latent: int, **config: Any) -> 
     def make() -> torch.nn.Module:
         return AutoencoderKL(**full)
 
-    def tensor(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.as_tensor(x.transpose(0, 3, 1, 2)).to(dtype)
-
     def encode(model: Any, x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        mean = model.encode(tensor(x, dtype)).latent_dist.mean
+        mean = model.encode(channels_first(x, dtype)).latent_dist.mean
         return ((mean - (model.config.shift_factor or 0)) * model.config.scaling_factor).permute(0, 2, 3, 1)
 
     def decode(model: Any, z: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        z = tensor(z, dtype) / model.config.scaling_factor + (model.config.shift_factor or 0)
+        z = channels_first(z, dtype) / model.config.scaling_factor + (model.config.shift_factor or 0)
         return model.decode(z).sample.permute(0, 2, 3, 1)
 
     def ours(method: str) -> Callable[..., Any]:
@@ -316,6 +316,49 @@ def autoencoder(part: str, size: str, side: int, latent: int, **config: Any) -> 
         Case(f"{part}, encode", size, make, encode, ours("encode"), pixels_),
         Case(f"{part}, decode", size, make, decode, ours("decode"), latents),
     ]
+
+
+# SDXL's U-Net with the condition of Emu2, as `unet/config.json` says it.
+UNET = dict(
+    sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10), down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+    up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"), use_linear_projection=True, cross_attention_dim=1792,
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=1792 + 6 * 256,
+)  # fmt: skip
+TINY_UNET = dict(
+    UNET, sample_size=8, block_out_channels=(16, 32, 32), attention_head_dim=(2, 2, 4), norm_num_groups=8,
+    transformer_layers_per_block=(1, 2, 3), cross_attention_dim=24, addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=24 + 6 * 8,
+)  # fmt: skip
+
+
+def channels_first(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(x).transpose(0, 3, 1, 2)).to(dtype)
+
+
+def noise_of(model: Any, inputs: Any, dtype: torch.dtype) -> torch.Tensor:
+    """What the reference predicts; the pooled condition is the mean of the vectors, as in Emu2-Gen's pipeline."""
+    x, t, vectors, sizes = inputs
+    vectors = torch.as_tensor(vectors).to(dtype)
+    added = {"text_embeds": vectors.mean(1), "time_ids": torch.as_tensor(sizes)}
+    out = model(channels_first(x, dtype), torch.as_tensor(t), vectors, added_cond_kwargs=added)
+    return out.sample.permute(0, 2, 3, 1)
+
+
+def noise(settings: Any, params: Any, inputs: Any, dtype: Any) -> Any:
+    return apply(UNet(settings, dtype), params, *map(jnp.asarray, inputs))
+
+
+def unet(size: str, side: int, condition: int, in_place: bool = False, **config: Any) -> Case:
+    rng = np.random.default_rng(4)
+    sizes = np.array([[1024, 768, 16, 40, 512, 640], [640, 480, 0, 3, 1024, 1024]], float)
+    inputs = (
+        rng.standard_normal((2, side, side, 4)), np.array([981.0, 321.0]),
+        rng.standard_normal((2, condition, config["cross_attention_dim"])), sizes,
+    )  # fmt: skip
+    return Case(
+        "U-Net", size, lambda: UNet2DConditionModel(**config), noise_of, noise, inputs, in_place=in_place
+    )  # fmt: skip
 
 
 def tiny() -> list[Case]:
@@ -364,6 +407,7 @@ def true_size() -> list[Case]:
             num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
             rope_parameters={**ROPE, "factor": 32.0},
         ),
+        unet("Emu2-Gen, 256 px", 32, 64, in_place=True, **UNET),
     ]  # fmt: skip
 
 

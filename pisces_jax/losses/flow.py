@@ -6,7 +6,7 @@ x_t = (1 − t)·noise + t·data, with t from 0 (noise) to 1 (data), so the velo
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -113,25 +113,42 @@ def integrate(field: Velocity, noise: Float[Array, "B ..."], steps: int) -> Floa
     return jax.lax.fori_loop(0, steps, step, noise)
 
 
-def guided(network: Callable[..., Array], condition: Float[Array, "B ..."], config: FlowConfig) -> Velocity:
-    """The velocity field of a network with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
+def guide(
+    network: Callable[..., Array],
+    x: Float[Array, "B ..."],
+    t: Float[Array, "B"],
+    condition: Sequence[Array],
+    null: Sequence[Array],
+    scale: Float[Array, "B ..."] | float,
+) -> Float[Array, "B ..."]:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): v_null + scale·(v_cond − v_null).
 
-    v = v_null + guidance·(v_cond − v_null), where v_null is without the condition. Both are computed in one batch of
-    twice the size; a guidance of 1 needs only v_cond.
+    Both are computed in one batch of twice the size.
+
+    Args:
+        network: `(x, t, *condition) -> v`.
+    """
+    pairs = [jnp.concatenate(pair) for pair in zip((x, t, *condition), (x, t, *null), strict=True)]
+    conditional, unconditional = jnp.split(network(*pairs), 2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def guided(network: Callable[..., Array], condition: Float[Array, "B ..."], config: FlowConfig) -> Velocity:
+    """The velocity field of a network with guidance; a guidance of 1 needs only v_cond.
 
     Args:
         network: `(x, t, condition, keep) -> output`; where keep [B] is False, the condition is dropped.
     """
 
+    def network_velocity(x: Array, t: Array, condition: Array, keep: Array) -> Array:
+        return velocity(network(x, t, condition, keep), x, t, config)
+
     def field(x: Array, t: Array) -> Array:
         keep = jnp.ones(x.shape[0], bool)
         if config.guidance == 1.0:
-            return velocity(network(x, t, condition, keep), x, t, config)
-        x2, t2, c2 = (jnp.concatenate([a, a]) for a in (x, t, condition))
-        v = velocity(network(x2, t2, c2, jnp.concatenate([keep, ~keep])), x2, t2, config)
-        conditional, null = jnp.split(v, 2)
+            return network_velocity(x, t, condition, keep)
         inside = (t >= config.guidance_from) & (t < config.guidance_to)
         scale = jnp.where(inside, config.guidance, 1.0).reshape(-1, *[1] * (x.ndim - 1))
-        return null + scale * (conditional - null)
+        return guide(network_velocity, x, t, (condition, keep), (condition, ~keep), scale)
 
     return field

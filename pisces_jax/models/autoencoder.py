@@ -94,17 +94,23 @@ class GroupNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); where the channels change, x passes a 1×1 convolution."""
+    """x + conv(silu(norm(conv(silu(norm(x))) + linear(e)))); where the channels change, x passes a 1×1 convolution.
 
-    config: AutoencoderConfig
+    An autoencoder has no embedding e of a time; a U-Net has one. `config` says `groups` and `eps` of the norms.
+    """
+
+    config: Any
     channels: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W I"], e: Float[Array, "B E"] | None = None) -> Float[Array, "B H W C"]:
         c = self.config
         h = jax.nn.silu(GroupNorm(c.groups, c.eps, self.dtype, name="norm1")(x))
         h = Conv(self.channels, dtype=self.dtype, name="conv1")(h)
+        if e is not None:
+            time = Linear((self.channels,), ("embed",), ("embed_out",), dtype=self.dtype, name="time")
+            h = h + time(e)[:, None, None]
         h = jax.nn.silu(GroupNorm(c.groups, c.eps, self.dtype, name="norm2")(h))
         h = Conv(self.channels, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.channels:

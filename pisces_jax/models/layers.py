@@ -241,12 +241,17 @@ def grid_centres(side: int, scale: float = 1.0) -> tuple[Float[Array, "M"], Floa
     return ys.reshape(-1), xs.reshape(-1)
 
 
-def time_embedding(t: Float[Array, "B"], width: int) -> Float[Array, "B width"]:
-    """Cosines, then sines, of 1000·t, t in [0, 1], at frequencies from 1 down to 1/10,000 (Ho et al. 2020)."""
+def sinusoids(x: Float[Array, "*B"], width: int) -> Float[Array, "*B width"]:
+    """Cosines, then sines, of numbers at frequencies from 1 down to 1/10,000 (Ho et al. 2020, arXiv 2006.11239)."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half)
-    angles = 1000.0 * t[:, None] * frequencies
+    angles = x[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def time_embedding(t: Float[Array, "B"], width: int) -> Float[Array, "B width"]:
+    """The `sinusoids` of 1000·t, t in [0, 1]."""
+    return sinusoids(1000.0 * t, width)
 
 
 def pool_2d(x: Float[Array, "B N D"], stride: int) -> Float[Array, "B M D"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.utils.errors import UserError
-from pisces_jax.weights.config_json import BICUBIC, NATIVE, READERS, WRITERS, Json, Refuse, family_of_file
+from pisces_jax.weights.config_json import BICUBIC, DIFFUSERS, NATIVE, READERS, WRITERS, Json, Refuse, family_of_file
 from pisces_jax.weights.tensors import read_json
 
 # Settings of how a model runs or is initialised: they do not make it another model.
@@ -116,7 +116,7 @@ def config_json(family: str, config: Any, part: str, dtype: str) -> dict[str, An
     values = WRITERS[family](config)
     if family == NATIVE:
         values["part"] = part
-    if family != "autoencoder":  # diffusers does not write a dtype
+    if family not in DIFFUSERS:  # it does not write a dtype
         values["dtype"] = dtype
     if family == "llama":
         values["torch_dtype"] = dtype  # the key of transformers 4

@@ -14,11 +14,13 @@ from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.layers import ACTIVATIONS
 from pisces_jax.models.transformer import RopeScaling, TransformerConfig
+from pisces_jax.models.unet import SIZES, UNetConfig
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.sizes import CLIP_MEAN, CLIP_STD, EVA_CLIP_E_PLUS_224
 
 NATIVE = "pisces_jax"
+DIFFUSERS = ("autoencoder", "unet")  # families that diffusers publishes
 Json = Mapping[str, Any]
 Refuse = Callable[[str, str], UserError]
 
@@ -41,6 +43,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         norm_num_groups=32, scaling_factor=0.18215, shift_factor=None, latents_mean=None, latents_std=None,
         use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
     ),
+    "unet": dict(
+        sample_size=None, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3), transformer_layers_per_block=1, attention_head_dim=8,
+        norm_num_groups=32, norm_eps=1e-5, cross_attention_dim=1280, use_linear_projection=False,
+        addition_embed_type=None, addition_time_embed_dim=None, projection_class_embeddings_input_dim=None,
+    ),
 }  # fmt: skip
 # Our field -> theirs, where both hold the same value.
 _LLAMA = dict(
@@ -57,11 +66,26 @@ _AUTOENCODER = dict(
     latent_channels="latent_channels", blocks="layers_per_block", groups="norm_num_groups",
     quant_conv="use_quant_conv", scale="scaling_factor",
 )  # fmt: skip
+_UNET = dict(
+    size="sample_size", channels="in_channels", condition_width="cross_attention_dim", blocks="layers_per_block",
+    size_numbers="addition_time_embed_dim", groups="norm_num_groups", eps="norm_eps",
+)  # fmt: skip
 # What every supported model says; another value is another model.
 _LLAMA_FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
 _EVA_FIXED: dict[str, Any] = dict(
     qkv_bias=True, postnorm=True, rope=False, naiveswiglu=False, subln=False, init_value=None, ls_init_value=None,
     global_average_pool=False,
+)  # fmt: skip
+UNET_FIXED: dict[str, Any] = dict(
+    use_linear_projection=True, addition_embed_type="text_time", mid_block_type="UNetMidBlock2DCrossAttn",
+    act_fn="silu", flip_sin_to_cos=True, freq_shift=0, downsample_padding=1, mid_block_scale_factor=1,
+    conv_in_kernel=3, conv_out_kernel=3, resnet_time_scale_shift="default", resnet_out_scale_factor=1.0,
+    resnet_skip_time_act=False, time_embedding_type="positional", time_embedding_dim=None, time_embedding_act_fn=None,
+    timestep_post_act=None, time_cond_proj_dim=None, center_input_sample=False, class_embed_type=None,
+    num_class_embeds=None, class_embeddings_concat=False, encoder_hid_dim=None, encoder_hid_dim_type=None,
+    attention_type="default", only_cross_attention=False, mid_block_only_cross_attention=None,
+    dual_cross_attention=False, cross_attention_norm=None, num_attention_heads=None,
+    reverse_transformer_layers_per_block=None,
 )  # fmt: skip
 # The settings of ViTConfig that make a CLIP or an EVA-CLIP-E of it; those of SigLIP are its defaults.
 _CLIP_FORM: dict[str, Any] = dict(class_token=True, patch_bias=False, embedding_norm=True, final_norm=False)
@@ -238,10 +262,49 @@ def _write_autoencoder(c: AutoencoderConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
+# U-Nets (diffusers)
+
+
+def _unet_implied(c: UNetConfig) -> dict[str, Any]:
+    """What follows from settings of ours."""
+    return dict(
+        out_channels=c.channels, projection_class_embeddings_input_dim=c.condition_width + SIZES * c.size_numbers,
+        down_block_types=["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in c.depths],
+        up_block_types=["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(c.depths)],
+    )  # fmt: skip
+
+
+def _read_unet(values: Json, refuse: Refuse) -> UNetConfig:
+    what, instead = "a U-Net", "take that of Emu2-Gen or BLIP3-o, SDXL's with visual vectors"
+    v = {**DEFAULTS["unet"], **values}
+    _require(v, UNET_FIXED, refuse, what, instead)
+    widths = tuple(v["block_out_channels"])
+
+    def levels(value: Any) -> tuple[Any, ...]:
+        return tuple(value) if isinstance(value, list) else (value,) * len(widths)
+
+    crossed = [str(kind).startswith("Cross") for kind in v["down_block_types"]]
+    depths = tuple(n if here else 0 for n, here in zip(levels(v["transformer_layers_per_block"]), crossed, strict=True))
+    config = UNetConfig(**_ours(_UNET, v), widths=widths, depths=depths, heads=levels(v["attention_head_dim"]))
+    v = {key: list(value) if isinstance(value, tuple) else value for key, value in v.items()}
+    _require(v, _unet_implied(config), refuse, what, instead)
+    return config
+
+
+def _write_unet(c: UNetConfig) -> dict[str, Any]:
+    return dict(
+        _class_name="UNet2DConditionModel", **_theirs(_UNET, c), block_out_channels=list(c.widths),
+        transformer_layers_per_block=[max(depth, 1) for depth in c.depths], attention_head_dim=list(c.heads),
+        **_unet_implied(c), **UNET_FIXED,
+    )  # fmt: skip
+
+
 # Our own layout, for any part
 
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (TransformerConfig, ViTConfig, AutoencoderConfig, DiTConfig)}
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind for kind in (TransformerConfig, ViTConfig, AutoencoderConfig, DiTConfig, UNetConfig)
+}
 
 
 def _read_native(values: Json, refuse: Refuse) -> Any:
@@ -265,11 +328,13 @@ def _write_native(config: Any) -> dict[str, Any]:
 
 READERS: dict[str, Callable[[Json, Refuse], Any]] = {
     NATIVE: _read_native, "llama": _read_llama, "eva": _read_eva, "autoencoder": _read_autoencoder,
+    "unet": _read_unet,
     "siglip": lambda values, refuse: _read_vit("siglip", values, refuse),
     "clip": lambda values, refuse: _read_vit("clip", values, refuse, **_CLIP_FORM, **_CLIP_PIXELS),
 }  # fmt: skip
 WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     NATIVE: _write_native, "llama": _write_llama, "eva": _write_eva, "autoencoder": _write_autoencoder,
+    "unet": _write_unet,
     "siglip": lambda c: _write_vit("siglip", "SiglipVisionModel", c, vision_use_head=False),
     "clip": lambda c: _write_vit("clip", "CLIPVisionModel", c),
 }  # fmt: skip
@@ -284,7 +349,7 @@ def family_of_file(values: Json, refuse: Refuse) -> str:
     kind = values.get("_class_name") or values.get("model_type") or values.get("architecture") or "an unknown model"
     known = {
         "llama": "llama", "siglip": "siglip", "siglip_vision_model": "siglip", "clip": "clip",
-        "clip_vision_model": "clip", "AutoencoderKL": "autoencoder",
+        "clip_vision_model": "clip", "AutoencoderKL": "autoencoder", "UNet2DConditionModel": "unet",
     }  # fmt: skip
     if kind not in known:
         raise refuse(f"{kind!r}", f"the supported kinds are {', '.join(known)} and EVA-CLIP")
@@ -297,6 +362,8 @@ def family_of(config: Any) -> str:
         return NATIVE if config.qkv_bias else "llama"
     if isinstance(config, AutoencoderConfig):
         return "autoencoder" if config.eps == 1e-6 else NATIVE
+    if isinstance(config, UNetConfig):
+        return "unet"
     if isinstance(config, ViTConfig):
         plain = ViTConfig(1, 1, 1, 1, 1, 1)
         fixed = {f.name for f in dataclasses.fields(config)} - _FREE_VIT

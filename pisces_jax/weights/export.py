@@ -23,7 +23,7 @@ from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import synchronize, umask
 from pisces_jax.utils.units import gib
 from pisces_jax.weights.architecture import config_json, part_of
-from pisces_jax.weights.config_json import NATIVE, family_of, preprocessor_json
+from pisces_jax.weights.config_json import DIFFUSERS, NATIVE, family_of, preprocessor_json
 from pisces_jax.weights.families import FAMILIES, Family
 from pisces_jax.weights.folder import Flat, Folder, flatten, native_family, progress_bar
 from pisces_jax.weights.layout import Entry
@@ -84,7 +84,7 @@ def export_part(
         files["generation_config.json"] = dict(ids, suppress_tokens=never)
     if isinstance(settings, ViTConfig) and name != NATIVE:
         files["preprocessor_config.json"] = preprocessor_json(name, settings)
-    stem = "diffusion_pytorch_model" if name == "autoencoder" else "model"
+    stem = "diffusion_pytorch_model" if name in DIFFUSERS else "model"
     with new_folder(target) as scratch, progress_bar(f"writing {part}", total) as bar:
         write_folder(scratch, pending, stem, bar.update)
         if tokenizer is not None:
@@ -110,10 +110,10 @@ def _pending(family: Family, settings: Any, flat: Flat, dtype: str | None) -> li
     fused: dict[str, list[Entry]] = {}
     for entry in family.table(settings):
         fused.setdefault(entry.theirs, []).append(entry)
-    layered = [rows for rows in fused.values() if rows[0].stacked]
-    depth = flat[layered[0][0].ours].shape[0] if layered else 0
+    layered = [(rows, flat[rows[0].ours].shape[0]) for rows in fused.values() if rows[0].stacked]
+    deepest = max((depth for _, depth in layered), default=0)
     jobs: list[tuple[list[Entry], int | None]] = [(rows, None) for rows in fused.values() if not rows[0].stacked]
-    jobs += [(rows, i) for i in range(depth) for rows in layered]
+    jobs += [(rows, i) for i in range(deepest) for rows, depth in layered if i < depth]
     pending = []
     for rows, layer in jobs:
         ours = [flat[row.ours] for row in rows]

@@ -1,7 +1,7 @@
 """The published layouts as data: for each family a table from our names to the published ones.
 
-Sources: transformers (LlamaForCausalLM, SiglipVisionModel, CLIPVisionModel), diffusers (AutoencoderKL) and timm's Eva,
-whose names open_clip and Emu2 share.
+Sources: transformers (LlamaForCausalLM, SiglipVisionModel, CLIPVisionModel), diffusers (AutoencoderKL,
+UNet2DConditionModel) and timm's Eva, whose names open_clip and Emu2 share.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.transformer import TransformerConfig
+from pisces_jax.models.unet import UNetConfig
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.utils.errors import UserError, listed
 from pisces_jax.weights.layout import Entry
@@ -143,19 +144,23 @@ def eva(c: ViTConfig) -> list[Entry]:
     return rows + (_norm("final_norm", "norm") if c.final_norm else [])
 
 
+def _conv(ours: str, theirs: str) -> list[Entry]:
+    return _linear(ours, theirs, "O I P Q -> P Q I O")
+
+
+def _residual(ours: str, theirs: str, shortcut: bool, time: bool = False) -> list[Entry]:
+    """A residual block of diffusers."""
+    rows = [row for n in (1, 2) for row in _norm(f"{ours}/norm{n}", f"{theirs}.norm{n}")]
+    rows += [row for n in (1, 2) for row in _conv(f"{ours}/conv{n}", f"{theirs}.conv{n}")]
+    rows += _conv(f"{ours}/shortcut", f"{theirs}.conv_shortcut") if shortcut else []
+    return rows + (_linear(f"{ours}/time", f"{theirs}.time_emb_proj") if time else [])
+
+
 def autoencoder(c: AutoencoderConfig) -> list[Entry]:
-    def conv(ours: str, theirs: str) -> list[Entry]:
-        return _linear(ours, theirs, "O I P Q -> P Q I O")
-
-    def block(ours: str, theirs: str, shortcut: bool) -> list[Entry]:
-        rows = [row for n in (1, 2) for row in _norm(f"{ours}/norm{n}", f"{theirs}.norm{n}")]
-        rows += [row for n in (1, 2) for row in conv(f"{ours}/conv{n}", f"{theirs}.conv{n}")]
-        return rows + (conv(f"{ours}/shortcut", f"{theirs}.conv_shortcut") if shortcut else [])
-
     def middle(side: str) -> list[Entry]:
         ours, theirs = f"{side}/middle", f"{side}.mid_block"
-        rows = block(f"{ours}/block_0", f"{theirs}.resnets.0", False)
-        rows += block(f"{ours}/block_1", f"{theirs}.resnets.1", False)
+        rows = _residual(f"{ours}/block_0", f"{theirs}.resnets.0", False)
+        rows += _residual(f"{ours}/block_1", f"{theirs}.resnets.1", False)
         rows += _norm(f"{ours}/attention/norm", f"{theirs}.attentions.0.group_norm")
         for name, their in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0")):
             rows += _linear(f"{ours}/attention/{name}", f"{theirs}.attentions.0.{their}")
@@ -167,18 +172,67 @@ def autoencoder(c: AutoencoderConfig) -> list[Entry]:
         ("encoder", "down_blocks", "down", c.blocks, c.channels, c.channels[0]),
         ("decoder", "up_blocks", "up", c.blocks + 1, c.channels[::-1], c.channels[-1]),
     ):
-        rows += conv(f"{side}/conv_in", f"{side}.conv_in") + middle(side)
+        rows += _conv(f"{side}/conv_in", f"{side}.conv_in") + middle(side)
         for level, width in enumerate(channels):
             for i in range(blocks):
                 name = f"{side}.{folder}.{level}.resnets.{i}"
-                rows += block(f"{side}/level_{level}_block_{i}", name, i == 0 and width != before)
+                rows += _residual(f"{side}/level_{level}_block_{i}", name, i == 0 and width != before)
             if level < last:
-                rows += conv(f"{side}/level_{level}_{resample}", f"{side}.{folder}.{level}.{resample}samplers.0.conv")
+                rows += _conv(f"{side}/level_{level}_{resample}", f"{side}.{folder}.{level}.{resample}samplers.0.conv")
             before = width
-        rows += _norm(f"{side}/norm_out", f"{side}.conv_norm_out") + conv(f"{side}/conv_out", f"{side}.conv_out")
+        rows += _norm(f"{side}/norm_out", f"{side}.conv_norm_out") + _conv(f"{side}/conv_out", f"{side}.conv_out")
     if c.quant_conv:
-        rows += conv("quant", "quant_conv") + conv("post_quant", "post_quant_conv")
+        rows += _conv("quant", "quant_conv") + _conv("post_quant", "post_quant_conv")
     return rows
+
+
+def unet(c: UNetConfig) -> list[Entry]:
+    def transformer(ours: str, theirs: str) -> list[Entry]:
+        rows = _norm(f"{ours}/norm", f"{theirs}.norm")
+        rows += _linear(f"{ours}/project_in", f"{theirs}.proj_in") + _linear(
+            f"{ours}/project_out", f"{theirs}.proj_out"
+        )
+        ours, theirs = f"{ours}/layers", f"{theirs}.transformer_blocks.{{i}}"
+        for name, their in (("self_attention", "attn1"), ("cross_attention", "attn2")):
+            for kind in ("query", "key", "value"):
+                rows += _linear(f"{ours}/{name}/{kind}", f"{theirs}.{their}.to_{kind[0]}", "(N H) D -> D N H", bias="")
+            rows += _linear(f"{ours}/{name}/out", f"{theirs}.{their}.to_out.0", "D (N H) -> N H D")
+        for i, name in enumerate(("up", "gate")):
+            for kind, their, pattern in (("kernel", "weight", "O I -> I O"), ("bias", "bias", "O -> O")):
+                rows.append(Entry(f"{ours}/mlp/{name}/{kind}", f"{theirs}.ff.net.0.proj.{their}", pattern, part=(i, 2)))
+        rows += _linear(f"{ours}/mlp/down", f"{theirs}.ff.net.2")
+        return rows + [row for n in (1, 2, 3) for row in _norm(f"{ours}/norm{n}", f"{theirs}.norm{n}")]
+
+    def blocks(ours: str, theirs: str, shortcuts: Sequence[bool], transformers: int) -> list[Entry]:
+        rows: list[Entry] = []
+        for i, shortcut in enumerate(shortcuts):
+            rows += _residual(f"{ours}_block_{i}", f"{theirs}.resnets.{i}", shortcut, time=True)
+        for i in range(transformers):
+            rows += transformer(f"{ours}_attention_{i}", f"{theirs}.attentions.{i}")
+        return rows
+
+    rows = _conv("conv_in", "conv_in")
+    for name, their in (("time", "time_embedding"), ("size", "add_embedding")):
+        rows += _linear(f"{name}_up", f"{their}.linear_1") + _linear(f"{name}_down", f"{their}.linear_2")
+    before, passed, last = c.widths[0], [c.widths[0]], len(c.widths) - 1
+    for level, width in enumerate(c.widths):
+        ours, theirs = f"down_{level}", f"down_blocks.{level}"
+        shortcuts = [width != before] + [False] * (c.blocks - 1)
+        rows += blocks(ours, theirs, shortcuts, c.blocks if c.depths[level] else 0)
+        passed += [width] * c.blocks
+        if level < last:
+            rows += _conv(f"{ours}_resample", f"{theirs}.downsamplers.0.conv")
+            passed.append(width)
+        before = width
+    rows += blocks("middle", "mid_block", [False, False], 1)
+    for level, width in reversed(list(enumerate(c.widths))):
+        ours, theirs = f"up_{level}", f"up_blocks.{last - level}"  # published from the lowest level up
+        shortcuts = [x + passed.pop() != width for x in (before, *[width] * c.blocks)]
+        rows += blocks(ours, theirs, shortcuts, c.blocks + 1 if c.depths[level] else 0)
+        if level:
+            rows += _conv(f"{ours}_resample", f"{theirs}.upsamplers.0.conv")
+        before = width
+    return rows + _norm("norm_out", "conv_norm_out") + _conv("conv_out", "conv_out")
 
 
 FAMILIES = {
@@ -201,4 +255,5 @@ FAMILIES = {
             (r"attentions\.0\.proj_attn\.", "attentions.0.to_out.0."),
         ),
     ),
+    "unet": Family(unet),
 }

@@ -23,6 +23,7 @@ from pisces_jax.data.tokenizers import APPENDED
 from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.transformer import Transformer, TransformerConfig
+from pisces_jax.models.unet import SIZES, UNet, UNetConfig
 from pisces_jax.models.vit import ViT, ViTConfig
 from pisces_jax.utils.errors import UserError, listed
 from pisces_jax.weights.architecture import differences, read_architecture
@@ -318,6 +319,9 @@ def part_shapes(settings: Any) -> Any:
         return abstract(ViT(c), zeros(1, c.image_size, c.image_size, 3, dtype=jnp.uint8))
     if isinstance(c, AutoencoderConfig):
         return abstract(Autoencoder(c), zeros(1, 8 * c.downscale, 8 * c.downscale, 3))
+    if isinstance(c, UNetConfig):
+        latents = zeros(1, c.size, c.size, c.channels)
+        return abstract(UNet(c), latents, zeros(1), zeros(1, 1, c.condition_width), zeros(1, SIZES))
     condition = zeros(1, c.condition_vectors, c.condition_width)
     return abstract(DiT(c), zeros(1, c.size, c.size, c.channels), zeros(1), condition, zeros(1, dtype=jnp.bool_))
 

@@ -10,6 +10,7 @@ from typing import Any
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import RopeScaling, TransformerConfig
+from pisces_jax.models.unet import UNetConfig
 from pisces_jax.models.vit import ViTConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -66,6 +67,9 @@ CLIP_L_14_336 = dataclasses.replace(CLIP_L_14, image_size=336)
 SDXL_AUTOENCODER = AutoencoderConfig(latent_channels=4, scale=0.13025)
 SD3_AUTOENCODER = AutoencoderConfig(latent_channels=16, quant_conv=False, scale=1.5305, shift=0.0609)
 FLUX_AUTOENCODER = AutoencoderConfig(latent_channels=16, quant_conv=False, scale=0.3611, shift=0.1159)
+
+# The U-Net that draws Emu2-Gen's and BLIP3-o's pictures of 1,024 pixels: SDXL's, with EVA-CLIP-E-plus features.
+EMU2_UNET = UNetConfig(size=128, channels=4, condition_width=1792)
 
 
 def latent_decoder(encoder: ViTConfig, pool: int, autoencoder: AutoencoderConfig) -> DiTConfig:

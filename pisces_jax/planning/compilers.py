@@ -4,10 +4,13 @@ JAX describes the devices of a topology, and programs are compiled for them as f
 no chip or driver is opened.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import os
+import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,8 +19,10 @@ from jax.experimental import topologies
 from pisces_jax.utils.chips import Chip, Gpu, Tpu
 from pisces_jax.utils.errors import UserError, cut
 
-# JAX takes a GPU plugin of its own release alone.
+# JAX takes a GPU plugin of its own release alone, and the plugin an assembler: one of these, or CUDA's own.
 GPU_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+ASSEMBLERS = ("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc")
+INSTALL_GPU = "pip install -e '.[plan-gpu]'"
 
 
 @functools.singledispatch
@@ -67,27 +72,31 @@ def _described(chip: Chip, shape: str, **arguments: Any) -> tuple[Any, ...]:
 
 
 def check_gpu_plugin() -> None:
-    """Checks that the compiler for GPUs is installed and of JAX's own release.
+    """Checks that the compiler for GPUs is installed with its assembler and of JAX's own release.
 
     Raises:
         UserError: it is not; the sentence says what to install.
     """
-    found = {}
-    for name in GPU_PLUGINS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = _installed(GPU_PLUGINS)
     if not found:
-        raise UserError(
-            "compiling for NVIDIA GPUs needs their compiler, which runs on any machine: pip install -e '.[plan-gpu]'"
-        )
+        raise UserError(f"compiling for NVIDIA GPUs needs their compiler, which runs on any machine: {INSTALL_GPU}")
     if jax.__version__ not in found.values():
         name, version = next(iter(found.items()))
         raise UserError(
             f"the compiler for NVIDIA GPUs ({name}) is of release {version} and JAX of {jax.__version__}, which takes "
-            "none but its own: pip install -e '.[plan-gpu]'"
+            f"none but its own: {INSTALL_GPU}"
         )
+    if not _installed(ASSEMBLERS) and not any(shutil.which("ptxas", path=p) for p in (None, "/usr/local/cuda/bin")):
+        raise UserError(f"compiling for NVIDIA GPUs needs their assembler, ptxas, which is not here: {INSTALL_GPU}")
+
+
+def _installed(names: Iterable[str]) -> dict[str, str]:
+    """The versions of those of the packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def target_config(chip: Gpu) -> str:

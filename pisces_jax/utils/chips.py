@@ -153,7 +153,7 @@ class Gpu(Chip):
 
     @property
     def usable_bytes(self) -> int:
-        return int(self.hbm_bytes * self.pool) - SPARE
+        return max(int(self.hbm_bytes * self.pool) - SPARE, 0)
 
     @property
     def limit(self) -> str:

@@ -40,6 +40,9 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     # The TPU compiler, which needs no TPU, of the release that this JAX compiles with: for `python -m pisces_jax.plan`.
     "plan": ["jax[tpu]"],
+    # The same for NVIDIA GPUs: the compiler with its assembler, and none of CUDA's libraries. An extra of its own: with
+    # the plugin and without a driver JAX complains at every other start.
+    "plan-gpu": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12"],
     # What fsspec needs for gs:// paths.
     "gcs": ["gcsfs>=2025.9.0"],
     # CLU's metric writer for TensorBoard is the one thing here that needs TensorFlow.

@@ -196,6 +196,7 @@ NOT_RUN = {
     r"pisces_jax\.demo .*": "20 minutes and more; the fixture `trained` is a tiny one",
     r"pisces_jax\.cache .*": "needs a trained or published encoder; tests/test_features.py writes and reads caches",
     r"pisces_jax\.plan .*--search.*": "half an hour; tests/test_planning.py searches for a tiny step",
+    r"pisces_jax\.plan .*--topology=[ah]\d+:.*": "needs the extra plan-gpu and a minute or more",
     r"pisces_jax\.plan .*": "two minutes and more for a slice; tests/test_planning.py plans tiny steps for slices",
     r"pisces_jax\.evaluate --workdir=\S+ --task=pictures.*": "needs a run on real pictures; tests/test_evaluation.py",
     r"pisces_jax\.convert import .*": "needs published weights; tests/test_weights.py imports generated ones",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,14 +22,14 @@ from jax.sharding import PartitionSpec as P
 from pisces_jax import plan as plan_command
 from pisces_jax import xla_flags
 from pisces_jax.models.vit import ViTConfig
-from pisces_jax.planning import hlo, memory, report, roofline, search, slices
+from pisces_jax.planning import compiled, compilers, hlo, memory, report, roofline, search, slices
 from pisces_jax.planning.advice import advise
-from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan, memory_asked_for
-from pisces_jax.sharding import make_mesh, user_mesh
+from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan, memory_asked_for, plan_trainer
+from pisces_jax.sharding import MESH_AXES, make_mesh, user_mesh
 from pisces_jax.training import flops
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.base import check_batch
-from pisces_jax.utils.chips import TPUS, find_chip
+from pisces_jax.utils.chips import CHIPS, count_chips, find_chip
 from pisces_jax.utils.errors import UserError, run_command
 
 needs_libtpu = pytest.mark.skipif(
@@ -139,12 +140,86 @@ def test_names_of_slices():
     assert slices.read_name("v4-128") == ("v4", "4x4x4")  # counted in cores, two a chip
     assert slices.read_name("v5e-256") == ("v5e", "16x16")
     assert slices.read_name("cpu:8") == ("cpu", "8")
-    for wrong in ("v5p", "v5p:4x4", "v7:4x4", "v4-100", "cpu:0", "gpu:8", ""):
-        with pytest.raises(UserError, match="write it like v5p:4x4x4, v5p-128, v5e:16x16 or cpu:8"):
-            slices.read_name(wrong)
-    for chip in TPUS.values():
-        assert all(len(s.split("x")) == chip.dimensions for s in chip.shapes)
-        assert [slices.chips(s) for s in chip.shapes] == sorted(slices.chips(s) for s in chip.shapes)
+    assert slices.read_name("h100:8") == ("h100", "8")
+    assert slices.read_name("h200:2x8") == ("h200", "2x8")
+    wrong = ("v5p", "v5p:4x4", "v7:4x4", "v4-100", "v5p:8", "cpu:0", "cpu-8", "gpu:8", "", ":", "v4:", "v4-")
+    for name in (*wrong, "h100", "h100:0", "h100:16", "h100:0x8", "h100:2x0", "h100:1x2x8", "h100-8", "H100:8"):
+        with pytest.raises(UserError, match="write it like v5p:4x4x4, v5p-128, v5e:16x16, h100:8, h100:2x8"):
+            slices.read_name(name)
+    for name, chip in CHIPS.items():
+        assert all(slices.read_name(f"{name}:{shape}") == (name, shape) for shape in chip.shapes)
+        assert [count_chips(s) for s in chip.shapes] == sorted(count_chips(s) for s in chip.shapes)
+
+
+@pytest.mark.parametrize(
+    "name, sparse_tflops, gigabytes, terabytes_a_second, nvlink, adapter",
+    [
+        # NVIDIA's data sheets: TFLOP/s with sparsity, GB, TB/s, NVLink in GB/s for both directions; and the Gb/s of
+        # each GPU's network adapter in a DGX.
+        ("a100", 624, 80, 2.039, 600, 200),
+        ("h100", 1979, 80, 3.35, 900, 400),
+        ("h200", 1979, 141, 4.8, 900, 400),
+    ],
+)
+def test_gpus_are_as_on_their_data_sheets(name, sparse_tflops, gigabytes, terabytes_a_second, nvlink, adapter):
+    chip = CHIPS[name]
+    assert chip.flops == pytest.approx(sparse_tflops / 2 * 1e12, rel=1e-3)
+    assert 0.98 * gigabytes * 2**30 < chip.hbm_bytes <= gigabytes * 2**30  # the driver keeps some
+    assert chip.hbm_bandwidth == pytest.approx(terabytes_a_second * 1e12)
+    assert chip.link_bandwidth == nvlink / 2 * 1e9 and chip.dcn_bandwidth == adapter / 8 * 1e9
+    assert find_chip(chip.description) is chip and not chip.calibrated
+
+
+def test_the_share_of_jaxs_pool(monkeypatch):
+    """A flag, or what JAX reads; and no word of it for chips that have no pool."""
+    monkeypatch.setattr(compilers, "devices", lambda chip, shape, slices: ())
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert slices.find_slice("h100:8").chip.pool == 0.75
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
+    assert slices.find_slice("h100:8").chip.pool == 0.5
+    assert slices.find_slice("h100:8", mem_fraction="0.95").chip.pool == 0.95
+    assert slices.of_shape(slices.find_slice("h100:2x8"), "1") == slices.Slice(
+        "h100:1", (), dataclasses.replace(CHIPS["h100"], pool=0.5), 1
+    )
+    for wrong in ("0", "1.5", "-1", "nan", "most"):
+        with pytest.raises(UserError, match="--mem_fraction=.*: write a share of the memory"):
+            slices.find_slice("h100:8", mem_fraction=wrong)
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", wrong)
+        with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=.*: write a share of the memory"):
+            slices.find_slice("h200:1")
+    for name in ("v5e:2x2", "cpu:2"):
+        with pytest.raises(UserError, match="--mem_fraction is for GPU topologies: leave it out"):
+            slices.find_slice(name, mem_fraction="0.9")
+    for name in ("h100:8", "cpu:2"):
+        with pytest.raises(UserError, match="--slices is for TPU topologies: leave it out"):
+            slices.find_slice(name, 2)
+
+
+@pytest.mark.parametrize(
+    "installed, words",
+    [
+        ({}, "compiling for NVIDIA GPUs needs their compiler, which runs on any machine: pip install"),
+        ({"jax-cuda12-plugin": "0.4.1"}, rf"\(jax-cuda12-plugin\) is of release 0.4.1 and JAX of {jax.__version__}"),
+        ({"jax-cuda12-plugin": jax.__version__}, "needs their assembler, ptxas, which is not here"),
+        ({"jax-cuda12-plugin": "0.4.1", "jax-cuda13-plugin": jax.__version__, "nvidia-cuda-nvcc": "13.0"}, None),
+    ],
+    ids=["none", "old", "no assembler", "one of two"],
+)
+def test_a_missing_or_old_compiler_for_gpus(installed, words, monkeypatch):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(compilers.shutil, "which", lambda name, path=None: None)  # this machine may have CUDA
+    if words is None:
+        compilers.check_gpu_plugin()
+        return
+    with pytest.raises(UserError, match=words) as raised:
+        slices.find_slice("h100:8")
+    assert "pip install -e '.[plan-gpu]'" in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -277,12 +352,29 @@ def test_bandwidth_of_a_mesh_axis():
         def __init__(self, *coords):
             self.coords = coords
 
-    chip = TPUS["v5p"]
+    chip = CHIPS["v5p"]
     devices = np.array([[Device(x, y, 0) for y in range(2)] for x in range(4)])
     mesh = SimpleNamespace(devices=devices, shape=dict(fsdp=4, tensor=2))
     assert roofline.axis_bandwidth(chip, mesh, "fsdp") == 2 * chip.link_bandwidth
     assert roofline.axis_bandwidth(chip, mesh, "tensor") == chip.link_bandwidth
     assert roofline.axis_bandwidth(chip, mesh, "fsdp+tensor") == 3 * chip.link_bandwidth
+
+
+def test_bandwidth_between_gpus():
+    """NVLink inside a host; between two, the adapters of the group's GPUs on one of them."""
+    devices = [SimpleNamespace(platform="cuda", process_index=i // 8) for i in range(16)]
+    found = {
+        (axis, *mesh.devices.shape): roofline.axis_bandwidth(CHIPS["h100"], mesh, axis) / 1e9
+        for mesh in (
+            SimpleNamespace(devices=np.array(devices).reshape(shape), shape=dict(zip(MESH_AXES, shape, strict=True)))
+            for shape in ((1, 4, 4, 1), (2, 2, 4, 1))
+        )
+        for axis in ("fsdp_inner", "fsdp", "fsdp+fsdp_inner", "data")
+    }
+    whole, split = (1, 4, 4, 1), (2, 2, 4, 1)
+    assert found["fsdp_inner", *whole] == found["fsdp_inner", *split] == 450
+    assert found["fsdp", *whole] == 2 * 50 and found["fsdp+fsdp_inner", *whole] == 8 * 50
+    assert found["fsdp", *split] == found["fsdp+fsdp_inner", *split] == 450 and found["data", *split] == 50
 
 
 @pytest.mark.parametrize(
@@ -333,18 +425,15 @@ def test_wire_by_formula_over_tensor_is_near_what_the_tpu_compiler_makes():
 def test_the_search_tries_the_fastest_first():
     """Bound by products: less is computed again; bound by the network: fewer parts, which each gather all weights."""
 
-    class Chip:
-        flops, link_bandwidth, dimensions = 1e12, 1.0, 0
-
     def order(flops, accumulate, remat, tensor=1):
         config = unified(mesh=dict(fsdp=8 // tensor, tensor=tensor))
         config.optimizer.grad_accum_steps, config.batch_size = accumulate, 64
         config.model.language_model.remat = remat
         trainer = abstract_trainer(config, slices.find_slice("cpu:8"), 32)
-        Chip.flops = flops
+        chip = dataclasses.replace(CHIPS["v5e"], flops=flops, link_bandwidth=1.0, dimensions=0)
         devices = SimpleNamespace(coords=(0,))
         mesh = SimpleNamespace(shape=trainer.mesh.shape, devices=np.full(trainer.mesh.devices.shape, devices, object))
-        return search.cost(dataclasses.replace(trainer, mesh=mesh), SimpleNamespace(chip=Chip))
+        return search.cost(dataclasses.replace(trainer, mesh=mesh), SimpleNamespace(chip=chip))
 
     slow, fast = 1e-3, 1e30
     assert order(slow, 4, "dots") < order(slow, 1, "full")
@@ -371,7 +460,7 @@ def test_advice_says_what_each_change_saves():
     assert saved[0] == pytest.approx((3 * trained + frozen) / 2 / 2**10, abs=counters)
     assert saved[1] == pytest.approx(trained / 2 / 2**10, abs=counters)
     assert saved[2] == pytest.approx(frozen / 2 / 2**10, abs=counters)
-    assert lines[-1] == "a slice with at least 3 times as many chips: 17.00 GiB per device are missing"
+    assert lines[-1] == "at least 3 times as many chips: 17.00 GiB per device are missing"
 
 
 def test_what_does_not_fit_is_told_from_other_errors():
@@ -380,6 +469,31 @@ def test_what_does_not_fit_is_told_from_other_errors():
     assert memory_asked_for(said) == int(33.13 * 2**30)
     assert memory_asked_for("Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm.") == int(512.5 * 2**20)
     assert memory_asked_for("INVALID_ARGUMENT: no such flag") == 0
+
+
+@pytest.mark.parametrize("share, fits", [(0.75, False), (0.9, True)])
+def test_a_step_on_gpus_must_fit_into_jaxs_pool(share, fits, monkeypatch):
+    """60 GiB of 79.1, which the compiler does not refuse: too much for 75% less 4 GiB, and not for 90%."""
+    sizes = ("argument_size", "output_size", "alias_size", "temp_size", "host_temp_size", "host_argument_size")
+    analysis = dict.fromkeys((*sizes, "host_output_size", "host_alias_size"), 0) | {"peak_memory": 60 * 2**30}
+    step = SimpleNamespace(
+        memory_analysis=lambda: SimpleNamespace(**{f"{name}_in_bytes": size for name, size in analysis.items()}),
+        as_text=lambda: "HloModule m\n\nENTRY %main (a: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}\n",
+    )
+    monkeypatch.setattr(compiled, "compile_step", lambda trainer: step)
+    chip = dataclasses.replace(CHIPS["h100"], pool=share)
+    where = slices.Slice("h100:8", tuple(jax.devices()), chip, 1)
+    made = plan_trainer(abstract_trainer(unified(), where, 32), where)
+    usable = int(84_929_347_584 * share) - 4 * 2**30
+    assert (made.fits, made.hbm_bytes, made.usable_bytes) == (fits, 84_929_347_584, usable)
+    assert made.spare_bytes == usable - 60 * 2**30
+    text = report.describe(made)
+    assert f"JAX's pool, {share:.0%} of 79.10 GiB, less 4.00 GiB kept spare" in text
+    larger = "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 when it runs: JAX's pool is 11.86 GiB larger"
+    assert (made.advice[:1] == [larger]) is not fits
+    # Seconds are predicted from runs on TPUs alone; bounds need no such runs.
+    assert made.predicted_step_seconds is None and made.predicted_mfu is None
+    assert ("predicted nothing" in text) is fits and (made.bound_seconds is not None) is fits
 
 
 def test_candidates_keep_the_batch():
@@ -429,7 +543,7 @@ import os, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "jax":
-            print(os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"])
+            print(os.environ["JAX_PLATFORMS"], os.environ["CUDA_VISIBLE_DEVICES"], os.environ["XLA_FLAGS"])
             sys.exit()  # the rest takes seconds
 sys.meta_path.insert(0, Watch())
 sys.argv = ["plan", "--config=no_such_file.py", "--topology=cpu:3"]
@@ -439,7 +553,7 @@ plan.main()
 """
     environment = {**os.environ, "JAX_PLATFORMS": "tpu", "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.stdout == "cpu --xla_force_host_platform_device_count=3\n", done.stderr
+    assert done.stdout == "cpu -1 --xla_force_host_platform_device_count=3\n", done.stderr
 
 
 def tiny_text(**mesh):

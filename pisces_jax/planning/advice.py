@@ -9,13 +9,13 @@ from pisces_jax.training.step import Trainer
 from pisces_jax.utils.units import gib
 
 
-def advise(trainer: Trainer, memory: Mapping[str, int], peak: int, hbm: int) -> list[str]:
+def advise(trainer: Trainer, memory: Mapping[str, int], peak: int, usable: int) -> list[str]:
     """What to change so that the step fits, with what each change saves by formula, the cheapest first.
 
     Args:
         memory: bytes per device (`memory.memory_by_part`).
         peak: bytes per device that the compiler asked for.
-        hbm: bytes that a device has.
+        usable: bytes that a step may use on a device.
     """
     config, mesh, part = trainer.config, trainer.mesh.shape, main_part(trainer.config)
     kinds = by_kind(memory)
@@ -43,6 +43,6 @@ def advise(trainer: Trainer, memory: Mapping[str, int], peak: int, hbm: int) -> 
     if wide:
         saved = gib(sum(memory[f"parameters/{p}"] for p in wide) / 2)
         found.append(f"config.param_dtype.{wide[0]}=bfloat16 (and {len(wide) - 1} more): saves {saved}")
-    chips = math.ceil(peak / max(hbm, 1))
-    found.append(f"a slice with at least {chips} times as many chips: {gib(peak - hbm)} per device are missing")
+    chips = math.ceil(peak / max(usable, 1))
+    found.append(f"at least {chips} times as many chips: {gib(peak - usable)} per device are missing")
     return found

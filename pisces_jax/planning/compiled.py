@@ -42,8 +42,10 @@ class Plan:
     fits: bool
     peak_bytes: int  # of the device's memory
     host_bytes: int  # what the step keeps in the host's memory for each device
-    hbm_bytes: int | None  # None: CPUs
-    spare_bytes: int | None
+    hbm_bytes: int | None  # the chip's; None: CPUs
+    usable_bytes: int | None  # what of them a step may use
+    usable_is: str  # in words, where it is not all of them
+    spare_bytes: int | None  # of those usable
     compiler: dict[str, int]  # the compiler's figures; empty where it refused
     memory: dict[str, int]  # by formula
     collectives: list[dict[str, Any]]
@@ -52,12 +54,17 @@ class Plan:
     model_flops_per_step_trained: float  # without frozen parts
     model_flops_by_part: dict[str, float]
     roofline_seconds: dict[str, float] | None
-    predicted_step_seconds: float | None
+    predicted_step_seconds: float | None  # None: nothing calibrates a prediction for the chip
     predicted_mfu: float | None
     mfu_bound: float | None
     compile_seconds: float
     fallbacks: list[str]
     advice: list[str]
+
+    @property
+    def bound_seconds(self) -> float | None:
+        """The roofline's greatest bound."""
+        return max(self.roofline_seconds.values()) if self.roofline_seconds else None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -121,13 +128,15 @@ def plan_trainer(trainer: Trainer, where: Slice) -> Plan:
             "peak": analysis.peak_memory_in_bytes,
         }
         found = hlo.collectives(str(compiled.as_text()), dict(mesh.shape))
-        fits = chip is None or peak <= chip.hbm_bytes
+        fits = chip is None or peak <= chip.usable_bytes
     seconds = time.perf_counter() - start
 
     memory = memory_by_part(trainer)
     by_part, executed = work(trainer)
     flops = sum(by_part.values())
     bounds = roofline(chip, executed, hbm_traffic(trainer, memory), found, mesh) if chip and fits else None
+    predicted = bounds.predicted if bounds and chip and chip.calibrated else None
+    advice = [] if fits or not chip else chip.more_memory(peak) + advise(trainer, memory, peak, chip.usable_bytes)
     return Plan(
         config=config.name,
         topology=where.name,
@@ -142,7 +151,9 @@ def plan_trainer(trainer: Trainer, where: Slice) -> Plan:
         peak_bytes=peak,
         host_bytes=host,
         hbm_bytes=chip.hbm_bytes if chip else None,
-        spare_bytes=chip.hbm_bytes - peak if chip else None,
+        usable_bytes=chip.usable_bytes if chip else None,
+        usable_is=chip.limit if chip else "",
+        spare_bytes=chip.usable_bytes - peak if chip else None,
         compiler=figures,
         memory=memory,
         collectives=[dataclasses.asdict(c) for c in sorted(found, key=lambda c: -c.bytes * c.executions)],
@@ -151,12 +162,12 @@ def plan_trainer(trainer: Trainer, where: Slice) -> Plan:
         model_flops_per_step_trained=sum(v for part, v in by_part.items() if part in trainer.shardings.trained),
         model_flops_by_part=by_part,
         roofline_seconds=dataclasses.asdict(bounds) if bounds else None,
-        predicted_step_seconds=bounds.predicted if bounds else None,
-        predicted_mfu=flops / chip.flops / bounds.predicted if bounds and chip else None,
+        predicted_step_seconds=predicted,
+        predicted_mfu=flops / chip.flops / predicted if predicted and chip else None,
         mfu_bound=flops / chip.flops / bounds.bound if bounds and chip else None,
         compile_seconds=seconds,
         fallbacks=[str(f) for f in trainer.fallbacks],
-        advice=[] if fits else advise(trainer, memory, peak, chip.hbm_bytes if chip else 0),
+        advice=advice,
     )
 
 

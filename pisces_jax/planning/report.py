@@ -16,15 +16,17 @@ def describe(plan: Plan) -> str:
         f"remat {plan.remat}",
         "",
     ]
-    if plan.hbm_bytes is None:
+    if plan.usable_bytes is None:
         lines.append(f"memory    peak {gib(plan.peak_bytes)} per device (CPU: no known limit)")
     else:
         word = "fits" if plan.fits else "does NOT fit"
-        spare = plan.hbm_bytes - plan.peak_bytes
+        spare = plan.usable_bytes - plan.peak_bytes
         rest = f"{gib(spare)} to spare" if spare >= 0 else f"{gib(-spare)} too much"
-        lines.append(f"memory    {word}: peak {gib(plan.peak_bytes)} of {gib(plan.hbm_bytes)} per device, {rest}")
+        lines.append(f"memory    {word}: peak {gib(plan.peak_bytes)} of {gib(plan.usable_bytes)} per device, {rest}")
     if plan.host_bytes:
         lines[-1] += f"; {gib(plan.host_bytes)} more in the host's memory"
+    if plan.usable_is:
+        lines.append(f"          usable:   {plan.usable_is}")
     figures = ", ".join(f"{k} {gib(v)}" for k, v in plan.compiler.items() if k not in ("peak", "host"))
     lines.append(f"          compiler: {figures or 'no figures, as it did not compile'}")
     lines.append("          analytic: " + ", ".join(f"{k} {gib(v)}" for k, v in by_kind(plan.memory).items()))
@@ -38,13 +40,16 @@ def describe(plan: Plan) -> str:
     if plan.model_flops_per_step_trained != plan.model_flops_per_step:
         lines[-1] += f", {plan.model_flops_per_step_trained / 1e12:.2f} T without frozen parts"
     lines += [f"          {part} {flops / 1e12:.3f} T" for part, flops in plan.model_flops_by_part.items()]
-    if plan.roofline_seconds and plan.predicted_step_seconds and plan.predicted_mfu and plan.mfu_bound:
+    if plan.roofline_seconds and plan.mfu_bound:
         bounds = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan.roofline_seconds.items())
-        lines += [
-            "", f"roofline  {bounds}; MFU at most {plan.mfu_bound:.1%}",
-            f"predicted {plan.predicted_step_seconds:.3f} s per step, MFU {plan.predicted_mfu:.1%} "
-            "(a prediction: docs/scale.md)",
-        ]  # fmt: skip
+        lines += ["", f"roofline  {bounds}; MFU at most {plan.mfu_bound:.1%}"]
+        if plan.predicted_step_seconds and plan.predicted_mfu:
+            lines.append(
+                f"predicted {plan.predicted_step_seconds:.3f} s per step, MFU {plan.predicted_mfu:.1%} "
+                "(a prediction: docs/scale.md)"
+            )
+        else:
+            lines.append("predicted nothing: no run on such a chip says what share of these bounds a step reaches")
     lines += ["", f"compiled in {plan.compile_seconds:.0f} s"]
     if plan.fallbacks:
         lines += ["", "dimensions that do not divide:", *(f"  {text}" for text in plan.fallbacks)]
@@ -70,17 +75,18 @@ def table(plans: Sequence[Plan]) -> str:
     """A Markdown table with a row per plan."""
     names = (
         "config", "topology", "mesh", "rows per device", "accumulation", "remat", "peak GiB", "fits", "wire GB",
-        "predicted s", "predicted MFU", "compile s",
+        "bound s", "predicted s", "predicted MFU", "compile s",
     )  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for p in plans:
+        bound = f"{p.bound_seconds:.2f}" if p.bound_seconds else "–"
         seconds = f"{p.predicted_step_seconds:.2f}" if p.predicted_step_seconds else "–"
         mfu = f"{p.predicted_mfu:.0%}" if p.predicted_mfu else "–"
         wire = f"{p.wire_bytes_per_step / 1e9:.1f}" if p.collectives else "–"
         lines.append(
             f"| {p.config} | {_where(p)} | {mesh_text(p.mesh)} | {p.rows_per_device:g} | {p.grad_accum_steps} | "
-            f"{p.remat} | {p.peak_bytes / GIB:.2f} | {'yes' if p.fits else 'no'} | {wire} | {seconds} | {mfu} | "
-            f"{p.compile_seconds:.0f} |"
+            f"{p.remat} | {p.peak_bytes / GIB:.2f} | {'yes' if p.fits else 'no'} | {wire} | {bound} | {seconds} | "
+            f"{mfu} | {p.compile_seconds:.0f} |"
         )
     return "\n".join(lines)
 

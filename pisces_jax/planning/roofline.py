@@ -2,7 +2,8 @@
 
 There are three lower bounds: matrix products at the chip's peak, HBM traffic at its bandwidth, and collectives at the
 bandwidth of the links that they use. The greatest is the time of a step in which everything overlaps. The prediction
-divides it by `EFFICIENCY`, which is calibrated on published runs (docs/scale.md). It is not a measurement.
+divides it by `EFFICIENCY`, which is calibrated on published runs on TPUs (docs/scale.md). It is not a measurement, and
+for chips of other kinds there is none.
 """
 
 import dataclasses
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -21,7 +21,7 @@ from pisces_jax.planning.hlo import Collective
 from pisces_jax.planning.memory import by_kind
 from pisces_jax.training import flops
 from pisces_jax.training.step import Trainer
-from pisces_jax.utils.chips import Tpu
+from pisces_jax.utils.chips import Chip
 
 # What is computed again, as a share of a trained part's model FLOPs, of which its forward pass is a third. "dots" and
 # "none" compute no product with weights again.
@@ -71,7 +71,7 @@ class Roofline:
         return self.bound / EFFICIENCY
 
 
-def roofline(chip: Tpu, executed_flops: float, hbm_bytes: float, found: Sequence[Collective], mesh: Mesh) -> Roofline:
+def roofline(chip: Chip, executed_flops: float, hbm_bytes: float, found: Sequence[Collective], mesh: Mesh) -> Roofline:
     """The bounds of a step.
 
     Args:
@@ -83,24 +83,11 @@ def roofline(chip: Tpu, executed_flops: float, hbm_bytes: float, found: Sequence
     return Roofline(executed_flops / chip.flops, hbm_bytes / chip.hbm_bandwidth, wire)
 
 
-def axis_bandwidth(chip: Tpu, mesh: Mesh, axis: str) -> float:
-    """Bytes per second that one device can send in a collective along these mesh axes (joined by "+").
-
-    Each dimension of the torus that the group spans gives a ring: both directions where the slice is closed in that
-    dimension, one where it is not. A group over several slices has the speed of the network between them.
-    """
+def axis_bandwidth(chip: Chip, mesh: Mesh, axis: str) -> float:
+    """Bytes per second that one device can send in a collective along these mesh axes (joined by "+")."""
     chosen = axis.split("+")
     group = mesh.devices[tuple(slice(None) if name in chosen else 0 for name in mesh.shape)].reshape(-1)
-    if len({getattr(d, "slice_index", 0) for d in group}) > 1:
-        return chip.dcn_bandwidth
-    coords = np.array([d.coords for d in group])
-    everywhere = np.array([d.coords for d in mesh.devices.reshape(-1)])
-    total = 0.0
-    for dimension in range(chip.dimensions):
-        if len(set(coords[:, dimension])) > 1:
-            size = int(everywhere[:, dimension].max()) + 1
-            total += chip.link_bandwidth * (2 if size % chip.wraps == 0 else 1)
-    return total or chip.link_bandwidth
+    return chip.bandwidth(group, mesh.devices.reshape(-1))
 
 
 def work(trainer: Trainer) -> tuple[dict[str, float], float]:

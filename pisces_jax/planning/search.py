@@ -15,10 +15,10 @@ from pisces_jax.planning import report
 from pisces_jax.planning.compiled import Plan, abstract_trainer, plan_trainer, planned_program
 from pisces_jax.planning.memory import main_part, memory_by_part
 from pisces_jax.planning.roofline import AGAIN, axis_bandwidth, count, work
-from pisces_jax.planning.slices import Slice, chips, find_slice, read_name
+from pisces_jax.planning.slices import Slice, of_shape
 from pisces_jax.sharding import batch_shards
 from pisces_jax.training.step import Trainer
-from pisces_jax.utils.chips import TPUS
+from pisces_jax.utils.chips import count_chips
 from pisces_jax.utils.errors import UserError
 
 TENSOR = (1, 2, 4, 8)
@@ -51,9 +51,9 @@ def _changed(config: ConfigDict, mesh: dict[str, int], accumulate: int, remat: s
     return changed
 
 
-def may_fit(trainer: Trainer, hbm: float) -> bool:
+def may_fit(trainer: Trainer, usable: float) -> bool:
     """Whether the formulas do not rule it out."""
-    return sum(memory_by_part(trainer).values()) * (1 - MARGIN) <= hbm
+    return sum(memory_by_part(trainer).values()) * (1 - MARGIN) <= usable
 
 
 def cost(trainer: Trainer, where: Slice) -> tuple[float, ...]:
@@ -106,7 +106,7 @@ def search(config: ConfigDict, where: Slice, vocab_size: int, say: Callable[[str
     Raises:
         UserError: no candidate fits by formula, or none divides the batch.
     """
-    hbm = where.chip.hbm_bytes if where.chip else math.inf
+    usable = where.chip.usable_bytes if where.chip else math.inf
     ranked: list[tuple[tuple[float, ...], Trainer]] = []
     reason = ""
     for candidate in candidates(config, len(where.devices), where.slices):
@@ -115,7 +115,7 @@ def search(config: ConfigDict, where: Slice, vocab_size: int, say: Callable[[str
         except UserError as error:
             reason = f": {error}"
             continue
-        if may_fit(trainer, hbm):
+        if may_fit(trainer, usable):
             ranked.append((cost(trainer, where), trainer))
     if not ranked:
         raise UserError(f"--search: no mesh of {where.name} holds this step{reason}")
@@ -128,27 +128,28 @@ def search(config: ConfigDict, where: Slice, vocab_size: int, say: Callable[[str
             f"{number} of {min(most, len(ranked))}: {plan.mesh}, {plan.grad_accum_steps} accumulation steps, "
             f"remat {plan.remat}: {'fits' if plan.fits else 'does not fit'}"
         )
-    return sorted(plans, key=lambda p: (not p.fits, p.predicted_step_seconds or math.inf))
+    return sorted(plans, key=lambda p: (not p.fits, p.bound_seconds or math.inf))
 
 
-def smallest_slice(config: ConfigDict, topology: str, vocab_size: int, say: Callable[[str], None]) -> Plan | None:
-    """The smallest slice of the same chip on which the step fits, with as little memory as it can use.
+def smallest_slice(config: ConfigDict, near: Slice, vocab_size: int, say: Callable[[str], None]) -> Plan | None:
+    """The smallest slice of the same chip as `near`'s on which the step fits, with as little memory as it can use.
 
     Slices that the formulas rule out, or whose chips do not divide the batch, are not compiled. None: it does not fit
     on the largest slice either.
     """
-    kind, _ = read_name(topology)
+    if near.chip is None:
+        return None
     program = planned_program(config, vocab_size)
     items = program.batch_items(config)
-    for shape in sorted(TPUS[kind].shapes, key=chips):
-        where = find_slice(f"{kind}:{shape}")
-        devices = len(where.devices)
+    for shape in near.chip.shapes:
+        devices = count_chips(shape)
         if items % devices:
             continue
+        where = of_shape(near, shape)
         steps = items // devices if program.divisible else 1
         lean = _changed(config, dict(data=1, fsdp=devices, tensor=1), steps, "full")
         trainer = abstract_trainer(lean, where, vocab_size)
-        if not may_fit(trainer, TPUS[kind].hbm_bytes):
+        if not may_fit(trainer, near.chip.usable_bytes):
             continue
         plan = plan_trainer(trainer, where)
         say(f"{where.name}: {'fits' if plan.fits else 'does not fit'}")
@@ -173,9 +174,9 @@ def search_and_report(config: ConfigDict, where: Slice, vocab_size: int, say: Ca
         say(f"none of these fits; the nearest:\n{report.describe(nearest)}")
     smallest = None
     if where.chip is not None:
-        smallest = smallest_slice(config, where.name, vocab_size, say)
+        smallest = smallest_slice(config, where, vocab_size, say)
         say(
-            "smallest slice that fits: "
+            "smallest that fits: "
             + (f"{smallest.topology}, set: {report.settings(smallest)}" if smallest else "none that was tried")
         )
     return {

@@ -1,4 +1,4 @@
-"""The shapes world, from nothing: every stage of the method in some 20 minutes on two CPU cores.
+"""The shapes world, from nothing: every stage of the method on two CPU cores.
 
     make demo
     python -m pisces_jax.train --config=configs/shapes.py --workdir=runs/shapes          # all stages in order

@@ -2,82 +2,33 @@
 
     python -m pisces_jax.demo --config=configs/shapes_flow.py --workdir=runs/shapes_flow
 
-The stages of configs/shapes.py, with queries and a generator in place of the regression head, more prompts that are
-drawn at once, and half of all questions and prompts in other words than the standard ones. A picture is sampled:
-another seed, another picture.
+The first three stages are those of configs/shapes.py. The others have queries and a generator in place of the
+regression head, more prompts that are drawn at once, and half of all questions and prompts in other words than the
+standard ones. A picture is sampled: another seed, another picture.
 
 Hardware: two cores of an AMD EPYC. Trained once, seed 0, beside other work, so its time is not known. Result: drawing
 0.000 of 192 pictures, directly and after a description: number, places and most colours are right, shapes are not
 sharp. Reading 0.760 of 200 questions, 0.590 of the same in wordings that were held out (docs/small_runs.md).
 """
 
+import shapes
 import small_parts as parts
 from ml_collections import ConfigDict
 
 from pisces_jax.training.config import run_config
 
-TOKENIZER = parts.tokenizer(parts.SHAPES)
-READER = dict(parts.SHARP_ENCODER, layers=1)  # one layer: what a vector shows stays where it is
-ENCODERS = dict(understanding_encoder=READER, generation_encoder=parts.GENERATION_ENCODER, pool=2)
-LANGUAGE_MODEL = dict(parts.LANGUAGE_MODEL, heads=6, kv_heads=3, head_dim=32)
-MODEL = dict(parts.UNIFIED, language_model=LANGUAGE_MODEL, **ENCODERS)
-FROZEN = dict(understanding_encoder="reader", generation_encoder="pretrain")
+MODEL = dict(parts.UNIFIED, language_model=shapes.LANGUAGE_MODEL, **shapes.ENCODERS)
+FROZEN, OPTIMIZER, ROWS, LOG = shapes.FROZEN, shapes.OPTIMIZER, shapes.ROWS, shapes.LOG
 STAGE = dict(
     program="unified", batch_size=16, decoder="decoder", loss=dict(flow_samples=2), vector_flow=parts.VECTOR_FLOW,
     plain_products=True,
 )  # fmt: skip
-OPTIMIZER = dict(learning_rate=3e-3, muon=parts.MUON, param_groups=(parts.FROZEN_ENCODERS, *parts.GROUPS))
-DATA = dict(TOKENIZER, examples_per_epoch=16_000)
-ROWS = dict(DATA, row_length=160, rows_per_pool=8)
-# Objects in a picture, at most.
+# Objects in a picture, at most; half of all questions and prompts in other words.
 ONE, TWO, FOUR = (dict(parts.SHAPES, most_objects=n) for n in (1, 2, 4))
-LOG = dict(every=25, evaluate_every=200, evaluate_batches=3, checkpoint_every=400, samples_every=750)
-LOG_WITHOUT_SAMPLES = dict(LOG, samples_every=0)  # of what draws nothing
 
 
 def get_config() -> ConfigDict:
-    # Features that are easily predicted: of single objects, by the names of their shapes.
-    pretrain = run_config(
-        name="pretrain", program="pretrain", steps=360, batch_size=32, plain_products=True, log=LOG,
-        model=dict(
-            generation_encoder=parts.GENERATION_ENCODER, pool=2, decoder=parts.DECODER, text_tower=parts.TEXT_TOWER,
-        ),
-        data=dict(DATA, text_length=8, **parts.train_and_evaluate(
-            parts.SHAPES_HELD_OUT, pair_shapes=dict(ONE, task="pair_shapes", num_examples=16_000)
-        )),
-        loss=dict(contrastive=0.1, contrast="softmax", same_text=True, reconstruction=100.0, feature_noise=0.01),
-        flow=parts.FLOW,
-        optimizer=dict(
-            learning_rate=5e-3, warmup_steps=30, final_rate=0.05, param_groups=(parts.SLOW_READER, *parts.GROUPS),
-        ),
-    )  # fmt: skip
-    # Contrast stops at colours where these tell pictures apart; words as labels teach shapes, and where they are.
-    reader = run_config(
-        name="reader", program="pretrain", steps=1400, batch_size=32, plain_products=True, log=LOG_WITHOUT_SAMPLES,
-        model=dict(understanding_encoder=READER, text_tower=dict(parts.TEXT_TOWER, layers=1)),
-        data=dict(TOKENIZER, examples_per_epoch=32_000, text_length=40, **parts.train_and_evaluate(
-            parts.SHAPES_HELD_OUT, pair=dict(FOUR, task="pair", num_examples=32_000)
-        )),
-        loss=dict(words=0.1, contrastive=0.01, reconstruction=100.0, feature_noise=0.01),
-        flow=parts.FLOW,
-        optimizer=dict(
-            learning_rate=8e-3, warmup_steps=30, final_rate=0.05, param_groups=(parts.SLOW_READER, *parts.GROUPS),
-        ),
-    )  # fmt: skip
-    decoder = run_config(
-        name="decoder", program="decoder", steps=200, batch_size=16, plain_products=True, log=LOG,
-        model=dict(ENCODERS, decoder=parts.DECODER),
-        init_from=dict(generation_encoder="pretrain", decoder="pretrain"),
-        data=dict(DATA, **parts.train_and_evaluate(
-            parts.SHAPES_HELD_OUT, pair=dict(FOUR, task="pair", num_examples=16_000)
-        )),
-        loss=dict(contrastive=0.1, reconstruction=100.0, feature_noise=0.05),
-        flow=parts.FLOW,
-        optimizer=dict(
-            learning_rate=3e-3, warmup_steps=20, final_rate=0.05, ema=0.99,
-            param_groups=(parts.FROZEN_GENERATION_ENCODER, *parts.GROUPS),
-        ),
-    )  # fmt: skip
+    before = shapes.get_config().stages  # the encoders and the decoder: they know no head
     # Short captions, and detailed ones of single objects: what a word looks like, before what goes with what.
     stage1 = run_config(
         **STAGE, name="stage1", steps=150, model=MODEL, init_from=FROZEN,
@@ -96,7 +47,7 @@ def get_config() -> ConfigDict:
             parts.SHAPES_HELD_OUT,
             conversation=dict(FOUR, task="conversation", question_kinds=("colour",), num_examples=16_000),
         )),
-        optimizer=dict(OPTIMIZER, warmup_steps=20, final_rate=1.0), log=LOG_WITHOUT_SAMPLES,
+        optimizer=dict(OPTIMIZER, warmup_steps=20, final_rate=1.0), log=shapes.LOG_WITHOUT_SAMPLES,
     )  # fmt: skip
     questions = run_config(
         **STAGE, name="questions", steps=200, model=MODEL,
@@ -105,7 +56,7 @@ def get_config() -> ConfigDict:
             parts.SHAPES_HELD_OUT,
             conversation=dict(FOUR, task="conversation", question_kinds=("colour", "existence"), num_examples=16_000),
         )),
-        optimizer=dict(OPTIMIZER, final_rate=0.8), log=LOG_WITHOUT_SAMPLES,
+        optimizer=dict(OPTIMIZER, final_rate=0.8), log=shapes.LOG_WITHOUT_SAMPLES,
     )  # fmt: skip
     # Detailed captions, prompts, and questions of all kinds.
     stage2 = run_config(
@@ -135,5 +86,5 @@ def get_config() -> ConfigDict:
         optimizer=dict(OPTIMIZER, learning_rate=2.4e-3, final_rate=0.05), log=LOG,
         sampling=dict(describe=False, temperature=0.7),
     )  # fmt: skip
-    runs = (pretrain, reader, decoder, stage1, colours, questions, stage2, stage3)
+    runs = (before.pretrain, before.reader, before.decoder, stage1, colours, questions, stage2, stage3)
     return ConfigDict(dict(stages={run.name: run for run in runs}))

@@ -174,7 +174,7 @@ class UNet(nn.Module):
             t: the steps of the noise schedule that they are at, from 0.
             condition: visual vectors, not normalised.
             sizes: of the picture, in pixels: original height and width, top and left of the crop, height and width
-                that are wanted; `whole_pictures` makes them.
+                that are wanted.
         """
         c, dtype = self.config, self.dtype
         last = len(c.widths) - 1
@@ -217,8 +217,3 @@ class UNet(nn.Module):
                 x = Conv(c.widths[level], dtype=dtype, name=f"up_{level}_resample")(x)
         x = jax.nn.silu(GroupNorm(c.groups, c.eps, dtype, name="norm_out")(x))
         return Conv(c.channels, dtype=dtype, name="conv_out")(x).astype(jnp.promote_types(dtype, jnp.float32))
-
-
-def whole_pictures(number: int, height: int, width: int) -> Float[Array, "B 6"]:
-    """The size conditioning of pictures of so many pixels, neither enlarged nor cropped."""
-    return jnp.tile(jnp.array([height, width, 0, 0, height, width], jnp.float32), (number, 1))

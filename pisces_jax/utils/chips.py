@@ -4,7 +4,9 @@ A kind of accelerator is a class. It says how its topologies are written, what o
 fast its devices exchange data, so that whoever plans need not know the kind.
 """
 
+import abc
 import dataclasses
+import math
 import os
 import re
 from collections import Counter
@@ -23,7 +25,7 @@ SPARE = 4 * GIB
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
+class Chip(abc.ABC):
     """An accelerator.
 
     Attributes:
@@ -50,13 +52,13 @@ class Chip:
 
     calibrated: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def read_shape(self, text: str) -> str | None:
         """The shape that stands behind the name in a topology (`:4x4x4`, `-128`); None: it is none of this kind."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def bandwidth(self, group: Collection[Any], everywhere: Collection[Any]) -> float:
         """Bytes per second that each JAX device of `group` can send in a ring, as one of the devices `everywhere`."""
-        raise NotImplementedError
 
     @property
     def usable_bytes(self) -> int:
@@ -169,10 +171,7 @@ class Gpu(Chip):
 
 def count_chips(shape: str) -> int:
     """How many chips a shape has: the product of its sizes."""
-    total = 1
-    for size in shape.split("x"):
-        total *= int(size)
-    return total
+    return math.prod(int(size) for size in shape.split("x"))
 
 
 def pool_share(flag: str | None = None) -> float:

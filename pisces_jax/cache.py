@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="that decode pictures (default 2)")
     cli.add_process_flags(parser)
     flags = parser.parse(rest)
-    processes.start(flags.coordinator, flags.processes, flags.process)
+    processes.start(flags.coordinator, flags.processes, flags.process, flags.meet_seconds, flags.silent_seconds)
     from pisces_jax.training.config_files import load_stages
 
     stages = load_stages(flags.config, overrides)

@@ -3,7 +3,10 @@
 python -m pisces_jax.train --config=configs/X.py[:stage] --workdir=DIR [--config.key=value ...]
 """
 
-from pisces_jax.utils import cli, processes
+import argparse
+from collections.abc import Mapping
+
+from pisces_jax.utils import cli, processes, stopping
 from pisces_jax.utils.errors import run_command
 
 
@@ -26,17 +29,33 @@ def main() -> None:
     parser.add_argument(
         "--dry_run", action="store_true", help="try one of everything on this machine, say go, and leave nothing"
     )
+    parser.add_argument(
+        "--allow_changes", default="", metavar="KEY,...", help="config keys that may change in a run that goes on"
+    )
+    parser.add_argument(
+        "--fallback", type=cli.path, metavar="DIR", help="takes the state if the work directory cannot be written"
+    )
+    parser.add_argument(
+        "--debug_nans", action="store_true", help="look at every step, and name the first layer that gives NaN"
+    )
     flags = parser.parse(rest)
-    processes.start(flags.coordinator, flags.processes, flags.process)
+    with stopping.listening(command=True):
+        _train(flags, overrides)
+
+
+def _train(flags: argparse.Namespace, overrides: Mapping[str, str]) -> None:
+    processes.start(flags.coordinator, flags.processes, flags.process, flags.meet_seconds, flags.silent_seconds)
     from pisces_jax.inference.samples import make_sampler
     from pisces_jax.planning.preflight import preflight
     from pisces_jax.training.config_files import load_stages
+    from pisces_jax.training.loop import Options
     from pisces_jax.training.stages import train_stages
 
     stages = load_stages(flags.config, overrides)
     cli.start()
     if not flags.dry_run:
-        train_stages(stages, flags.workdir, make_sampler)
+        allowed = tuple(filter(None, flags.allow_changes.split(",")))
+        train_stages(stages, flags.workdir, make_sampler, Options(allowed, flags.fallback, flags.debug_nans))
         return
     cli.check_output(flags.workdir, "--workdir", folder=True)
     for name, config in stages.items():

@@ -1,5 +1,6 @@
 """Tries everything once on the real machine before a long run: `train --dry_run`."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pisces_jax.planning.memory import by_kind, memory_by_part, peak_and_host
 from pisces_jax.sharding import batch_share, make_mesh, user_mesh
 from pisces_jax.training import input
 from pisces_jax.training.checkpoints import Checkpoints
+from pisces_jax.training.health import skipped
 from pisces_jax.training.metrics import check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import State, Trainer, make_trainer
@@ -88,7 +90,9 @@ def _try_all(config: ConfigDict, workdir: Path, scratch: Path, say: Callable[[st
         metrics.append(measured)
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - start) / STEPS
-    check_finite(merge(metrics), 0, STEPS + 1)
+    values = merge(metrics)
+    check_finite({k: math.nan for m in metrics for k, flag in skipped(jax.device_get(m)).items() if flag.total}, 0, 1)
+    check_finite(values, 0, STEPS + 1)
     needed = program.examples(batch) / seconds
     verdict = "input keeps up" if rate >= needed else f"input is {needed / rate:.1f} times too slow for the step"
     say(f"step        {seconds:.3f} s, {needed:.1f} examples per second in this process: {verdict}")

@@ -34,11 +34,24 @@ from pisces_jax.weights.folder import part_shapes, read_source
 from pisces_jax.weights.sources import folder_mark, is_folder
 
 # Keys that may differ between a run and its continuation: none of them changes its numbers.
-_FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
+_FREE_KEYS = ("log", "limits", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
 
 
-def check_run(workdir: Path, config: ConfigDict) -> None:
+# Keys that a user may change in a run that goes on (`--allow_changes`): the state keeps its shape.
+CHANGEABLE = (
+    *(f"optimizer.{k}" for k in ("learning_rate", "warmup_steps", "final_rate", "b1", "b2", "eps", "clip")),
+    "steps", "loss", "data.leave_out",
+)  # fmt: skip
+
+
+def check_run(workdir: Path, config: ConfigDict, allowed: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
     """Checks that this run may be started or continued in its folder; writes nothing.
+
+    Args:
+        allowed: keys that may differ from the run's own config.
+
+    Returns:
+        By key the values before and now of those that do.
 
     Raises:
         UserError: the folder cannot be used, holds other files, or a run of another config.
@@ -51,22 +64,34 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
     if not (run / "config.json").exists():
         if held:
             raise UserError(f"{run} holds files that are not a run: choose another --workdir")
-        return
-    changed = sorted(_differences(json.loads(read_config(run).to_json()), json.loads(config.to_json())))
-    changed = [key for key in changed if not any(key == f or key.startswith(f + ".") for f in _FREE_KEYS)]
-    if changed:
+        return {}
+    before, now = json.loads(read_config(run).to_json()), json.loads(config.to_json())
+    changed = [key for key in sorted(_differences(before, now)) if not _below(key, _FREE_KEYS)]
+    if refused := [key for key in changed if not _below(key, allowed)]:
+        may = ", or allow the change (--allow_changes)" if all(_below(key, CHANGEABLE) for key in refused) else ""
         raise UserError(
-            f"{run} holds a run with another config ({', '.join(changed[:5])}): continue it with its own "
-            "config, or choose another --workdir"
+            f"{run} holds a run with another config ({', '.join(refused[:5])}): continue it with its own "
+            f"config, or choose another --workdir{may}"
         )
+    return {key: (_value(before, key), _value(now, key)) for key in changed}
 
 
-def open_run(workdir: Path, config: ConfigDict) -> Path:
+def _below(key: str, keys: Sequence[str]) -> bool:
+    return any(key == k or key.startswith(f"{k}.") for k in keys)
+
+
+def _value(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def open_run(workdir: Path, config: ConfigDict, allowed: Sequence[str] = ()) -> Path:
     """The folder of this run, checked by `check_run`, with its config written."""
     run = workdir / config.name
     with primary_first("open_run"):
-        check_run(workdir, config)
-        if primary() and not (run / "config.json").exists():
+        changed = check_run(workdir, config, allowed)
+        if primary() and (changed or not (run / "config.json").exists()):
             try:
                 write_atomic(run / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
             except OSError as error:
@@ -117,7 +142,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int, measured: Sequence[str] = ()) -> None:
-        self._measured = measured
+        self.measured = measured
         self._folder = (run / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
             self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -155,7 +180,16 @@ class Checkpoints:
     def _changed(self, state: State) -> dict[str, Any]:
         # "average": the name on disk since the first checkpoints.
         changed = {"step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer}
-        return changed | ({"measured": {part: state.frozen[part] for part in self._measured}} if self._measured else {})
+        return changed | ({"measured": {part: state.frozen[part] for part in self.measured}} if self.measured else {})
+
+    def saving(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._manager.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Waits for the save in the background, and raises what it raised."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
 
     def close(self) -> None:
         self._manager.wait_until_finished()

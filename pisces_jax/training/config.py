@@ -71,6 +71,7 @@ def run_config(**changes: Any) -> ConfigDict:
                 # Folder below --workdir with cached features of the pictures (`pisces_jax.cache`); "": none.
                 features="",
                 max_broken=0.01,  # share of broken examples above which a run stops
+                leave_out=(),  # steps whose batches are passed over: each counts as a step that changes nothing
                 scaled_jpeg=False,  # decode JPEGs no larger than needed: faster, not exact to the pixel
                 row_length=256,
                 # Rows that share one pool of pictures; batch_size is a multiple of it. The more, the fewer idle slots.
@@ -134,6 +135,16 @@ def run_config(**changes: Any) -> ConfigDict:
                 samples_every=0,
                 samples=8,
                 tensorboard=False,
+            ),
+            # What a run puts up with (docs/reliability.md).
+            limits=dict(
+                # Steps in a row that are skipped, because a loss or the gradient is infinite or NaN, after which the
+                # run goes back to its last checkpoint, and stops the next time. 0: it never does.
+                bad_steps=10,
+                spike=0.0,  # a loss of so many times the median of its line of the log is recorded; 0: none is
+                step_seconds=3600.0,  # a step that takes longer ends the run as stuck; 0: never
+                save_seconds=600.0,  # a save that takes longer has failed
+                failed_saves=3,  # in a row, after which the run stops
             ),
             # For small models on CPUs: XLA's own matrix products in place of YNNPACK's, 0.85 of a step's time on two
             # cores; sums are rounded otherwise.

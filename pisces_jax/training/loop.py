@@ -1,17 +1,16 @@
 """One run from start to end, written to be read from top to bottom: mesh, input, program, state, loop."""
 
+import dataclasses
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -20,14 +19,19 @@ from pisces_jax.sharding import batch_share, make_mesh
 from pisces_jax.training import flops, input, optimizer
 from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_step, is_finished, load_part, open_run
 from pisces_jax.training.config import part_settings
+from pisces_jax.training.find_nan import first_not_finite
+from pisces_jax.training.health import Events, Health, not_finite, skipped
 from pisces_jax.training.metrics import Clock, Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.base import check_batch
+from pisces_jax.training.saving import Saver, reported
 from pisces_jax.training.step import State, Trainer, make_trainer
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.cli import say
-from pisces_jax.utils.errors import UserError
+from pisces_jax.utils.errors import Preempted, UserError
+from pisces_jax.utils.files import write_atomic
 from pisces_jax.utils.processes import primary
+from pisces_jax.utils.stopping import Stop, listening
 from pisces_jax.weights.folder import Folder, read_part
 from pisces_jax.weights.sources import is_folder
 
@@ -38,7 +42,28 @@ PROFILE_AFTER = 5  # steps before a trace begins: the first ones compile and fil
 Sampler = Callable[[State, Path], np.ndarray]
 
 
-def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler] | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user says beside the config, for this time.
+
+    Attributes:
+        allow_changes: config keys that may differ from those that the run was started with; they replace them.
+        fallback: a folder on other storage, which takes the state where the run's own storage fails for good.
+        debug_nans: look at every step, and name the first layer whose output is not finite.
+    """
+
+    allow_changes: tuple[str, ...] = ()
+    fallback: Path | None = None
+    debug_nans: bool = False
+
+
+NOTHING_ELSE = Options()
+
+
+def train(
+    config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler] | None = None,
+    options: Options = NOTHING_ELSE,
+) -> None:  # fmt: skip
     """Trains one run in WORKDIR/NAME, from its latest checkpoint if it has one; returns at once if it is finished.
 
     Args:
@@ -46,11 +71,22 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
 
     Raises:
         UserError: whatever the user can fix; what is in the folder stays as it was.
+        Preempted: the run was asked to stop, and has saved.
     """
-    check_run(workdir, config)
-    if is_finished(workdir / config.name):
+    changed = check_run(workdir, config, options.allow_changes)
+    if is_finished(workdir / config.name) and not _owed(workdir / config.name):
         say(f"{config.name}: finished already ({config.steps} steps)")
         return
+    with listening() as stop:
+        if stop.asked:
+            raise Preempted
+        _train(config, workdir, make_sampler, options, changed, stop)
+
+
+def _train(
+    config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler] | None, options: Options,
+    changed: Mapping[str, tuple[Any, Any]], stop: Stop,
+) -> None:  # fmt: skip
     mesh = make_mesh(**config.mesh)
     tokenizer = load_tokenizer(config, workdir)
     program = make_program(config, tokenizer.vocab_size)
@@ -63,7 +99,9 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
     spec = program.batch_spec(config)
     share = batch_share(mesh, trainer.items)
     train_iterator = input.train_iterator(config, tokenizer, program, workdir, share)
-    evaluate = _evaluation(config, tokenizer, program, trainer, workdir, share)
+    held_out = None
+    if config.data.evaluate:
+        held_out = HeldOut(trainer, input.evaluate_iterator(config, tokenizer, program, workdir, share))
     sampler = None
     if config.log.samples_every and jax.process_count() > 1:
         log.warning("%s: no sample pictures in runs of several processes: draw from a checkpoint", config.name)
@@ -71,7 +109,7 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         if make_sampler is None:
             raise ValueError("log.samples_every is set: pass make_sampler")
         sampler = make_sampler(config, workdir, tokenizer, program)
-    run = open_run(workdir, config)
+    run = open_run(workdir, config, options.allow_changes)
     if todo := [part for part in program.measured if part not in parts and not finished_step(run)]:
         log.info("%s: measuring %s", config.name, ", ".join(todo))
         batches = [trainer.put(next(train_iterator)) for _ in range(MEASURED_BATCHES)]
@@ -79,54 +117,115 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
         train_iterator.set_state({"next_batch": 0})
     state = trainer.init(jax.random.key(config.seed), parts)
     checkpoints = Checkpoints(run, config.log.keep, program.measured)
+    start, in_a_row = 0, 0
     if restored := checkpoints.restore(state):
         state, position = restored
         train_iterator.set_state(position)
+        # Every step takes a batch, and those that change the state are counted in it.
+        start, in_a_row = int(position["next_batch"]), int(position.get("skipped_in_a_row", 0))
     else:
         overview = parameter_overview.get_parameter_overview(
             optimizer.join(state.trained, state.frozen), include_stats=False
         )
         if primary():
             (run / "parameters.txt").write_text(overview + "\n")
-    start = int(state.step)
+    events = Events(run, start)
+    for key, (before, now) in changed.items():
+        events(start, Events.BY_USER, key=key, before=before, now=now)
     writer = Writer(run, start, tensorboard=config.log.tensorboard)
+    health = Health(config.limits, program.weights, events, lambda n: train_iterator.names(n - 1), in_a_row)
+    saver = Saver(checkpoints, config, run, options.fallback)
     step = trainer.train_step()
     peak = flops.peak_flops()
 
-    pending: list[Any] = []
+    pending: list[tuple[int, Any]] = []
     clock = Clock()
-    last_step, last_time = start, time.perf_counter()
+    number = last_step = start
+    last_time = time.perf_counter()
+    save_is_due = False
+    gone_back_to = -1
     work = flops.step_flops(program, spec, trained)
     bar = tqdm(
         total=config.steps, initial=start, desc=config.name, unit="step", mininterval=1.0, dynamic_ncols=True,
         disable=not primary(),
     )  # fmt: skip
+
+    def look_aside(number: int, always: bool) -> bool:
+        """Evaluates and draws samples, if they are due after this step; False if the run is to stop meanwhile."""
+        if held_out and (_due(number, config.log.evaluate_every) or always):
+            with clock("evaluation"):
+                values = held_out(state, number, events, stop)
+            if values is None:
+                return False
+            writer.scalars(number, {f"val/{k}": v for k, v in values.items()})
+        if sampler and (_due(number, config.log.samples_every) or always):
+            path = run / "samples" / f"{number:07d}.png"
+            with clock("samples"), jax.transfer_guard("allow"), reported(config.name, f"samples of step {number}"):
+                writer.picture(number, "samples", sampler(state, path))
+        return True
+
     # Whatever ends the loop, a checkpoint that is being written is finished first. Nothing is copied between host and
     # devices but what the loop names: a copy per step that nobody meant would be slow and silent.
     guard = jax.transfer_guard("disallow")
-    with guard, _signals() as stop, bar, closing(checkpoints), closing(train_iterator), closing(writer):
-        for number in range(start + 1, config.steps + 1):
+    with (
+        guard, stop.working(config.limits.step_seconds), bar, closing(saver), closing(train_iterator), closing(writer)
+    ):  # fmt: skip
+        stopping = False
+        if start and _owed(run) == start:
+            stopping = not look_aside(start, start == config.steps)
+        _owe(run, None if not stopping else start)
+        while number < config.steps and not stopping:
+            number += 1
             with clock("input"):
                 batch = next(train_iterator)
             check_batch(spec, batch, share[1])
             if config.profile and number == start + 1 + min(PROFILE_AFTER, config.steps - start - 1):
                 jax.profiler.start_trace(run / "profile")
-            # The first call of this process waits for the compiler.
-            compiling = clock("compilation") if number == start + 1 else nullcontext()
-            with compiling, jax.profiler.StepTraceAnnotation("train", step_num=number):
-                state, metrics = step(state, trainer.put(batch))
+            if number not in config.data.leave_out:
+                # The first call of this process waits for the compiler.
+                compiling = clock("compilation") if number == start + 1 else nullcontext()
+                with compiling, jax.profiler.StepTraceAnnotation("train", step_num=number):
+                    state, metrics = step(state, trainer.put(batch))
+                pending.append((number, metrics))
+                if options.debug_nans and any(v.total for v in skipped(jax.device_get(metrics)).values()):
+                    with jax.transfer_guard("allow"):
+                        log.warning("step %d: %s", number, first_not_finite(trainer, state, trainer.put(batch)))
+            stop.begun()
             if config.profile and number == min(start + PROFILE_AFTER + config.profile, config.steps):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            pending.append(metrics)
             bar.update()
+            saver.look()
             last = number == config.steps
-            stopping = stop(number)
-            if _due(number, config.log.every) or last or stopping:
-                values = merge(pending)
+            stopping = stop.reached()
+            logs = _due(number, config.log.every) or last or stopping
+            aside = last or any(_due(number, e) for e in (config.log.evaluate_every, config.log.samples_every))
+            save_is_due |= _due(number, config.log.checkpoint_every) or last or stopping
+            if not (logs or aside or save_is_due):
+                continue
+            bad = health.look(pending)
+            pending = []
+            if bad is not None:
+                if stopping:  # the same command takes these steps again, and decides the same
+                    break
+                saver.settle()
+                with jax.transfer_guard("allow"):
+                    restored = checkpoints.restore(state)
+                if restored is None or restored[1]["next_batch"] == gone_back_to:
+                    raise health.report(bad, restored is not None)
+                state, gone_back_to = restored[0], restored[1]["next_batch"]
+                number = last_step = bad
+                last_time = time.perf_counter()
+                train_iterator.set_state({"next_batch": bad})
+                health.went_back(bad, gone_back_to)
+                bar.n = bad
+                continue
+            if logs:
+                window, counts = health.window()
+                values = merge(window)
                 check_finite(values, last_step, number)
                 seconds = (time.perf_counter() - last_time) / (number - last_step)
-                values |= {
+                values |= counts | {
                     "seconds_per_step": seconds,
                     "examples_per_second": program.examples(batch) * share[1] / seconds,
                     "mfu": work / seconds / peak,
@@ -134,27 +233,31 @@ def train(config: ConfigDict, workdir: Path, make_sampler: Callable[..., Sampler
                 }
                 writer.scalars(number, {f"train/{k}": v for k, v in values.items()})
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in program.weights if k in values}, refresh=False)
-                pending = []
-            if evaluate and (_due(number, config.log.evaluate_every) or last):
-                with clock("evaluation"):
-                    held_out = evaluate(state)
-                check_finite(held_out, number, number)
-                writer.scalars(number, {f"val/{k}": v for k, v in held_out.items()})
-            if sampler and (_due(number, config.log.samples_every) or last):
-                with clock("samples"), jax.transfer_guard("allow"):
-                    writer.picture(number, "samples", sampler(state, run / "samples" / f"{number:07d}.png"))
-            if _due(number, config.log.checkpoint_every) or last or stopping:
-                check_finite(merge(pending), last_step, number)  # a saved state replaces a good one
+            owed = False
+            if aside and not stopping:
+                stopping = owed = not look_aside(number, last)
+            elif aside:
+                owed = True
+            save_is_due |= stopping
+            # In the midst of bad steps the checkpoint from before them stays, unless the run ends here.
+            if save_is_due and (not health.in_a_row or last or stopping):
+                check_finite(health.since(), last_step, number)  # a saved state replaces a good one
+                position = train_iterator.get_state()
+                if health.in_a_row:
+                    position["skipped_in_a_row"] = health.in_a_row
+                if owed:
+                    _owe(run, number)
                 with clock("checkpoint"):
-                    checkpoints.save(number, state, train_iterator.get_state())
-            if not pending:
+                    saver.save(number, state, position, last=last or stopping)
+                save_is_due = False
+            if logs:
                 last_step, last_time = number, time.perf_counter()
-            if stopping and not last:
-                break
     if train_iterator.broken:
         log.warning("%s: %s", config.name, train_iterator.report())
-    if finished_step(run) < config.steps:
-        raise KeyboardInterrupt
+    if trouble := saver.summary():
+        log.warning("%s: %s", config.name, trouble)
+    if finished_step(run) < config.steps or _owed(run):
+        raise Preempted
 
 
 def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -197,47 +300,46 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, tokenize
     return parts
 
 
-def _evaluation(
-    config: ConfigDict, tokenizer: Any, program: Any, trainer: Trainer, workdir: Path, share: tuple[int, int]
-) -> Callable[[State], dict[str, float]] | None:
+class HeldOut:
     """Losses on held-out data: the same batches every time."""
-    if not config.data.evaluate:
-        return None
-    step = trainer.evaluate_step()
-    iterator = input.evaluate_iterator(config, tokenizer, program, workdir, share)
 
-    def evaluate(state: State) -> dict[str, float]:
-        iterator.set_state({"next_batch": 0})
-        values = merge([step(state, trainer.put(batch)) for batch in iterator])
-        iterator.close()
-        return values
+    def __init__(self, trainer: Trainer, iterator: Any) -> None:
+        self._trainer, self._iterator, self._step = trainer, iterator, trainer.evaluate_step()
 
-    return evaluate
+    def __call__(self, state: State, number: int, events: Events, stop: Stop) -> dict[str, float] | None:
+        """The losses after step `number`, without batches whose losses are not finite: those are reported, and counted
+        as `skipped`. None if the run is to stop before they are known."""
+        self._iterator.set_state({"next_batch": 0})
+        measured = []
+        with closing(self._iterator):
+            for batch in self._iterator:
+                measured.append(self._step(state, self._trainer.put(batch)))
+                if stop.reached():
+                    return None
+        measured = jax.device_get(measured)
+        bad = {b: found for b, m in enumerate(measured) if (found := not_finite(m))}
+        for b, found in bad.items():
+            events.report(number, "held_out", f"held-out batch {b + 1}", found, lambda b=b: self._iterator.names(b))
+        values = merge([m for b, m in enumerate(measured) if b not in bad])
+        return values | ({"skipped": float(len(bad))} if bad else {})
 
 
 def _due(number: int, every: int) -> bool:
     return bool(every) and number % every == 0
 
 
-@contextmanager
-def _signals() -> Iterator[Callable[[int], bool]]:
-    """Whether the run was asked to stop: it then saves and stops after the current step.
-
-    With several processes any one may get the signal: JAX's own handler for SIGTERM makes them agree on a step.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+# A run that was stopped in the midst of an evaluation has saved the step, and owes the evaluation.
+def _owed(run: Path) -> int:
     try:
-        yield lambda step: bool(asked)
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
+        return int((run / "owed").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _owe(run: Path, step: int | None) -> None:
+    if primary():
+        with reported(run.name, "the note of an evaluation that is to be made up"):
+            if step is None:
+                (run / "owed").unlink(missing_ok=True)
+            else:
+                write_atomic(run / "owed", str(step))

@@ -1,8 +1,11 @@
 """What a run measures: averages taken on the device, written as JSON lines and, on request, for TensorBoard."""
 
 import contextlib
+import errno
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +18,8 @@ from clu.metrics import Average
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import write_atomic
 from pisces_jax.utils.processes import primary
+
+log = logging.getLogger(__name__)
 
 
 def merge(parts: Sequence[Mapping[str, Average]]) -> dict[str, float]:
@@ -79,6 +84,7 @@ class Writer:
 
     def __init__(self, run: Path, step: int, *, tensorboard: bool) -> None:
         self._path = run / "metrics.jsonl"
+        self._unwritten: list[str] = []
         self._summary: Any = None
         self._writes = primary()
         if not self._writes:
@@ -99,8 +105,8 @@ class Writer:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self._writes:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
+        self._unwritten.append(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
+        self._write()
         if self._summary is not None:
             self._summary.write_scalars(step, dict(values))
 
@@ -108,7 +114,28 @@ class Writer:
         if self._summary is not None:
             self._summary.write_images(step, {name: image[None]})
 
+    def _write(self) -> None:
+        """Appends the lines so far, all or none: where the disk refuses, they wait for the next time."""
+        size = None
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                size = file.tell()
+                whole = "".join(self._unwritten).encode()
+                if file.write(whole) != len(whole):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten = []
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                if size is not None:
+                    os.truncate(self._path, size)
+            if len(self._unwritten) == 1:
+                log.warning("%s cannot be written (%s): its lines wait", self._path, error.strerror)
+
     def close(self) -> None:
+        if self._unwritten:
+            self._write()
+        if self._unwritten:
+            log.warning("%s could not be written: its last %d lines are lost", self._path, len(self._unwritten))
         if self._summary is not None:
             self._summary.close()
 

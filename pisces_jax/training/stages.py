@@ -1,6 +1,7 @@
 """The stages of a config in order: all are checked first, then each is trained from its latest checkpoint."""
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from pisces_jax.training import flops, optimizer
 from pisces_jax.training.checkpoints import is_finished
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.config_files import Stages
-from pisces_jax.training.loop import Sampler, train
+from pisces_jax.training.loop import NOTHING_ELSE, Options, Sampler, train
 from pisces_jax.training.programs import make_program
 from pisces_jax.utils import cli, processes
 from pisces_jax.utils.errors import UserError
@@ -22,8 +23,12 @@ from pisces_jax.utils.files import write_atomic
 from pisces_jax.weights.folder import Folder
 from pisces_jax.weights.sources import is_folder
 
+log = logging.getLogger(__name__)
 
-def train_stages(stages: Stages, workdir: Path, make_sampler: Callable[..., Sampler]) -> dict[str, float]:
+
+def train_stages(
+    stages: Stages, workdir: Path, make_sampler: Callable[..., Sampler], options: Options = NOTHING_ELSE
+) -> dict[str, float]:
     """Trains all stages that are not finished; returns the seconds that each took, interruptions included.
 
     Raises:
@@ -35,7 +40,7 @@ def train_stages(stages: Stages, workdir: Path, make_sampler: Callable[..., Samp
             taken = [seconds_of(workdir / c.name) for c in list(stages.values())[:i]]
             cli.say(f"stage {i + 1} of {len(stages)}: {name}, {config.steps} steps{_outlook(taken, work)}")
         with _Stopwatch(workdir / config.name):
-            train(config, workdir, make_sampler)
+            train(config, workdir, make_sampler, options)
     return {name: seconds_of(workdir / config.name) for name, config in stages.items()}
 
 
@@ -103,7 +108,10 @@ class _Stopwatch:
     def __exit__(self, *_: object) -> None:
         if processes.primary() and not self._finished and (self._run / "config.json").exists():
             seconds = seconds_of(self._run) + time.perf_counter() - self._start
-            write_atomic(self._run / "seconds.json", json.dumps({"seconds": round(seconds, 1)}))
+            try:
+                write_atomic(self._run / "seconds.json", json.dumps({"seconds": round(seconds, 1)}))
+            except OSError as error:  # it matters for nothing but what is said of the time
+                log.warning("%s cannot be written: %s", error.filename, error.strerror)
 
 
 def seconds_of(run: Path) -> float:

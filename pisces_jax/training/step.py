@@ -21,6 +21,7 @@ from pisces_jax.training.programs.base import Batch, Program
 from pisces_jax.utils.errors import UserError
 
 Metrics = dict[str, Average]
+SKIPPED = "skipped/"  # metrics of this prefix: for each loss and the gradient's norm, whether it was not finite
 
 
 @flax.struct.dataclass
@@ -103,6 +104,15 @@ class Trainer:
         """(state, batch) -> losses, with the averaged weights where there are any."""
         return self._jit(self._evaluate, out=None)
 
+    def forward(self, state: State, batch: Batch) -> Metrics:
+        """The losses of a batch with the weights that train, traced anew (`find_nan`)."""
+        counts = self.program.counts(batch)
+        return jax.jit(lambda s, b: self._objective(s.trained, s.frozen, b, counts)[1])(state, batch)
+
+    def gradient(self, state: State, batch: Batch) -> Any:
+        """The gradient of a batch, as the step takes it."""
+        return jax.jit(lambda s, b: self._gradient(s, b)[0], out_shardings=self.shardings.trained)(state, batch)
+
     def _jit(self, function: Any, out: Any, **kwargs: Any) -> Step:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         out = jax.tree.map(lambda s: replicated if s is None else s, out, is_leaf=lambda s: s is None)
@@ -153,6 +163,9 @@ class Trainer:
         return jax.lax.scan(add, zeros, micro)[0]
 
     def _train(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """One update. Where a loss or the gradient is not finite, the state stays as it was, bit for bit and its step
+        too, and the metrics say so (`SKIPPED`) and nothing else.
+        """
         gradients, metrics = self._gradient(state, batch)
         with jax.named_scope("optimizer"):
             updates, opt = self.optimizer.update(gradients, state.optimizer, state.trained)
@@ -164,7 +177,17 @@ class Trainer:
         for name, tree in (("gradient", gradients), ("parameter", trained), ("update", updates)):
             metrics[f"norm/{name}"] = _value(optax.global_norm(tree))
         metrics["learning_rate"] = _value(self.schedule(state.step))
-        return dataclasses.replace(state, step=state.step + 1, trained=trained, ema=ema, optimizer=opt), metrics
+
+        # All of these are sums over the whole batch already: no further collective.
+        decisive = [*(k for k, weight in self.program.weights.items() if weight), "norm/gradient"]
+        finite = {k: jnp.isfinite(metrics[k].total) for k in decisive}
+        good = jnp.stack(list(finite.values())).all()
+        before = state.step, state.trained, state.ema, state.optimizer
+        after = state.step + 1, trained, ema, opt
+        step, trained, ema, opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+        metrics = jax.tree.map(lambda x: jnp.where(good, x, 0), metrics)  # averages of nothing
+        metrics |= {f"{SKIPPED}{k}": _value(~ok) for k, ok in finite.items()}
+        return dataclasses.replace(state, step=step, trained=trained, ema=ema, optimizer=opt), metrics
 
     def _evaluate(self, state: State, batch: Batch) -> Metrics:
         trained = state.ema if state.ema else state.trained

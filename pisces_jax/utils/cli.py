@@ -90,6 +90,13 @@ def add_process_flags(parser: Parser) -> None:
     parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address of process 0 of several")
     parser.add_argument("--processes", type=whole_number(1), default=0, help="number of processes of the run")
     parser.add_argument("--process", type=whole_number(0), default=-1, help="index of this process, from 0")
+    parser.add_argument(
+        "--meet_seconds", type=whole_number(1), default=300, metavar="N", help="how long they wait for each other"
+    )
+    parser.add_argument(
+        "--silent_seconds", type=whole_number(2), default=10, metavar="N",
+        help="one that is not heard of for so long counts as gone, and the others end",
+    )  # fmt: skip
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -128,6 +135,8 @@ def start() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # replaces absl's handler
     absl_logging.set_verbosity(absl_logging.ERROR)
+    # Its background threads show a traceback of every save that storage refuses, which `training/saving.py` reports.
+    absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     warnings.filterwarnings("ignore", module="orbax")
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None and (cache := files.user_cache("xla")) is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache))

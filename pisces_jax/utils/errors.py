@@ -3,9 +3,20 @@
 import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+# Exit statuses (docs/launch.md). From 75 on, the same command continues: 75 is EX_TEMPFAIL of sysexits.h.
+FAILED, PREEMPTED, STUCK, LOST = 1, 75, 76, 77
+AGAIN = "run the same command again to continue"
+
+
+class Preempted(KeyboardInterrupt):
+    """A run was asked to stop, and has saved."""
 
 
 class UserError(Exception):
@@ -47,28 +58,64 @@ def listed(items: Sequence[object], most: int = 8, separator: str = ", ") -> str
 def run_command(main: Callable[[], None]) -> None:
     """Runs `main`; a `UserError` becomes one line on standard error and exit status 1, without a traceback.
 
-    So does what the machine refuses (`refusal`), wherever it shows.
+    So does what the machine refuses (`refusal`), wherever it shows. A process of several tells the others why it ends.
     """
     _prepare_output()
     try:
         main()
+        if goodbye is not None:
+            goodbye()
     except UserError as error:
-        _fail(str(error))
+        _end(FAILED, f"error: {error}")
     except OSError as error:
         if (words := refusal(error)) is None:
-            raise
-        _fail(words)
+            _fail_with_traceback(error)
+        _end(FAILED, f"error: {words}")
+    except Preempted:
+        print(f"interrupted: {AGAIN}", file=sys.stderr)
+        if goodbye is not None:
+            goodbye()
+        sys.exit(PREEMPTED)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+        _end(130, f"interrupted: {AGAIN}")
+    except Exception as error:
+        _fail_with_traceback(error)
     finally:
         with contextlib.suppress(OSError), reader_may_leave():
             sys.stdout.flush()
 
 
-def _fail(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(1)
+# Tells the other processes of a run that this one ends, with its exit status and a sentence; None: there are no others.
+farewell: Callable[[int, str], None] | None = None
+goodbye: Callable[[], None] | None = None  # waits for them, where all have come to an end
+hanging = False  # a thread of this process waits for storage that never answers: it must not wait for that thread
+
+
+def leave(status: int, sentence: str) -> NoReturn:
+    """Ends the process at once, from any thread, whatever the others do: its workers, too. It unwinds nothing."""
+    with contextlib.suppress(Exception):
+        print(sentence, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    with contextlib.suppress(Exception):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if farewell is not None:
+            farewell(status, sentence.removeprefix("error: "))
+    os._exit(status)
+
+
+def _end(status: int, sentence: str) -> NoReturn:
+    if farewell is not None or hanging:  # Python's own end would wait
+        leave(status, sentence)
+    print(sentence, file=sys.stderr)
+    sys.exit(status)
+
+
+def _fail_with_traceback(error: Exception) -> NoReturn:
+    if farewell is None and not hanging:
+        raise error
+    traceback.print_exception(error)
+    leave(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def _prepare_output() -> None:

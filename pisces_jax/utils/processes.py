@@ -9,7 +9,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from pisces_jax.utils import companions
 from pisces_jax.utils.errors import UserError
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
@@ -20,7 +22,9 @@ METADATA_ATTEMPTS = 3
 METADATA_SECONDS = 2.0  # per attempt
 
 
-def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+def start(
+    coordinator: str = "", processes: int = 0, process: int = -1, meet_seconds: int = 300, silent_seconds: int = 10
+) -> None:
     """Connects this process to the others of its run. Call it before anything else uses JAX.
 
     Without arguments, SLURM, GKE or a Cloud TPU VM's metadata say whether there are others, and JAX finds them. On any
@@ -30,25 +34,38 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
         coordinator: host:port of process 0.
         processes: number of processes.
         process: index of this one, from 0.
+        meet_seconds: how long the processes wait for each other at the start.
+        silent_seconds: a process that has not been heard of for so long counts as gone, and the others end.
 
     Raises:
         UserError: the arguments are incomplete, or the processes do not find each other.
     """
     import jax
+    from jax.experimental import multihost_utils
 
     given = (bool(coordinator), processes > 0, process >= 0)
     if any(given) and not all(given):
         raise UserError("--coordinator, --processes and --process belong together: give all three, or none")
+    # Signals are ours (`stopping`). JAX's own heartbeat stays behind ours (`companions`), which can say what happened.
+    jax.config.update("jax_enable_preemption_service", False)
+    limits = dict(
+        initialization_timeout=meet_seconds, heartbeat_timeout_seconds=max(30, 3 * silent_seconds),
+        shutdown_timeout_seconds=companions.SHUTDOWN,
+    )  # fmt: skip
     try:
         if all(given):
             if process >= processes:
                 raise UserError(f"--process={process} must be less than --processes={processes}")
-            jax.distributed.initialize(coordinator, processes, process)
+            jax.distributed.initialize(coordinator, processes, process, **limits)
         elif _several():
-            jax.distributed.initialize()
+            jax.distributed.initialize(**limits)
     except (RuntimeError, ValueError) as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(f"the processes of this run did not find each other: {words}") from error
+    # JAX has no public name for its client of the coordination service.
+    state: Any = multihost_utils.distributed.global_state
+    if jax.distributed.is_initialized():
+        companions.join(state.client, state.process_id, state.num_processes, silent_seconds)
 
 
 def _several() -> bool:

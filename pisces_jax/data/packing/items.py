@@ -105,6 +105,21 @@ class Items(abc.ABC):
         """Item `i`. An example that turns out to be broken is masked."""
 
     @abc.abstractmethod
+    def places(self, i: int) -> list[tuple[int, int]]:
+        """The examples of item `i`: the number of the source, and the example's number there."""
+
+    def names(self, i: int) -> list[str]:
+        """The examples of item `i` as a user finds them: the source's name and number, and the example's key."""
+        named = []
+        for s, index in self.places(i):
+            try:
+                key = self.entries[s].source[index].key
+            except UserError as error:
+                key = reason_of(error)
+            named.append(f"{self.entries[s].name}[{index}] {key}")
+        return named
+
+    @abc.abstractmethod
     def empty(self) -> Item:
         """An item without examples."""
 

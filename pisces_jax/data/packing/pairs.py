@@ -79,6 +79,9 @@ class Pairs(Items):
         (source,), (index,) = self._mixture.at(epoch, np.array([place]))
         return int(source), int(index)
 
+    def places(self, i: int) -> list[tuple[int, int]]:
+        return [self.member(i)]
+
     def make(self, i: int) -> Made:
         source, index = self.member(i)
         entry, pair = self.entries[source], self.empty()

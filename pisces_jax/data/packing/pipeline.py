@@ -112,6 +112,12 @@ class BatchIterator(Iterator[Batch]):
             raise UserError(f"{self.report()}: fix them or raise data.max_broken (now {self._max_broken:g})")
         return batch
 
+    def names(self, b: int) -> list[str]:
+        """The examples of batch `b`, of all processes, as `Items.names` gives them."""
+        source = self._source
+        numbers = range(b * source.batch_size, (b + 1) * source.batch_size)
+        return [name for i in numbers if source.end is None or i < source.end for name in source.items.names(i)]
+
     def report(self) -> str:
         """How many examples were masked, by reason, with the first keys of each."""
         reasons: dict[str, list[str]] = {}

@@ -88,6 +88,10 @@ class PackedGroups(Items):
         """The examples of group `i`."""
         return self._epochs.members(*self.locate(i))
 
+    def places(self, i: int) -> list[tuple[int, int]]:
+        members = self.members(i)
+        return list(zip(members.source.tolist(), members.example.tolist(), strict=True))
+
     def fill(self) -> Fill:
         """Shares of an epoch's tokens and picture slots that are in use, broken examples included."""
         layout = self.layout

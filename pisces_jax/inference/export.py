@@ -5,9 +5,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pisces_jax.inference.model import find_run
-from pisces_jax.training.checkpoints import load_part, read_config
+from pisces_jax.training.checkpoints import load_part
 from pisces_jax.training.config import decoder_run, part_settings
 from pisces_jax.training.programs import program_class
+from pisces_jax.training.run_folder import read_config
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError

@@ -23,8 +23,9 @@ from pisces_jax.models.dit import DiT
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
-from pisces_jax.training.checkpoints import is_finished, load_part, read_config
+from pisces_jax.training.checkpoints import load_part
 from pisces_jax.training.programs import program_class
+from pisces_jax.training.run_folder import is_finished, read_config
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 

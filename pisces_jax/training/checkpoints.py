@@ -1,9 +1,7 @@
-"""A run's folder: its config, its checkpoints (Orbax), and weights taken from other runs.
+"""Checkpoints of a run (Orbax), and weights taken from other runs.
 
-    WORKDIR/tokenizer.model
-    WORKDIR/NAME/config.json            the run's config; a folder without it is not a run
-    WORKDIR/NAME/metrics.jsonl
-    WORKDIR/NAME/checkpoints/STEP/      state (what the run changes) and iterator (its position)
+    WORKDIR/NAME/checkpoints/STEP/      state (what the run changes), iterator (its position), a copy of config.json and
+                                        the manifest of all these files (`steps.py`)
 
 A checkpoint holds what its run trains. Frozen parts are read again from the run or folder named in `config.init_from`.
 """
@@ -11,8 +9,12 @@ A checkpoint holds what its run trains. Frozen parts are read again from the run
 import dataclasses
 import hashlib
 import json
+import logging
+import math
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,139 +23,51 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from pisces_jax.training import optimizer
+from pisces_jax.training import optimizer, steps
 from pisces_jax.training.config import part_settings
-from pisces_jax.training.old_configs import upgrade
+from pisces_jax.training.run_folder import is_finished, read_config
 from pisces_jax.training.step import State
+from pisces_jax.training.steps import finished_step, folder_of
 from pisces_jax.training.tokenizer import load_tokenizer
+from pisces_jax.utils import manifests
 from pisces_jax.utils.errors import UserError
-from pisces_jax.utils.files import write_atomic
-from pisces_jax.utils.processes import primary, primary_first
+from pisces_jax.utils.files import synchronize
+from pisces_jax.utils.processes import barrier, primary
 from pisces_jax.utils.units import gib
 from pisces_jax.weights.folder import part_shapes, read_source
 from pisces_jax.weights.sources import folder_mark, is_folder
 
-# Keys that may differ between a run and its continuation: none of them changes its numbers.
-_FREE_KEYS = ("log", "limits", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
-
-
-# Keys that a user may change in a run that goes on (`--allow_changes`): the state keeps its shape.
-CHANGEABLE = (
-    *(f"optimizer.{k}" for k in ("learning_rate", "warmup_steps", "final_rate", "b1", "b2", "eps", "clip")),
-    "steps", "loss", "data.leave_out",
-)  # fmt: skip
-
-
-def check_run(workdir: Path, config: ConfigDict, allowed: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """Checks that this run may be started or continued in its folder; writes nothing.
-
-    Args:
-        allowed: keys that may differ from the run's own config.
-
-    Returns:
-        By key the values before and now of those that do.
-
-    Raises:
-        UserError: the folder cannot be used, holds other files, or a run of another config.
-    """
-    run = workdir / config.name
-    try:
-        held = any(run.iterdir()) if run.exists() else False
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
-    if not (run / "config.json").exists():
-        if held:
-            raise UserError(f"{run} holds files that are not a run: choose another --workdir")
-        return {}
-    before, now = json.loads(read_config(run).to_json()), json.loads(config.to_json())
-    changed = [key for key in sorted(_differences(before, now)) if not _below(key, _FREE_KEYS)]
-    if refused := [key for key in changed if not _below(key, allowed)]:
-        may = ", or allow the change (--allow_changes)" if all(_below(key, CHANGEABLE) for key in refused) else ""
-        raise UserError(
-            f"{run} holds a run with another config ({', '.join(refused[:5])}): continue it with its own "
-            f"config, or choose another --workdir{may}"
-        )
-    return {key: (_value(before, key), _value(now, key)) for key in changed}
-
-
-def _below(key: str, keys: Sequence[str]) -> bool:
-    return any(key == k or key.startswith(f"{k}.") for k in keys)
-
-
-def _value(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
-
-
-def open_run(workdir: Path, config: ConfigDict, allowed: Sequence[str] = ()) -> Path:
-    """The folder of this run, checked by `check_run`, with its config written."""
-    run = workdir / config.name
-    with primary_first("open_run"):
-        changed = check_run(workdir, config, allowed)
-        if primary() and (changed or not (run / "config.json").exists()):
-            try:
-                write_atomic(run / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
-            except OSError as error:
-                raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
-    return run
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return [
-            name
-            for key in {*a, *b}
-            for name in _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if a == b else [prefix]
-
-
-def read_config(run: Path) -> ConfigDict:
-    """The config that a run was started with, with today's keys (`old_configs`).
-
-    Raises:
-        UserError: the folder is not a run.
-    """
-    try:
-        return upgrade(json.loads((run / "config.json").read_text()))
-    except FileNotFoundError as error:
-        raise UserError(f"{run} is not a run: give the --workdir of a finished training") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run / 'config.json'} cannot be read: {error}") from error
-
-
-def finished_step(run: Path) -> int:
-    """The step of the latest complete checkpoint, or 0."""
-    folder = run / "checkpoints"
-    return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0) if folder.exists() else 0
-
-
-def is_finished(run: Path) -> bool:
-    return (run / "config.json").exists() and finished_step(run) >= read_config(run).steps
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
     """Saves and restores the state of one run together with the position of its input.
 
+    A step is whole or not there: Orbax writes it under another name, then all its files are hashed, then it is renamed.
+
     Args:
-        keep: how many checkpoints stay.
+        keep: how many of the last steps stay, or which (`steps.Keep`).
         measured: frozen parts that the run measured itself (`Program.measured`): they are saved too.
     """
 
-    def __init__(self, run: Path, keep: int, measured: Sequence[str] = ()) -> None:
-        self.measured = measured
+    def __init__(self, run: Path, keep: int | steps.Keep, measured: Sequence[str] = ()) -> None:
+        self._run, self.measured = run, measured
+        self._keep = keep if isinstance(keep, steps.Keep) else steps.Keep(keep)
         self._folder = (run / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        )
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._commit: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        if primary():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            steps.set_aside_interrupted(self._folder)
 
     def save(self, step: int, state: State, iterator: Mapping[str, Any]) -> None:
-        """Saves in the background; `close` waits for it.
+        """Saves in the background; `wait` and `close` wait for it. Raises what went wrong with the save before.
 
         Raises:
             UserError: the disk is too full.
         """
+        self.wait()
         changed = self._changed(state)
         size = sum(x.nbytes for x in jax.tree.leaves(changed))
         free = shutil.disk_usage(self._folder).free
@@ -163,37 +77,99 @@ class Checkpoints:
                 "free some space and run the same command again"
             )
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(changed), iterator=ocp.args.JsonSave(dict(iterator)))
-        self._manager.save(step, args=args)
+        saving = self._folder / f"{step}.saving"
+        self._orbax.save(saving, args=args, force=True)
+        self._commit = threading.Thread(target=self._finish, args=(step, saving), name="checkpoint")
+        self._commit.start()
+
+    def _finish(self, step: int, saving: Path) -> None:
+        """Waits until all processes have written their files, then makes the step appear."""
+        try:
+            self._orbax.wait_until_finished()
+            if primary():
+                if (self._run / steps.CONFIG).exists():
+                    shutil.copyfile(self._run / steps.CONFIG, saving / steps.CONFIG)
+                manifests.write_manifest(saving, {"step": step})
+                os.rename(saving, folder_of(self._run, step))
+                synchronize(self._folder)
+                steps.delete_others(self._run, self._keep)
+        except BaseException as error:  # for the thread that saves next
+            self._failure = error
+
+    def saving(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._commit is not None and self._commit.is_alive()
+
+    def failure(self) -> BaseException | None:
+        """What went wrong with the last save, once; None while it is being written, and where nothing did."""
+        failed, self._failure = self._failure, None
+        return failed
+
+    def wait(self) -> None:
+        """Returns when the last save is finished; raises what went wrong with it."""
+        if self._commit is not None:
+            self._commit.join()
+            self._commit = None
+        if (failed := self.failure()) is not None:
+            raise failed
 
     def restore(self, state: State) -> tuple[State, dict[str, Any]] | None:
-        """The latest checkpoint, laid out as `state` (arrays, or abstract ones with shardings); None without one."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        """The newest step that is what was written, with its data position; None without one.
+
+        Arrays go from storage into the shards of `state`, which are arrays or abstract ones with shardings; frozen
+        parts are those of `state`. Damaged steps are said and set aside.
+        """
+        self.wait()
+        while step := steps.of_first_process(next(iter(steps.saved_steps(self._run)), 0)):
+            folder, words = folder_of(self._run, step), ""
+            with steps.quietly():
+                try:
+                    return self._read(folder, state)
+                except steps.Damaged as error:
+                    words = str(error)
+            steps.set_aside(folder, words)
+            barrier("set aside")
+            left = steps.of_first_process(finished_step(self._run))
+            if primary():
+                begin = f"from step {left}" if left else "from the start: there is no other checkpoint"
+                log.warning("%s goes on %s", self._run, begin)
+        return None
+
+    def _read(self, folder: Path, state: State) -> tuple[State, dict[str, Any]]:
         target = self._changed(state)
-        args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=args, iterator=ocp.args.JsonRestore()))
-        values = restored["state"]
+        with steps.verified(folder):
+            values = read_arrays(folder / "state", target)
+            position = json.loads((folder / "iterator" / "metadata").read_text())
         frozen = {**state.frozen, **values.pop("measured", {})}
-        return dataclasses.replace(state, ema=values.pop("average"), frozen=frozen, **values), restored["iterator"]
+        return dataclasses.replace(state, ema=values.pop("average"), frozen=frozen, **values), position
 
     def _changed(self, state: State) -> dict[str, Any]:
         # "average": the name on disk since the first checkpoints.
         changed = {"step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer}
         return changed | ({"measured": {part: state.frozen[part] for part in self.measured}} if self.measured else {})
 
-    def saving(self) -> bool:
-        """Whether a save is under way in the background."""
-        return self._manager.is_saving_in_progress()
-
-    def wait(self) -> None:
-        """Waits for the save in the background, and raises what it raised."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the last save; raises what went wrong with it."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+
+def read_arrays(path: Path, target: Any, *, partial: bool = False) -> Any:
+    """The arrays of an Orbax folder, straight into the shards of `target`: arrays, or abstract ones with shardings.
+
+    Beside the result, little memory is used: the size of its largest array, or a twentieth of the whole.
+
+    Args:
+        partial: `target` has some of the arrays only.
+    """
+    sizes = [math.prod(x.shape) * max(x.dtype.itemsize, 4) for x in jax.tree.leaves(target)]
+    at_once = max(sum(sizes) / 20, 1.1 * max(sizes, default=0), 2**20) / 1e9
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=at_once)) as orbax:
+        args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=partial)
+        return orbax.restore(path, args=args)
 
 
 def part_mark(workdir: Path, name: str, part: str) -> str:
@@ -218,43 +194,96 @@ def _finished(workdir: Path, name: str) -> tuple[ConfigDict, int]:
     run = workdir / name
     config = read_config(run)
     if not is_finished(run):
-        raise UserError(f"{run} is not finished ({finished_step(run)} of {config.steps} steps): train it first")
+        flaws = {step: steps.flaw(folder_of(run, step)) for step in steps.saved_steps(run)}
+        damaged = "".join(f"; checkpoint {step} is damaged: {words}" for step, words in flaws.items() if words)
+        done = f"{finished_step(run)} of {config.steps} steps{damaged}"
+        raise UserError(f"{run} is not finished ({done}): train it first")
     return config, finished_step(run)
 
 
-def load_part(workdir: Path, name: str, part: str) -> Any:
-    """The weights of `part` as run `name` left them, as host arrays: trained there (their average, where the run keeps
-    one), or where the run itself took them from.
+def load_part(
+    workdir: Path, name: str, part: str, like: Mapping[str, Any] | None = None, only: Collection[str] | None = None
+) -> Any:
+    """The weights of `part` as run `name` left them: trained there (their average, where the run keeps one), or where
+    the run itself took them from.
+
+    Args:
+        like: the part's tree as abstract arrays with shardings: each shard is then read where it belongs, in the dtype
+            of `like`. Without it, whole arrays are read into the host's memory.
+        only: with `like`, the names of the parameters to read.
 
     Raises:
-        UserError: the run is missing or unfinished, or has no such part.
+        UserError: the run is missing, unfinished or damaged, has no such part, or `like` has other shapes.
     """
     config, step = _finished(workdir, name)
-    run = workdir / name
-    path = run.absolute() / "checkpoints" / str(step) / "state"
-    checkpointer = ocp.PyTreeCheckpointer()
-    tree = checkpointer.metadata(path).item_metadata.tree
-    which = "measured" if part in tree.get("measured", {}) else "average" if tree.get("average") else "trained"
-    kept = tree[which]
-    flat: dict[str, Any] = {}
-    if part in kept:
-        wanted = {which: {part: kept[part]}}
-        # As NumPy arrays: with their saved shardings they could be restored on as many devices only.
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        got = checkpointer.restore(
-            path, args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        )
-        flat = optimizer.flatten(got[which][part])
-    if source := config.init_from.get(part, ""):
+    run, folder = workdir / name, folder_of(workdir / name, step)
+    source = config.init_from.get(part, "")
+    goal = None if like is None else optimizer.flatten(like)
+    names = goal if only is None else only
+    words = None
+    with steps.quietly():
+        try:
+            with steps.verified(folder):
+                flat, held, parts = _read_held(run, folder / "state", part, goal, names, alone=not source)
+        except steps.Damaged as error:
+            words = str(error)
+    if words is not None:
+        raise UserError(_without(run, folder, words))
+    if source:
         tokenizer = load_tokenizer(config, workdir) if part == "language_model" else None
         settings = part_settings(config, part, tokenizer.vocab_size if tokenizer else 0)
         # Of a part that was trained in part, the frozen parameters come from where the run took them.
-        if settings is None or set(flat) != set(optimizer.flatten(part_shapes(settings))):
+        if goal is None:
+            lacking = None
+            complete = settings is not None and held == set(optimizer.flatten(part_shapes(settings)))
+        else:
+            assert names is not None
+            lacking = set(names) - held
+            complete = not lacking
+        if not complete:
             if is_folder(source):
-                start = read_source(source, settings, part, tokenizer.own_size if tokenizer else None)
+                start = read_source(source, settings, part, tokenizer.own_size if tokenizer else None, like, lacking)
             else:
-                start = load_part(workdir, source, part)
+                start = load_part(workdir, source, part, like, lacking)
             flat = {**optimizer.flatten(start), **flat}
-    if not flat:
-        raise UserError(f"{run} has no part {part!r}: it trained {', '.join(kept)}")
+    if not flat and not held:
+        raise UserError(f"{run} has no part {part!r}: it trained {', '.join(parts)}")
     return optimizer.unflatten(flat)
+
+
+def _read_held(
+    run: Path, path: Path, part: str, goal: Mapping[str, Any] | None, names: Collection[str] | None, *, alone: bool
+) -> tuple[dict[str, Any], set[str], list[str]]:
+    """The parameters of `part` that a checkpoint has: those read, by name; the names of all; the parts that it has.
+
+    Raises:
+        UserError: their shapes are not those of `goal`, or (`alone`) some of `names` are missing.
+    """
+    tree = ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
+    which = "measured" if part in tree.get("measured", {}) else "average" if tree.get("average") else "trained"
+    held = optimizer.flatten(tree[which].get(part, {}))
+    if goal is None:
+        # As NumPy arrays: with their saved shardings they could be restored on as many devices only.
+        targets = {name: np.broadcast_to(np.zeros((), each.dtype), each.shape) for name, each in held.items()}
+    else:
+        needed = {*held, *(names or ())} if alone and held else set(held)
+        pairs = [
+            (k, getattr(held.get(k), "shape", "missing"), getattr(goal.get(k), "shape", "nothing")) for k in needed
+        ]
+        if wrong := [f"{part}/{k} {a} for {b}" for k, a, b in sorted(pairs) if a != b]:
+            raise UserError(f"{run} does not fit model.{part}: {'; '.join(wrong)}")
+        targets = {name: goal[name] for name in held if names is None or name in names}
+    if not targets:
+        return {}, set(held), list(tree[which])
+    got = read_arrays(path, {which: {part: optimizer.unflatten(targets)}}, partial=True)
+    return optimizer.flatten(got[which][part]), set(held), list(tree[which])
+
+
+def _without(run: Path, folder: Path, words: str) -> str:
+    """Sets a damaged step of a finished run aside, where that can be; returns what the user is to do."""
+    try:
+        place = f"is set aside as {steps.set_aside(folder, words)}"
+    except OSError as error:
+        place = f"is not used (and cannot be set aside: {error.strerror})"
+    barrier("set aside")
+    return f"{folder} is damaged ({words}) and {place}: train {run.name} again, from its newest whole checkpoint"

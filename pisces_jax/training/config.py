@@ -131,7 +131,9 @@ def run_config(**changes: Any) -> ConfigDict:
                 evaluate_every=0,
                 evaluate_batches=4,
                 checkpoint_every=0,  # 0: at the end alone
-                keep=1,
+                keep=2,  # the last checkpoints; where the newest is damaged, the run goes on from the one before
+                keep_every=0,  # checkpoints of multiples of so many steps stay too; 0: none
+                keep_best="",  # a name in metrics.jsonl, as val/text: the checkpoint with its lowest value stays too
                 samples_every=0,
                 samples=8,
                 tensorboard=False,

@@ -17,20 +17,22 @@ from tqdm import tqdm
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.sharding import batch_share, make_mesh
 from pisces_jax.training import flops, input, optimizer
-from pisces_jax.training.checkpoints import Checkpoints, check_run, finished_step, is_finished, load_part, open_run
+from pisces_jax.training.checkpoints import Checkpoints, load_part
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.find_nan import first_not_finite
 from pisces_jax.training.health import Events, Health, not_finite, skipped
 from pisces_jax.training.metrics import Clock, Writer, check_finite, merge
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.base import check_batch
+from pisces_jax.training.run_folder import check_run, is_finished, locked, open_run
 from pisces_jax.training.saving import Saver, reported
 from pisces_jax.training.step import State, Trainer, make_trainer
+from pisces_jax.training.steps import Keep, finished_step, of_first_process, saved_steps
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.cli import say
 from pisces_jax.utils.errors import Preempted, UserError
 from pisces_jax.utils.files import write_atomic
-from pisces_jax.utils.processes import primary
+from pisces_jax.utils.processes import barrier, primary
 from pisces_jax.utils.stopping import Stop, listening
 from pisces_jax.weights.folder import Folder, read_part
 from pisces_jax.weights.sources import is_folder
@@ -74,13 +76,14 @@ def train(
         Preempted: the run was asked to stop, and has saved.
     """
     changed = check_run(workdir, config, options.allow_changes)
-    if is_finished(workdir / config.name) and not _owed(workdir / config.name):
+    if is_finished(workdir / config.name, content=True) and not _owed(workdir / config.name):
         say(f"{config.name}: finished already ({config.steps} steps)")
         return
     with listening() as stop:
         if stop.asked:
             raise Preempted
-        _train(config, workdir, make_sampler, options, changed, stop)
+        with locked(workdir / config.name):
+            _train(config, workdir, make_sampler, options, changed, stop)
 
 
 def _train(
@@ -92,7 +95,13 @@ def _train(
     program = make_program(config, tokenizer.vocab_size)
     trainer = make_trainer(program, config, mesh)
     trained = set(trainer.shardings.trained)
-    parts = starting_parts(config, workdir, trainer, tokenizer)
+    # A checkpoint is looked for first: what it holds is not read from elsewhere. Without one, nothing is written yet.
+    checkpoints, restored = None, None
+    if of_first_process(len(saved_steps(workdir / config.name))):
+        run = open_run(workdir, config, options.allow_changes)
+        checkpoints = open_checkpoints(run, config, program)
+        restored = checkpoints.restore(trainer.on_mesh())
+    parts = starting_parts(config, workdir, trainer, tokenizer, frozen_alone=restored is not None)
     for fallback in trainer.fallbacks:
         log.warning("%s", fallback)
 
@@ -110,20 +119,23 @@ def _train(
             raise ValueError("log.samples_every is set: pass make_sampler")
         sampler = make_sampler(config, workdir, tokenizer, program)
     run = open_run(workdir, config, options.allow_changes)
-    if todo := [part for part in program.measured if part not in parts and not finished_step(run)]:
-        log.info("%s: measuring %s", config.name, ", ".join(todo))
-        batches = [trainer.put(next(train_iterator)) for _ in range(MEASURED_BATCHES)]
-        parts |= program.measure(parts, batches)
-        train_iterator.set_state({"next_batch": 0})
-    state = trainer.init(jax.random.key(config.seed), parts)
-    checkpoints = Checkpoints(run, config.log.keep, program.measured)
+    checkpoints = checkpoints or open_checkpoints(run, config, program)
+    key = jax.random.key(config.seed)
     start, in_a_row = 0, 0
-    if restored := checkpoints.restore(state):
+    if restored is not None:
         state, position = restored
+        measured = {part: state.frozen[part] for part in program.measured}
+        state = dataclasses.replace(state, frozen=trainer.frozen(key, {**parts, **measured}))
         train_iterator.set_state(position)
         # Every step takes a batch, and those that change the state are counted in it.
         start, in_a_row = int(position["next_batch"]), int(position.get("skipped_in_a_row", 0))
     else:
+        if todo := [part for part in program.measured if part not in parts]:
+            log.info("%s: measuring %s", config.name, ", ".join(todo))
+            batches = [trainer.put(next(train_iterator)) for _ in range(MEASURED_BATCHES)]
+            parts |= program.measure(parts, batches)
+            train_iterator.set_state({"next_batch": 0})
+        state = trainer.init(key, parts)
         overview = parameter_overview.get_parameter_overview(
             optimizer.join(state.trained, state.frozen), include_stats=False
         )
@@ -254,43 +266,52 @@ def _train(
                 last_step, last_time = number, time.perf_counter()
     if train_iterator.broken:
         log.warning("%s: %s", config.name, train_iterator.report())
+    barrier("saved")  # the first process finishes checkpoints for all
     if trouble := saver.summary():
         log.warning("%s: %s", config.name, trouble)
     if finished_step(run) < config.steps or _owed(run):
         raise Preempted
 
 
-def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The parts that start from other runs' weights (host arrays) or from published folders (already sharded).
+def open_checkpoints(run: Path, config: ConfigDict, program: Any) -> Checkpoints:
+    """The checkpoints of a run, kept as its config says."""
+    return Checkpoints(run, Keep(config.log.keep, config.log.keep_every, config.log.keep_best), program.measured)
+
+
+def starting_parts(
+    config: ConfigDict, workdir: Path, trainer: Trainer, tokenizer: Tokenizer, frozen_alone: bool = False
+) -> dict[str, Any]:
+    """The parts that start from other runs' weights or from published folders, each shard where it belongs.
+
+    Args:
+        frozen_alone: of these parts, the frozen parameters alone: a checkpoint has the others.
 
     Raises:
         UserError: such a run or folder is missing, unfinished or of other shapes, or a frozen part has nothing to start
             from.
     """
-    shapes = optimizer.join(trainer.abstract.trained, trainer.abstract.frozen)
-    shardings = optimizer.join(trainer.shardings.trained, trainer.shardings.frozen)
+    on_mesh = trainer.on_mesh()
+    like, frozen = optimizer.join(on_mesh.trained, on_mesh.frozen), on_mesh.frozen
     parts = {}
     for part, source in config.init_from.items():
-        if part not in shapes:
-            raise UserError(f"config key init_from.{part}: the model's parts are {', '.join(shapes)}")
+        if part not in like:
+            raise UserError(f"config key init_from.{part}: the model's parts are {', '.join(like)}")
+        only = None
+        if frozen_alone:
+            if part not in frozen or part in trainer.program.measured:
+                continue
+            only = set(optimizer.flatten(frozen[part]))
         if is_folder(source):
+            settings = part_settings(config, part, tokenizer.vocab_size)
             folder = Folder.open(source)
-            folder.check(part_settings(config, part, tokenizer.vocab_size), f"model.{part}", tokenizer.own_size)
+            folder.check(settings, f"model.{part}", tokenizer.own_size)
             parts[part] = read_part(
-                folder, shapes[part], vocab_size=tokenizer.vocab_size, own_tokens=tokenizer.own_size,
-                shardings=shardings[part], dtype=jax.tree.map(lambda x: x.dtype, shapes[part]), doing=f"reading {part}",
+                folder, like[part], vocab_size=tokenizer.vocab_size, own_tokens=tokenizer.own_size, only=only,
+                shardings=jax.tree.map(lambda x: x.sharding, like[part]),
+                dtype=jax.tree.map(lambda x: x.dtype, like[part]), doing=f"reading {part}",
             )  # fmt: skip
-            continue
-        tree = load_part(workdir, source, part)
-        wanted, got = optimizer.flatten(shapes[part]), optimizer.flatten(tree)
-        wrong = [
-            f"{part}/{k} {getattr(got.get(k), 'shape', 'missing')} for {getattr(wanted.get(k), 'shape', 'nothing')}"
-            for k in sorted({*wanted, *got})
-            if getattr(got.get(k), "shape", None) != getattr(wanted.get(k), "shape", None)
-        ]
-        if wrong:
-            raise UserError(f"{workdir / source} does not fit model.{part}: {'; '.join(wrong)}")
-        parts[part] = jax.tree.map(lambda x, a: np.asarray(x).astype(a.dtype, copy=False), tree, shapes[part])
+        else:
+            parts[part] = load_part(workdir, source, part, like[part], only)
     for part in trainer.abstract.frozen:
         if part not in {*config.init_from, *trainer.program.measured} and part not in trainer.abstract.trained:
             raise UserError(

@@ -141,10 +141,17 @@ class Writer:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The entries of a run's metrics.jsonl in order, without a line that was cut off when the run was killed."""
+    """The entries of a run's metrics.jsonl in order, without lines that are no entries: cut off when the run was
+    killed, or damaged."""
     path = run / "metrics.jsonl"
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int) and all(map(_is_number, entry.values())):
+                entries.append(entry)
     return entries
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

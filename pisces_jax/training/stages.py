@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +13,11 @@ from ml_collections import ConfigDict
 
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import flops, optimizer
-from pisces_jax.training.checkpoints import is_finished
 from pisces_jax.training.config import part_settings
 from pisces_jax.training.config_files import Stages
 from pisces_jax.training.loop import NOTHING_ELSE, Options, Sampler, train
 from pisces_jax.training.programs import make_program
+from pisces_jax.training.run_folder import is_finished
 from pisces_jax.utils import cli, processes
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import write_atomic
@@ -115,8 +116,9 @@ class _Stopwatch:
 
 
 def seconds_of(run: Path) -> float:
-    """Seconds of training of a run, or 0."""
+    """Seconds of training of a run, or 0 where that is not known."""
     try:
-        return float(json.loads((run / "seconds.json").read_text())["seconds"])
-    except (OSError, ValueError, KeyError):
+        seconds = float(json.loads((run / "seconds.json").read_text())["seconds"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return 0.0
+    return seconds if 0 <= seconds < math.inf else 0.0

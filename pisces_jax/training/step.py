@@ -83,6 +83,26 @@ class Trainer:
             # The given parts are donated, so that there is no second copy of them.
             return jax.jit(create, out_shardings=self.shardings, donate_argnums=1)(key, parts)
 
+    def on_mesh(self) -> State:
+        """`abstract` with the shardings of its arrays."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings
+        )
+
+    def frozen(self, key: jax.Array, given: Mapping[str, Any]) -> Any:
+        """The frozen parts that `init` would make of the same key: the parameters that are given, else random ones."""
+        flat = optimizer.flatten(given)
+        shardings = {k: s for k, s in optimizer.flatten(self.shardings.frozen).items() if k not in flat}
+
+        def create(key: jax.Array) -> Any:
+            params = optimizer.flatten(nn.unbox(self.program.init(key)))
+            return {k: params[k].astype(self.config.param_dtype.get(k.split("/")[0], "float32")) for k in shardings}
+
+        if shardings:
+            with jax.set_mesh(self.mesh):
+                flat |= jax.jit(create, out_shardings=shardings)(key)
+        return optimizer.unflatten(flat)
+
     def put(self, batch: Mapping[str, Any]) -> Batch:
         """This process's share of a batch, on the mesh."""
         sharding, size, make = batch_sharding(self.mesh), self.items, jax.make_array_from_process_local_data

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,7 @@ def read_part(
     own_tokens: int | None = None,
     shardings: Any = None,
     dtype: Any = None,
+    only: Collection[str] | None = None,
     doing: str = "reading",
 ) -> Any:
     """A part's parameters, tensor by tensor; each device reads its own shards and nothing else.
@@ -258,12 +259,15 @@ def read_part(
         vocab_size, own_tokens: as in `Folder.views`.
         shardings: the same tree of shardings; without it, host arrays are returned.
         dtype: what to store in, by default as the files do; or a tree of dtypes.
+        only: the names of the parameters to read, by default all.
 
     Raises:
         UserError: the folder does not fit.
     """
     flat = flatten(shapes)
     views = folder.views(flat, vocab_size, own_tokens)
+    if only is not None:
+        views = {name: view for name, view in views.items() if name in only}
     where = None if shardings is None else flatten(shardings)
     dtypes = flatten(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(flat, dtype)
     got: Flat = {}
@@ -289,8 +293,12 @@ def flatten(tree: Any) -> Flat:
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def read_source(source: str, settings: Any, part: str, own_tokens: int | None = None) -> Any:
-    """A part's parameters as a folder holds them, as host arrays.
+def read_source(
+    source: str, settings: Any, part: str, own_tokens: int | None = None, like: Any = None,
+    only: Collection[str] | None = None,
+) -> Any:  # fmt: skip
+    """A part's parameters as a folder holds them, as host arrays; with `like` (abstract arrays), as those lie. `only`:
+    the names of the parameters to read, by default all.
 
     Raises:
         UserError: the folder does not fit these settings.
@@ -299,7 +307,11 @@ def read_source(source: str, settings: Any, part: str, own_tokens: int | None = 
     folder.check(settings, f"model.{part}", own_tokens)
     shapes = folder.shapes() if settings is None else part_shapes(settings)
     tokens = getattr(settings, "vocab_size", None)
-    return read_part(folder, shapes, vocab_size=tokens, own_tokens=own_tokens, doing=f"reading {part}")
+    return read_part(
+        folder, shapes, vocab_size=tokens, own_tokens=own_tokens, only=only, doing=f"reading {part}",
+        shardings=None if like is None else jax.tree.map(lambda x: x.sharding, like),
+        dtype=None if like is None else jax.tree.map(lambda x: x.dtype, like),
+    )  # fmt: skip
 
 
 def part_shapes(settings: Any) -> Any:

@@ -4,6 +4,7 @@ The compiled step skips a batch whose loss or gradient is not finite by itself (
 follows from the metrics of the steps and from nothing else, so a run that is killed and continued decides the same.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from pisces_jax.training.metrics import merge
 from pisces_jax.training.step import SKIPPED
 from pisces_jax.utils.errors import UserError, listed
+from pisces_jax.utils.files import write_atomic
 from pisces_jax.utils.processes import primary
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,7 @@ class Events:
         if not primary() or not self._path.exists():
             return
         kept = [e for e in read_events(run) if e["step"] <= step or e["event"] == self.BY_USER]
-        if len(kept) < len(read_events(run)):
-            self._path.write_text("".join(json.dumps(e) + "\n" for e in kept))
+        write_atomic(self._path, "".join(json.dumps(e) + "\n" for e in kept))
 
     def __call__(self, step: int, event: str, **what: Any) -> None:
         """Appends an event. Where the disk refuses, the log has said it all the same."""
@@ -52,18 +53,6 @@ class Events:
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error.strerror)
 
-
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The events of a run in order, without lines that were cut off."""
-    path = run / "events.jsonl"
-    events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
-
     def report(self, step: int, event: str, what: str, bad: Sequence[str], examples: Callable[[], list[str]]) -> None:
         """Says which numbers of a batch are not finite, and which examples it holds."""
         if not primary():
@@ -74,6 +63,18 @@ def read_events(run: Path) -> list[dict[str, Any]]:
             "step %d: %s is left out: %s became infinite or NaN; it holds %s (events.jsonl has all)",
             step, what, ", ".join(bad), listed(names),
         )  # fmt: skip
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """The events of a run in order, without lines that were cut off."""
+    path = run / "events.jsonl"
+    events = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("event"), str):
+                events.append(event)
+    return events
 
 
 def skipped(measured: Measured) -> dict[str, Average]:

@@ -70,7 +70,8 @@ class Saver:
 
     def close(self) -> None:
         """Waits for the background save, and ends. A run that is ended by something else loses nothing more here."""
-        self.settle()
+        if not errors.hanging:
+            self.settle()
         if not errors.hanging:
             self._checkpoints.close()
 

@@ -30,7 +30,8 @@ done
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$((devices / processes))"
 started=()
-trap '[ ${#started[@]} = 0 ] || kill "${started[@]}" 2>/dev/null || true' EXIT
+trap '[ ${#started[@]} = 0 ] || kill "${started[@]}" 2>/dev/null || true' EXIT TERM
+trap ':' INT # the terminal sends it to the processes too: they save
 for ((i = 0; i < processes; i++)); do
   command=(python -m "pisces_jax.$module" "$@" "--coordinator=127.0.0.1:$port" "--processes=$processes" "--process=$i")
   if [ "$DRY_RUN" = 1 ]; then
@@ -40,8 +41,20 @@ for ((i = 0; i < processes; i++)); do
     started+=($!)
   fi
 done
-status=0
-for process in "${started[@]}"; do
-  wait "$process" || status=$?
+# When one has ended badly the others do so too, unless they have not met: then they wait for it, and are ended here.
+status=0 patience=15
+while [ ${#started[@]} -gt 0 ]; do
+  alive=()
+  for process in "${started[@]}"; do
+    if kill -0 "$process" 2>/dev/null; then
+      alive+=("$process")
+    else
+      wait "$process" || status=$?
+    fi
+  done
+  started=("${alive[@]}")
+  [ ${#started[@]} -gt 0 ] || break
+  [ "$status" = 0 ] || [ $((patience--)) -gt 0 ] || kill -KILL "${started[@]}" 2>/dev/null || true
+  sleep 1 || true
 done
 exit "$status"

@@ -5,7 +5,7 @@
 #       --config=configs/text_8b.py --workdir=/shared/runs
 #
 # A job that SLURM requeues, after a node failure or pre-emption, continues by itself. Two minutes before the time limit,
-# the job gets SIGTERM and saves a checkpoint; run the same command again to continue.
+# the job gets SIGTERM, saves a checkpoint and is requeued; so it is when it was stuck or lost a process (docs/launch.md).
 
 source "$(dirname "$0")/common.sh"
 usage="usage: launch/slurm.sh [--dry-run] [--module=train|cache] --nodes=N --gpus=G [--time=T] [--partition=P] [--account=A] [--python=PY] -- FLAGS"
@@ -38,4 +38,4 @@ options=("--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus" "--t
 [ -z "$partition" ] || options+=("--partition=$partition")
 [ -z "$account" ] || options+=("--account=$account")
 run sbatch "${options[@]}" \
-  "--wrap=export XLA_FLAGS=\"\$($python -m pisces_jax.xla_flags gpu)\"; srun --kill-on-bad-exit=1 $python -m pisces_jax.$module $training"
+  "--wrap=export XLA_FLAGS=\"\$($python -m pisces_jax.xla_flags gpu)\"; srun --kill-on-bad-exit=1 $python -m pisces_jax.$module $training || { status=\$?; [ \$status -lt 75 ] || [ \$status -gt 77 ] || scontrol requeue \$SLURM_JOB_ID; exit \$status; }"

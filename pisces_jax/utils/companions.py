@@ -5,6 +5,7 @@ it goes on while the main thread compiles, or waits in a collective for a proces
 others ask it twice a second.
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from pisces_jax.utils import errors
 
 POLL = 0.5  # seconds between questions
-GRACE = 2.0  # seconds that a process has to end by itself, when another one has ended
+GRACE = 1.0  # seconds that a process has to end by itself, when another one has ended
 SHUTDOWN = 60  # seconds that processes wait for each other when all is done
 PREFIX = "pisces_jax"
 
@@ -61,7 +62,7 @@ class Companions:
         teller.start()
         teller.join(GRACE)
         if self._process == 0:
-            time.sleep(2 * POLL)  # the store goes with this process: the others shall have read it
+            time.sleep(GRACE + 3 * POLL)  # the store goes with this process: the others shall have read it, and gone
 
     def leave(self) -> None:
         """Waits for the others, which are about to end too, and closes the connection."""
@@ -71,7 +72,8 @@ class Companions:
         jax.distributed.shutdown()
 
     def _tell(self, ended: str) -> None:
-        self._set("verdict/end" if self._process == 0 else f"end/{self._process}", ended)
+        with contextlib.suppress(Exception):  # process 0 may have gone first
+            self._set("verdict/end" if self._process == 0 else f"end/{self._process}", ended)
 
     def _set(self, key: str, value: str) -> None:
         self._client.key_value_set(f"{PREFIX}/{key}", value, allow_overwrite=True)

@@ -5,7 +5,9 @@ import errno
 import io
 import multiprocessing
 import os
+import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -104,6 +106,10 @@ def leave(status: int, sentence: str) -> NoReturn:
     os._exit(status)
 
 
+# How collectives and JAX's service say that the other side is gone.
+_OF_OTHERS = re.compile(r"gloo|nccl|socket closed|connection (reset|closed|refused)|coordination service", re.I)
+
+
 def _end(status: int, sentence: str) -> NoReturn:
     if farewell is not None or hanging:  # Python's own end would wait
         leave(status, sentence)
@@ -114,6 +120,9 @@ def _end(status: int, sentence: str) -> NoReturn:
 def _fail_with_traceback(error: Exception) -> NoReturn:
     if farewell is None and not hanging:
         raise error
+    if farewell is not None and _OF_OTHERS.search(str(error)):
+        time.sleep(5.0)  # the others may say more, and this process then ends in the thread that hears them
+        leave(LOST, f"another process of this run is gone: {cut(' '.join(str(error).split()), 150)}; {AGAIN}")
     traceback.print_exception(error)
     leave(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pisces_jax.utils import companions
+from pisces_jax.utils import companions, errors
 from pisces_jax.utils.errors import UserError
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
@@ -46,22 +47,29 @@ def start(
     given = (bool(coordinator), processes > 0, process >= 0)
     if any(given) and not all(given):
         raise UserError("--coordinator, --processes and --process belong together: give all three, or none")
-    # Signals are ours (`stopping`). JAX's own heartbeat stays behind ours (`companions`), which can say what happened.
+    # Signals are ours (`stopping`). JAX's own limits stay behind ours, which can say what happened in a sentence.
     jax.config.update("jax_enable_preemption_service", False)
+    words = f"the processes of this run did not find each other in {meet_seconds} s: see whether all of them run"
+    alone = threading.Timer(meet_seconds, errors.leave, (errors.LOST, f"error: {words}, or raise --meet_seconds"))
+    alone.daemon = True
     limits = dict(
-        initialization_timeout=meet_seconds, heartbeat_timeout_seconds=max(30, 3 * silent_seconds),
+        initialization_timeout=meet_seconds + 60, heartbeat_timeout_seconds=max(30, 3 * silent_seconds),
         shutdown_timeout_seconds=companions.SHUTDOWN,
     )  # fmt: skip
     try:
         if all(given):
             if process >= processes:
                 raise UserError(f"--process={process} must be less than --processes={processes}")
+            alone.start()
             jax.distributed.initialize(coordinator, processes, process, **limits)
         elif _several():
+            alone.start()
             jax.distributed.initialize(**limits)
     except (RuntimeError, ValueError) as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(f"the processes of this run did not find each other: {words}") from error
+    finally:
+        alone.cancel()
     # JAX has no public name for its client of the coordination service.
     state: Any = multihost_utils.distributed.global_state
     if jax.distributed.is_initialized():

@@ -2,8 +2,16 @@
 
 import json
 import math
+import os
+import pathlib
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
 
 import jax
 import numpy as np
@@ -16,8 +24,10 @@ from pisces_jax.training.health import read_events
 from pisces_jax.training.loop import Options
 from pisces_jax.training.metrics import read_metrics
 from pisces_jax.training.steps import finished_step
-from pisces_jax.utils import errors
+from pisces_jax.utils import companions, errors, stopping
 from pisces_jax.utils.errors import Preempted, UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -229,8 +239,6 @@ def test_after_too_many_failures_the_state_goes_elsewhere(tmp_path, monkeypatch)
 
 
 def test_a_save_that_never_returns_is_left_behind(tmp_path, monkeypatch):
-    import threading
-
     free = threading.Event()
     monkeypatch.setattr(checkpoints.Checkpoints, "_finish", lambda self, step, saving: free.wait(60))
     try:
@@ -260,3 +268,148 @@ def test_metrics_wait_for_a_disk_that_is_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Writer, "_write", full)
     assert numbers(train(tmp_path / "full")) == numbers(whole)
+
+
+# --- signals and companions, in processes of their own
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """Starts the toy as a command, in so many processes; `wait(n)` until it has so many lines of metrics; `end` gives
+    exit statuses, seconds and what was said."""
+    started = []
+
+    def start(count, *flags):
+        environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            several = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", f"--processes={count}"]
+        for i in range(count):
+            own = [*several, f"--process={i}"] if count > 1 else []
+            command = [sys.executable, "tests/toy.py", "--config=tests/toy.py", f"--workdir={tmp_path}", *own, *flags]
+            log = (tmp_path / f"{i}.log").open("w")
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        return started
+
+    def wait(lines):
+        path, end = tmp_path / "toy/metrics.jsonl", time.monotonic() + 200
+        while not path.exists() or len(path.read_text().splitlines()) < lines:
+            assert time.monotonic() < end and all(p.poll() is None for p in started), said()
+            time.sleep(0.05)
+
+    def said():
+        return [(tmp_path / f"{i}.log").read_text() for i in range(len(started))]
+
+    def end():
+        begun = time.monotonic()
+        statuses = [p.wait(timeout=100) for p in started]
+        return statuses, time.monotonic() - begun, said()
+
+    yield types.SimpleNamespace(start=start, wait=wait, end=end, run=tmp_path / "toy")
+    for p in started:
+        p.kill()
+
+
+LONG = "--config.steps=2000", "--config.data.train.numbers.seconds=0.005", "--config.log.checkpoint_every=1000"
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_process_alone(processes):
+    """It saves the step it is at, and says with its status that the same command continues."""
+    (process,) = processes.start(1, *LONG)
+    processes.wait(3)
+    process.send_signal(signal.SIGTERM)
+    statuses, seconds, (said,) = processes.end()
+    assert statuses == [errors.PREEMPTED] and seconds < 15 and finished_step(processes.run) >= 3, said
+    assert said.endswith("interrupted: run the same command again to continue\n") and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_two_signals_at_once(processes):
+    (process,) = processes.start(1, *LONG, "--config.log.every=1")
+    processes.wait(3)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    statuses, seconds, (said,) = processes.end()
+    assert statuses == [errors.PREEMPTED] and seconds < 5 and "Traceback" not in said, said
+    assert "stopped at once by SIG" in said or "interrupted: " in said  # the first may have been answered already
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes(processes):
+    """Ctrl-C in the second one: both save the same step."""
+    _, second = processes.start(2, *LONG)
+    processes.wait(3)
+    second.send_signal(signal.SIGINT)
+    statuses, seconds, said = processes.end()
+    assert statuses == [errors.PREEMPTED] * 2 and seconds < 15, said
+    assert finished_step(processes.run) >= 3 and not any("Traceback" in words for words in said)
+
+
+@pytest.mark.slow
+def test_a_companion_that_dies(processes):
+    """The second one is killed: the first ends with one sentence, and what was saved is whole."""
+    _, second = processes.start(2, *LONG)
+    processes.wait(3)
+    second.kill()
+    statuses, seconds, (said, _) = processes.end()
+    assert statuses == [errors.LOST, -signal.SIGKILL] and seconds < 15, said
+    assert "is gone" in said or "not heard of" in said
+    assert "Traceback" not in said and "stack trace" not in said
+
+
+@pytest.mark.slow
+def test_a_companion_that_never_comes(processes):
+    first, second = processes.start(2, "--meet_seconds=3")
+    second.kill()
+    statuses, _, (said, _) = processes.end()
+    assert statuses[0] == errors.LOST and "did not find each other in 3 s" in said and "stack trace" not in said
+
+
+def test_what_is_stuck_says_where(capfd, monkeypatch):
+    """A step that takes longer than it may."""
+    ended = []
+    monkeypatch.setattr(errors, "leave", lambda status, words: ended.append((status, words)))
+    with stopping.listening() as stop, stop.working(0.2):
+        end = time.monotonic() + 20
+        while not ended and time.monotonic() < end:
+            time.sleep(0.01)
+    status, words = ended[0]
+    assert status == errors.STUCK and "stuck: no step has ended" in words
+    assert "test_what_is_stuck_says_where" in capfd.readouterr().err
+
+
+def test_processes_agree_on_where_they_stop(monkeypatch):
+    """Three of them, of which the second asks; each is somewhere else, and all stop at the same call."""
+    monkeypatch.setattr(companions, "POLL", 0.01)
+    store, lock = {}, threading.Lock()
+
+    class Client:
+        def key_value_set(self, key, value, allow_overwrite):
+            with lock:
+                store[key] = value
+
+        def key_value_dir_get(self, folder):
+            with lock:
+                return [(k, v) for k, v in store.items() if k.startswith(folder)]
+
+    several = [companions.Companions(Client(), i, 3, 60.0) for i in range(3)]
+    stopped = {}
+
+    def run(i):
+        for call in range(10**6):
+            if several[i].reached():
+                stopped[i] = call
+                return
+            if i == 1 and call == 5:
+                several[1].ask()
+            time.sleep(0.001 * (i + 1))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for one in several:
+        one._leaving = True
+    assert len(stopped) == 3 and len(set(stopped.values())) == 1

@@ -9,6 +9,14 @@ from collections.abc import Mapping
 from pisces_jax.utils import cli, processes, stopping
 from pisces_jax.utils.errors import run_command
 
+STATUSES = """exit status:
+  0    finished
+  1    failed: the last line says why, and what to change
+  75   stopped by a signal (SIGTERM, SIGINT): saved, unless it was stopped at once
+  76   stuck: a step took longer than limits.step_seconds
+  77   another process of the run is gone, or never came
+After 75, 76 and 77 the same command continues the run."""
+
 
 def main() -> None:
     rest, overrides = cli.split_overrides(cli.arguments())
@@ -38,6 +46,7 @@ def main() -> None:
     parser.add_argument(
         "--debug_nans", action="store_true", help="look at every step, and name the first layer that gives NaN"
     )
+    parser.epilog = f"{parser.epilog}\n\n{STATUSES}"
     flags = parser.parse(rest)
     with stopping.listening(command=True):
         _train(flags, overrides)

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -46,6 +47,19 @@ def open_iterator(request, entries, tokenizer):
         items = Pairs(entries, tokenizer, 48, 16, seed=0, examples_per_epoch=30)
     assert items.per_epoch < 40
     return lambda **options: pipeline.batches(items, 4, **options)
+
+
+def test_the_examples_of_a_batch_are_named(open_iterator, entries):
+    """As many as the batch was made of, by source, number and key."""
+    iterator = open_iterator()
+    take(iterator, 9)
+    before = iterator.seen
+    take(iterator, 1)
+    named = iterator.describe(9)
+    assert len(named) == iterator.seen - before > 3
+    sources = {entry.name: entry.source for entry in entries}
+    for source, index, key in (re.fullmatch(r"(\w+)\[(\d+)\] (.*)", one).groups() for one in named):
+        assert sources[source][int(index)].key == key
 
 
 def take(iterator, n):

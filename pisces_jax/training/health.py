@@ -5,6 +5,7 @@ follows from the metrics of the steps and from nothing else, so a run that is ki
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -115,7 +116,7 @@ class Health:
                 self.in_a_row = 0
                 continue
             self.in_a_row += 1
-            self._events.report(number, "skipped", "its batch", bad, lambda n=number: self._named(n))
+            self._events.report(number, "skipped", "its batch", bad, functools.partial(self._named, number))
             if 0 < self._limits.bad_steps <= self.in_a_row:
                 return number
         return None

@@ -1,6 +1,7 @@
 """One run from start to end, written to be read from top to bottom: mesh, input, program, state, loop."""
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -142,10 +143,10 @@ def _train(
         if primary():
             (run / "parameters.txt").write_text(overview + "\n")
     events = Events(run, start)
-    for key, (before, now) in changed.items():
-        events(start, Events.BY_USER, key=key, before=before, now=now)
+    for name, (before, now) in changed.items():
+        events(start, Events.BY_USER, key=name, before=before, now=now)
     writer = Writer(run, start, tensorboard=config.log.tensorboard)
-    health = Health(config.limits, program.weights, events, lambda n: train_iterator.names(n - 1), in_a_row)
+    health = Health(config.limits, program.weights, events, lambda n: train_iterator.describe(n - 1), in_a_row)
     saver = Saver(checkpoints, config, run, options.fallback)
     step = trainer.train_step()
     peak = flops.peak_flops()
@@ -340,7 +341,8 @@ class HeldOut:
         measured = jax.device_get(measured)
         bad = {b: found for b, m in enumerate(measured) if (found := not_finite(m))}
         for b, found in bad.items():
-            events.report(number, "held_out", f"held-out batch {b + 1}", found, lambda b=b: self._iterator.names(b))
+            examples = functools.partial(self._iterator.describe, b)
+            events.report(number, "held_out", f"held-out batch {b + 1}", found, examples)
         values = merge([m for b, m in enumerate(measured) if b not in bad])
         return values | ({"skipped": float(len(bad))} if bad else {})
 

@@ -52,7 +52,7 @@ def start(
     words = f"the processes of this run did not find each other in {meet_seconds} s: see whether all of them run"
     alone = threading.Timer(meet_seconds, errors.leave, (errors.LOST, f"error: {words}, or raise --meet_seconds"))
     alone.daemon = True
-    limits = dict(
+    limits: dict[str, Any] = dict(
         initialization_timeout=meet_seconds + 60, heartbeat_timeout_seconds=max(30, 3 * silent_seconds),
         shutdown_timeout_seconds=companions.SHUTDOWN,
     )  # fmt: skip

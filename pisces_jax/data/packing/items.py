@@ -108,7 +108,7 @@ class Items(abc.ABC):
     def places(self, i: int) -> list[tuple[int, int]]:
         """The examples of item `i`: the number of the source, and the example's number there."""
 
-    def names(self, i: int) -> list[str]:
+    def describe(self, i: int) -> list[str]:
         """The examples of item `i` as a user finds them: the source's name and number, and the example's key."""
         named = []
         for s, index in self.places(i):

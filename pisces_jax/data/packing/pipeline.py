@@ -112,11 +112,11 @@ class BatchIterator(Iterator[Batch]):
             raise UserError(f"{self.report()}: fix them or raise data.max_broken (now {self._max_broken:g})")
         return batch
 
-    def names(self, b: int) -> list[str]:
-        """The examples of batch `b`, of all processes, as `Items.names` gives them."""
+    def describe(self, b: int) -> list[str]:
+        """The examples of batch `b`, of all processes, as `Items.describe` gives them."""
         source = self._source
         numbers = range(b * source.batch_size, (b + 1) * source.batch_size)
-        return [name for i in numbers if source.end is None or i < source.end for name in source.items.names(i)]
+        return [one for i in numbers if source.end is None or i < source.end for one in source.items.describe(i)]
 
     def report(self) -> str:
         """How many examples were masked, by reason, with the first keys of each."""

@@ -325,7 +325,7 @@ def test_a_config_that_was_cut_off_locks_nobody_out(saved, tmp_path, caplog):
     ):
         run = tmp_path / str(number) / "run"
         run.mkdir(parents=True)
-        (run / ".config.json.abc123").write_text("{")  # what the killed process left
+        (run / ".config.json.abc12345").write_text("{")  # what the killed process left
         (run / "checkpoints").mkdir()
         (run / "checkpoints/1.saving.orbax-checkpoint-tmp").mkdir()
         if text is not None:

@@ -51,7 +51,8 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int | steps.Keep, measured: Sequence[str] = ()) -> None:
-        self._run, self._measured = run, measured
+        self.measured = measured
+        self._run = run
         self._keep = keep if isinstance(keep, steps.Keep) else steps.Keep(keep)
         self._folder = (run / "checkpoints").absolute()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -96,17 +97,17 @@ class Checkpoints:
         except BaseException as error:  # for the thread that saves next
             self._failure = error
 
-    def failure(self) -> BaseException | None:
-        """What went wrong with the last save, once; None while it is being written, and where nothing did."""
-        failed, self._failure = self._failure, None
-        return failed
+    def saving(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._commit is not None and self._commit.is_alive()
 
     def wait(self) -> None:
-        """Returns when the last save is finished; raises what went wrong with it."""
+        """Returns when the last save is finished; raises what went wrong with it, once."""
         if self._commit is not None:
             self._commit.join()
             self._commit = None
-        if (failed := self.failure()) is not None:
+        failed, self._failure = self._failure, None
+        if failed is not None:
             raise failed
 
     def restore(self, state: State) -> tuple[State, dict[str, Any]] | None:
@@ -142,7 +143,7 @@ class Checkpoints:
     def _changed(self, state: State) -> dict[str, Any]:
         # "average": the name on disk since the first checkpoints.
         changed = {"step": state.step, "trained": state.trained, "average": state.ema, "optimizer": state.optimizer}
-        return changed | ({"measured": {part: state.frozen[part] for part in self._measured}} if self._measured else {})
+        return changed | ({"measured": {part: state.frozen[part] for part in self.measured}} if self.measured else {})
 
     def close(self) -> None:
         """Waits for the last save; raises what went wrong with it."""

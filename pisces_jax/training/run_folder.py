@@ -11,6 +11,7 @@ A config that was cut off is taken from the newest whole checkpoint.
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,6 @@ from pisces_jax.utils.processes import primary, primary_first
 
 # Keys that may differ between a run and its continuation: none of them changes its numbers.
 _FREE_KEYS = ("log", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
-# What a run writes into its folder before or beside its config: a run that was killed there is started anew.
-_OWN_FILES = ("checkpoints", "metrics.jsonl", "parameters.txt", "seconds.json", "samples", "profile", locks.NAME)
 
 
 def check_run(workdir: Path, config: ConfigDict) -> None:
@@ -43,7 +42,8 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     if (saved := _saved_config(run)) is None:
-        if any(name not in (steps.CONFIG, *_OWN_FILES) and not _is_leftover(name) for name in held):
+        # A run that was killed while its config was written has nothing else yet; later there are checkpoints.
+        if "checkpoints" not in held and any(name != steps.CONFIG and not _is_leftover(name) for name in held):
             raise UserError(f"{run} holds files that are not a run: choose another --workdir")
         if finished_step(run):
             raise UserError(
@@ -61,8 +61,8 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a file is what `write_atomic` leaves of a run's file when its process is killed."""
-    return any(name.startswith(f".{own}.") for own in (steps.CONFIG, *_OWN_FILES))
+    """Whether a file is a lock, or what `write_atomic` leaves when its process is killed."""
+    return name == locks.NAME or re.fullmatch(r"\..+\.(json|jsonl)\..{8}", name) is not None
 
 
 def open_run(workdir: Path, config: ConfigDict) -> Path:
@@ -76,7 +76,7 @@ def open_run(workdir: Path, config: ConfigDict) -> Path:
                     saved = _saved_config(run) or json.loads(config.to_json())
                     write_atomic(run / steps.CONFIG, json.dumps(saved, indent=1))
                 for path in run.iterdir():
-                    if _is_leftover(path.name):
+                    if path.name != locks.NAME and _is_leftover(path.name):
                         path.unlink()
             except OSError as error:
                 raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error

@@ -51,7 +51,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     text = (folder / MANIFEST).read_text(encoding="utf-8")  # a UnicodeDecodeError is a ValueError
     line, _, rest = text.partition("\n")
     if rest != f"{hashlib.sha256(line.encode()).hexdigest()}\n":
-        raise ValueError(f"{MANIFEST} is damaged")
+        raise ValueError("its second line is not the hash of the first")
     return json.loads(line)
 
 

@@ -154,14 +154,16 @@ class Checkpoints:
 
 
 def read_arrays(path: Path, target: Any, *, partial: bool = False) -> Any:
-    """The arrays of an Orbax folder, straight into the shards of `target`: arrays, or abstract ones with shardings.
+    """The arrays of an Orbax folder, straight into the shards of `target`: arrays, abstract ones with shardings, or
+    `ocp.PLACEHOLDER` for what is not read.
 
     Beside the result, little memory is used: the size of its largest array, or a twentieth of the whole.
 
     Args:
         partial: `target` has some of the arrays only.
     """
-    sizes = [math.prod(x.shape) * max(x.dtype.itemsize, 4) for x in jax.tree.leaves(target)]
+    wanted = [x for x in jax.tree.leaves(target) if x is not ocp.PLACEHOLDER]
+    sizes = [math.prod(x.shape) * max(x.dtype.itemsize, 4) for x in wanted]
     at_once = max(sum(sizes) / 20, 1.1 * max(sizes, default=0), 2**20) / 1e9
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=at_once)) as orbax:

@@ -3,6 +3,7 @@
 python -m pisces_jax.checkpoint verify runs/shapes
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pisces_jax.utils import cli
@@ -24,7 +25,13 @@ def main() -> None:
             "copy runs/shapes/stage1 --out=/backup/stage1-60",
         ],
     )  # fmt: skip
-    commands = {"list": list_steps, "verify": verify, "show": show, "compare": compare, "copy": copy}
+    commands: dict[str, Callable[..., None]] = {
+        "list": list_steps,
+        "verify": verify,
+        "show": show,
+        "compare": compare,
+        "copy": copy,
+    }
     parser.add_argument("command", choices=list(commands), help="what to do")
     parser.add_argument(
         "path", type=cli.path, metavar="PATH",

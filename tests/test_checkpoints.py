@@ -16,13 +16,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from pisces_jax.training import checkpoints, run_folder, steps
+from pisces_jax import checkpoint
+from pisces_jax.training import checkpoints, inspection, run_folder, steps
 from pisces_jax.training.checkpoints import Checkpoints
 from pisces_jax.training.config import run_config
 from pisces_jax.training.metrics import Writer, read_metrics
 from pisces_jax.training.stages import seconds_of
 from pisces_jax.training.step import State
-from pisces_jax.utils import locks, manifests
+from pisces_jax.utils import cli, locks, manifests
 from pisces_jax.utils.errors import UserError
 
 CONFIG = json.loads(run_config(name="run", steps=3, log=dict(keep=3)).to_json())
@@ -325,7 +326,7 @@ def test_a_config_that_was_cut_off_locks_nobody_out(saved, tmp_path, caplog):
     ):
         run = tmp_path / str(number) / "run"
         run.mkdir(parents=True)
-        (run / ".config.json.abc123").write_text("{")  # what the killed process left
+        (run / ".config.json.abc12345").write_text("{")  # what the killed process left
         (run / "checkpoints").mkdir()
         (run / "checkpoints/1.saving.orbax-checkpoint-tmp").mkdir()
         if text is not None:
@@ -429,3 +430,73 @@ def test_a_lock_of_another_host_is_taken_over_when_it_is_silent(tmp_path, monkey
     lock.write_text("{")  # of nobody who can be known
     with locks.locked(tmp_path):
         pass
+
+
+# --- the command
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["checkpoint", *map(str, arguments)])
+        checkpoint.main()
+        return capsys.readouterr().out.splitlines()
+
+    monkeypatch.setattr(cli, "start", lambda: None)
+    return call
+
+
+def test_the_command_lists_and_verifies(run, call):
+    for path, count in (run, 3), (run.parent, 3), (run / "checkpoints/2", 1):
+        for command in "list", "verify":
+            lines = call(command, path)
+            assert len(lines) == count and all(line.endswith("  whole") for line in lines)
+    flip(run / "checkpoints/2/iterator/metadata", 30)
+    assert all(line.endswith("  whole") for line in call("list", run))
+    with pytest.raises(UserError, match="1 of these checkpoints are damaged"):
+        call("verify", run)
+    (run / "checkpoints/1/iterator/metadata").unlink()
+    assert call("list", run)[-1].endswith("  iterator/metadata is missing")
+    for name in "MANIFEST", "config.json":
+        (run / "checkpoints/3" / name).unlink()
+    assert call("list", run)[0].endswith("  unchecked")
+    for path, message in (run / "checkpoints/9", "is not a folder"), (run / "checkpoints/3/state/d", "holds no check"):
+        with pytest.raises(UserError, match=message):
+            call("list", path)
+
+
+def test_the_command_shows_and_compares(run, call, monkeypatch):
+    monkeypatch.setattr(inspection, "AT_ONCE", 3000)  # one large array at a time, or some small ones
+    lines = call("show", run)
+    norm = np.linalg.norm(np.asarray(state(3).trained["b"]["table"], np.float64))
+    assert len(lines) == 10 and f"trained/b/table  [600, 512]  float32  norm {norm:.6g}" in lines
+    assert f"average/a/v  [4]  float32  norm {np.linalg.norm(np.arange(4) / 2 + 1.5):.6g}" in lines
+    assert call("compare", run, run / "checkpoints/3")[-1] == "equal"
+    lines = call("compare", run / "checkpoints/1", run / "checkpoints/2")
+    largest = np.abs(np.asarray(state(1).trained["a"]["w"], np.float64) - np.asarray(state(2).trained["a"]["w"])).max()
+    assert len(lines) == 11 and lines[-1] == "10 arrays differ"
+    assert "trained/a/v  1" in lines and f"trained/a/w  {largest:.6g}" in lines and "step  1" in lines
+    flip(max(files(run / "checkpoints/3"), key=lambda p: p.stat().st_size), 8 * 70_000)
+    with pytest.raises(UserError, match="3 is damaged: .* has other content"):
+        call("show", run)
+    with pytest.raises(UserError, match="OTHER is missing: give it"):
+        call("compare", run)
+    with pytest.raises(UserError, match="--out is given: leave it out"):
+        call("show", run, "--out=x")
+
+
+def test_the_command_copies_what_is_whole(run, call, tmp_path):
+    out = tmp_path / "backup/run-3"
+    out.parent.mkdir()
+    assert call("copy", run, f"--out={out}")[0].endswith("checked byte by byte")
+    assert steps.flaw(out, content=True) is None
+    assert [p.relative_to(out) for p in files(out)] == [
+        p.relative_to(run / "checkpoints/3") for p in files(run / "checkpoints/3")
+    ]
+    assert call("compare", run, out)[-1] == "equal"
+    with pytest.raises(UserError, match="exists: give a new folder"):
+        call("copy", run, f"--out={out}")
+    flip(max(files(run / "checkpoints/3"), key=lambda p: p.stat().st_size), 8 * 70_000)
+    with pytest.raises(UserError, match="3 is damaged"):
+        call("copy", run, f"--out={tmp_path / 'other'}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["backup", "run"] and len(list(out.parent.iterdir())) == 1

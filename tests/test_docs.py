@@ -199,6 +199,7 @@ NOT_RUN = {
     r"pisces_jax\.plan .*--topology=[ah]\d+:.*": "needs the extra plan-gpu and a minute or more",
     r"pisces_jax\.plan .*": "two minutes and more for a slice; tests/test_planning.py plans tiny steps for slices",
     r"pisces_jax\.evaluate --workdir=\S+ --task=pictures.*": "needs a run on real pictures; tests/test_evaluation.py",
+    r"pisces_jax\.checkpoint .*": "its arguments are folders of a run; tests/test_checkpoints.py runs each command",
     r"pisces_jax\.convert import .*": "needs published weights; tests/test_weights.py imports generated ones",
 }
 

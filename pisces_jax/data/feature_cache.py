@@ -8,6 +8,7 @@ file beside it has their number.
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,9 @@ from pisces_jax.data.images import UnreadablePicture
 from pisces_jax.data.packing.layout import Entry, Source
 from pisces_jax.data.packing.lengths import fingerprint_words
 from pisces_jax.utils.errors import UserError
-from pisces_jax.utils.files import replacing, write_atomic
+from pisces_jax.utils.files import is_as_written, replacing, write_atomic, write_checksum
 
+log = logging.getLogger(__name__)
 SHARD = 4096  # records
 # NumPy has no bfloat16, so its bits are kept.
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
@@ -65,15 +67,21 @@ class FeatureCache:
         sizes = [min(SHARD, self.count - SHARD * s) for s in range(len(self.shards))]
         self._records = RecordFiles([Span(str(p), 0, n) for p, n in zip(self.shards, sizes, strict=True)])
         try:
-            about = json.loads((self.folder / "about.json").read_text())
+            about = json.loads(self._description.read_text())
         except (OSError, ValueError):
             return
+        if not is_as_written(self._description) or not {"encoder", "shape", "dtype"} <= about.keys():
+            return  # damaged
         if about["encoder"] != self.encoder:
             raise UserError(
                 f"{self.folder} holds features of another encoder or pooling, or of one that was trained or replaced "
                 "since: remove it and cache again"
             )
         self._about = about
+
+    @property
+    def _description(self) -> Path:
+        return self.folder / "about.json"
 
     @property
     def shards(self) -> list[Path]:
@@ -83,6 +91,15 @@ class FeatureCache:
     def todo(self, process_index: int, process_count: int) -> list[int]:
         """The shards that this process still has to write."""
         return [s for s, path in enumerate(self.shards) if s % process_count == process_index and not path.exists()]
+
+    def set_damaged_aside(self, process_index: int, process_count: int) -> None:
+        """Reads this process's share of the shards, and renames those that are not what was written: they are to be
+        written again. Without a description that can be read, no shard can be used."""
+        for path in self.shards[process_index::process_count]:
+            if path.exists() and (self._about is None or not is_as_written(path)):
+                aside = path.with_suffix(".damaged")
+                os.replace(path, aside)
+                log.warning("%s is damaged: it is set aside as %s, and made anew", path, aside.name)
 
     def describe(self, shape: Sequence[int], dtype: str) -> None:
         """Sets the shape and dtype of the records, before the first shard is written.
@@ -97,7 +114,9 @@ class FeatureCache:
                 f"{list(shape)}: remove it or continue as it was begun"
             )
         self._about = about
-        write_atomic(self.folder / "about.json", json.dumps(about))
+        with replacing(self._description) as temporary:
+            temporary.write_text(json.dumps(about))
+            write_checksum(temporary, self._description)
 
     def write(self, shard: int, records: Sequence[bytes]) -> None:
         """Writes a shard atomically."""
@@ -113,11 +132,13 @@ class FeatureCache:
             for record in records:
                 writer.write(record)
             writer.close()
+            write_checksum(temporary, path)
 
     def empty(self) -> int:
         """How many pictures of the written shards could not be read."""
         counts = (_count_of(path) for path in self.shards if path.exists())
-        return sum(int(path.read_text()) for path in counts if path.exists())
+        found = [path.read_text(errors="replace") for path in counts if path.exists()]
+        return sum(int(text) for text in found if text.isdecimal())
 
     def open(self) -> "FeatureCache":
         """Returns the cache itself, ready to be read.
@@ -127,9 +148,9 @@ class FeatureCache:
         """
         missing = [path for path in self.shards if not path.exists()]
         if self._about is None or missing:
+            lacks = f"{len(missing)} of {len(self.shards)} shards of cached features" if missing else "its description"
             raise UserError(
-                f"{self.folder} lacks {len(missing)} of {len(self.shards)} shards of cached features: run "
-                "python -m pisces_jax.cache with this config and workdir first"
+                f"{self.folder} lacks {lacks}: run python -m pisces_jax.cache with this config and workdir first"
             )
         return self
 

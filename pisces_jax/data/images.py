@@ -18,6 +18,11 @@ from pisces_jax.utils.files import SNIFFED, sniff
 # A small file can claim any size, so larger pictures are refused before they are decoded. No photograph of the usual
 # data sets is above 128 megapixels.
 MAX_PIXELS = 128 * 1024 * 1024
+# Of these formats alone. Others are seldom pictures, and EPS would be handed to Ghostscript, a program of its own.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_SLOW = ("JPEG2000", "AVIF")  # to decode: a fourth of the limit
+_CHEAP = ("RGB", "L", "P", "1", "CMYK", "YCbCr")  # modes; others, which take more to convert, have half the limit
+_STRIP = 2**22  # pixels that are converted at a time
 # Of the longer to the shorter side: resizing by the short side of a picture with a single row would take all memory.
 MAX_RATIO = 100
 _UPRIGHT = {
@@ -92,7 +97,8 @@ def open_image(source: str | os.PathLike | bytes, name: str = "", at_least: int 
     frequencies that resizing would drop, which is faster but not exact to the pixel.
 
     Raises:
-        UnreadablePicture: the file is missing, truncated, not a picture, or above `MAX_PIXELS` or `MAX_RATIO`.
+        UnreadablePicture: the file is missing, truncated, not a picture of `FORMATS`, or above `MAX_RATIO` or
+            `MAX_PIXELS` (a half or a fourth of it where decoding is costly).
     """
     name = cut(name or (f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)))
     try:
@@ -115,11 +121,12 @@ def open_image(source: str | os.PathLike | bytes, name: str = "", at_least: int 
 
 
 def _decode(file: Any, name: str, at_least: int) -> Image.Image:
-    with Image.open(file) as image:
-        if image.width * image.height > MAX_PIXELS:
+    with Image.open(file, formats=FORMATS) as image:
+        limit = MAX_PIXELS // (4 if image.format in _SLOW else 1 if image.mode in _CHEAP else 2)
+        if image.width * image.height > limit:
             raise UnreadablePicture(
                 f"picture {name} is {image.width} x {image.height}, above the limit of "
-                f"{MAX_PIXELS // 2**20} megapixels: make it smaller or remove it"
+                f"{limit // 2**20} megapixels: make it smaller or remove it"
             )
         if max(image.size) > MAX_RATIO * min(image.size):
             raise UnreadablePicture(
@@ -131,7 +138,8 @@ def _decode(file: Any, name: str, at_least: int) -> Image.Image:
             image.draft(None, (at_least, at_least))
         image.load()  # some formats have their EXIF after the picture
         turn, rgb = _UPRIGHT.get(_orientation(image)), _rgb(image)
-        return rgb if turn is None else rgb.transpose(turn)
+    del image  # it may be as large as the result
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _beginning(path: str | os.PathLike) -> bytes:
@@ -172,22 +180,42 @@ def _rgb(image: Image.Image) -> Image.Image:
     # PIL opens 16-bit grey as "I;16", but that of PNM files as "I".
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         # Converting to 8 bits clips instead of scaling, and forgets which grey is transparent.
-        values = np.asarray(image, np.float64)
-        tags = getattr(image, "tag_v2", {})
+        tags, clear = getattr(image, "tag_v2", {}), image.info.get("transparency")
         white = 2 ** tags.get(_BITS, (16,))[0] - 1
-        grey = np.clip(values / (white / 255), 0, 255).round()
-        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # PIL inverts only pictures of 8 bits
-            grey = 255 - grey
-        if isinstance(clear := image.info.get("transparency"), int):
-            grey[values == clear] = 255  # on white
-        image = Image.fromarray(grey.astype(np.uint8))
-    elif image.mode in ("I", "F"):
+        inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO  # PIL inverts only pictures of 8 bits
+
+        def grey(strip: Image.Image) -> Image.Image:
+            values = np.asarray(strip, np.float64)
+            scaled = np.clip(values / (white / 255), 0, 255).round()
+            if inverted:
+                scaled = 255 - scaled
+            if isinstance(clear, int):
+                scaled[values == clear] = 255  # on white
+            return Image.fromarray(scaled.astype(np.uint8))
+
+        return _in_strips(image, grey, "L").convert("RGB")
+    if image.mode in ("I", "F"):
         raise ValueError("its grey values have neither 8 nor 16 bits, so that it is not known which of them is white")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+
+        def on_white(strip: Image.Image) -> Image.Image:
+            strip = strip.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip).convert("RGB")
+
+        return _in_strips(image, on_white, "RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image], mode: str) -> Image.Image:
+    """`convert` of a picture, strip by strip: its intermediate results stay small."""
+    rows = max(1, _STRIP // image.width)
+    if rows >= image.height:
+        return convert(image)
+    made = Image.new(mode, image.size)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        made.paste(convert(image.crop(box)), box[:2])
+    return made
 
 
 def fit(

@@ -51,7 +51,8 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int | steps.Keep, measured: Sequence[str] = ()) -> None:
-        self._run, self.measured = run, measured
+        self.measured = measured
+        self._run = run
         self._keep = keep if isinstance(keep, steps.Keep) else steps.Keep(keep)
         self._folder = (run / "checkpoints").absolute()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -100,17 +101,13 @@ class Checkpoints:
         """Whether a save is under way in the background."""
         return self._commit is not None and self._commit.is_alive()
 
-    def failure(self) -> BaseException | None:
-        """What went wrong with the last save, once; None while it is being written, and where nothing did."""
-        failed, self._failure = self._failure, None
-        return failed
-
     def wait(self) -> None:
-        """Returns when the last save is finished; raises what went wrong with it."""
+        """Returns when the last save is finished; raises what went wrong with it, once."""
         if self._commit is not None:
             self._commit.join()
             self._commit = None
-        if (failed := self.failure()) is not None:
+        failed, self._failure = self._failure, None
+        if failed is not None:
             raise failed
 
     def restore(self, state: State) -> tuple[State, dict[str, Any]] | None:
@@ -157,14 +154,16 @@ class Checkpoints:
 
 
 def read_arrays(path: Path, target: Any, *, partial: bool = False) -> Any:
-    """The arrays of an Orbax folder, straight into the shards of `target`: arrays, or abstract ones with shardings.
+    """The arrays of an Orbax folder, straight into the shards of `target`: arrays, abstract ones with shardings, or
+    `ocp.PLACEHOLDER` for what is not read.
 
     Beside the result, little memory is used: the size of its largest array, or a twentieth of the whole.
 
     Args:
         partial: `target` has some of the arrays only.
     """
-    sizes = [math.prod(x.shape) * max(x.dtype.itemsize, 4) for x in jax.tree.leaves(target)]
+    wanted = [x for x in jax.tree.leaves(target) if x is not ocp.PLACEHOLDER]
+    sizes = [math.prod(x.shape) * max(x.dtype.itemsize, 4) for x in wanted]
     at_once = max(sum(sizes) / 20, 1.1 * max(sizes, default=0), 2**20) / 1e9
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=at_once)) as orbax:

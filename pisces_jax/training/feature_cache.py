@@ -88,6 +88,7 @@ def cache_features(
     """Writes the missing shards of every source; returns how many pictures could not be read, by source, in all its
     shards. A source that needs no features is left out.
 
+    Shards that are there are compared with their checksums; damaged ones are set aside and made anew.
     Every process writes its `share` of the shards (part i of n) on its own devices. An interruption leaves complete
     shards, and the same call continues with the others. It returns when all processes are done.
 
@@ -102,6 +103,10 @@ def cache_features(
     for name, kind in kinds.items():
         caches = zip(entries, _caches(config, workdir, kind, entries), strict=True)
         needed[name] = [(entry, cache) for entry, cache in caches if cache is not None]
+    for pairs in needed.values():
+        for cache in {cache.folder: cache for _, cache in pairs}.values():
+            cache.set_damaged_aside(*share)
+    processes.barrier("features checked")
     work = {}
     for name, pairs in needed.items():
         once = {cache.folder: (entry, cache) for entry, cache in pairs}.values()

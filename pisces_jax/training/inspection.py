@@ -83,7 +83,7 @@ def arrays(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
             size += _bytes(leaves[stop][1])
             stop += 1
         wanted = [_empty(each) if start <= i < stop else ocp.PLACEHOLDER for i, (_, each) in enumerate(leaves)]
-        got = jax.tree.leaves(read_arrays(folder / "state", structure.unflatten(wanted)))
+        got = jax.tree.leaves(read_arrays(folder / "state", jax.tree.unflatten(structure, wanted)))
         got = [x for x in got if x is not ocp.PLACEHOLDER]
         yield from zip((path_name(path) for path, _ in leaves[start:stop]), got, strict=True)
         start = stop

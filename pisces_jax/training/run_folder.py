@@ -13,6 +13,7 @@ A config that was cut off is taken from the newest whole checkpoint.
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,6 @@ from pisces_jax.utils.processes import primary, primary_first
 
 # Keys that may differ between a run and its continuation: none of them changes its numbers.
 _FREE_KEYS = ("log", "limits", "mesh", "profile", "sampling", "data.threads", "data.workers", "data.max_broken")
-# What a run writes into its folder before or beside its config: a run that was killed there is started anew.
-_OWN_FILES = (
-    "checkpoints", "metrics.jsonl", "events.jsonl", "owed", "parameters.txt", "seconds.json", "samples", "profile",
-    locks.NAME,
-)  # fmt: skip
-
 # Keys that a user may change in a run that goes on (`--allow_changes`): the state keeps its shape.
 CHANGEABLE = (
     *(f"optimizer.{k}" for k in ("learning_rate", "warmup_steps", "final_rate", "b1", "b2", "eps", "clip")),
@@ -60,7 +55,8 @@ def check_run(workdir: Path, config: ConfigDict, allowed: Sequence[str] = ()) ->
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     if (saved := _saved_config(run)) is None:
-        if any(name not in (steps.CONFIG, *_OWN_FILES) and not _is_leftover(name) for name in held):
+        # A run that was killed while its config was written has nothing else yet; later there are checkpoints.
+        if "checkpoints" not in held and any(name != steps.CONFIG and not _is_leftover(name) for name in held):
             raise UserError(f"{run} holds files that are not a run: choose another --workdir")
         if finished_step(run):
             raise UserError(
@@ -91,8 +87,8 @@ def _value(config: Any, key: str) -> Any:
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a file is what `write_atomic` leaves of a run's file when its process is killed."""
-    return any(name.startswith(f".{own}.") for own in (steps.CONFIG, *_OWN_FILES))
+    """Whether a file is a lock, or what `write_atomic` leaves when its process is killed."""
+    return name == locks.NAME or re.fullmatch(r"\..+\.(json|jsonl)\..{8}", name) is not None
 
 
 def open_run(workdir: Path, config: ConfigDict, allowed: Sequence[str] = ()) -> Path:
@@ -108,7 +104,7 @@ def open_run(workdir: Path, config: ConfigDict, allowed: Sequence[str] = ()) -> 
                     saved = saved or json.loads(config.to_json())
                     write_atomic(run / steps.CONFIG, json.dumps(saved, indent=1))
                 for path in run.iterdir():
-                    if _is_leftover(path.name):
+                    if path.name != locks.NAME and _is_leftover(path.name):
                         path.unlink()
             except OSError as error:
                 raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error

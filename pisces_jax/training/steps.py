@@ -81,7 +81,7 @@ def _files(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise Damaged(f"{manifests.MANIFEST} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise Damaged(str(error)) from error
+        raise Damaged(f"{manifests.MANIFEST} is damaged") from error
 
 
 def flaw(folder: Path, *, content: bool = False) -> str | None:

@@ -1,5 +1,6 @@
 """Paths as users give them, atomic writes (a file appears whole or not at all), and what a file really is."""
 
+import hashlib
 import os
 import re
 import tempfile
@@ -88,6 +89,43 @@ def write_atomic(path: Path, data: str | bytes | Iterable[bytes | memoryview]) -
             data = data.encode()
         for piece in [data] if isinstance(data, bytes) else data:
             file.write(piece)
+
+
+_BLOCK = 2**20  # bytes read at a time
+
+
+def sha256(path: Path, *, on_disk: bool = False) -> str:
+    """The SHA-256 of a file's content; with `on_disk`, once the content is on the disk.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+        if on_disk:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def checksum_of(path: Path) -> Path:
+    """The file beside `path` with its SHA-256, as `sha256sum` writes and checks it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def write_checksum(content: Path, path: Path) -> None:
+    """Writes the checksum of `path`, whose content is that of `content`: before that file takes its name."""
+    write_atomic(checksum_of(path), f"{sha256(content)}  {path.name}\n")
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file has the checksum that stands beside it, or none does."""
+    try:
+        known = checksum_of(path).read_text(errors="replace")
+    except FileNotFoundError:
+        return True
+    return known.split()[:1] == [sha256(path)]
 
 
 SNIFFED = 512  # bytes that `sniff` looks at

@@ -11,26 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pisces_jax.utils.files import sha256
+
 MANIFEST = "MANIFEST"
 THREADS = 8
-_BLOCK = 2**20  # bytes read at a time
 # Smaller files are checked before anything is read by them: they say how the large ones are read.
 SMALL = 2**20
-
-
-def sha256(path: Path, *, synchronize: bool = False) -> str:
-    """The SHA-256 of a file's content; with `synchronize`, once the content is on the disk.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-        if synchronize:
-            os.fsync(file.fileno())
-    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any] | None = None) -> None:
@@ -43,7 +29,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any] | None = None) -> None
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        hashes = list(pool.map(lambda path: sha256(path, synchronize=True), paths))
+        hashes = list(pool.map(lambda path: sha256(path, on_disk=True), paths))
     files = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
         for path, digest in zip(paths, hashes, strict=True)
@@ -65,7 +51,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     text = (folder / MANIFEST).read_text(encoding="utf-8")  # a UnicodeDecodeError is a ValueError
     line, _, rest = text.partition("\n")
     if rest != f"{hashlib.sha256(line.encode()).hexdigest()}\n":
-        raise ValueError(f"{MANIFEST} is damaged")
+        raise ValueError("its second line is not the hash of the first")
     return json.loads(line)
 
 

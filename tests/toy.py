@@ -98,7 +98,8 @@ class Keys:
 
 def config(**changes):
     settings = dict(
-        name="toy", steps=12, batch_size=8, data=dict(train=dict(numbers=dict(seconds=0.0)), evaluate=dict(numbers={}), threads=0),
+        name="toy", steps=12, batch_size=8,
+        data=dict(train=dict(numbers=dict(seconds=0.0)), evaluate=dict(numbers={}), threads=0),
         optimizer=dict(learning_rate=0.05, warmup_steps=2, ema=0.9, param_groups=((".*", 1.0, 0.0),)),
         log=dict(every=1, evaluate_every=6, evaluate_batches=2, checkpoint_every=3),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pisces_jax.inference.model import find_run
+from pisces_jax.inference.loading import find_run
 from pisces_jax.training.checkpoints import load_part, read_config
 from pisces_jax.training.config import decoder_run, part_settings
 from pisces_jax.training.programs import program_class

@@ -171,7 +171,7 @@ def starting_parts(config: ConfigDict, workdir: Path, trainer: Trainer, tokenize
         if part not in shapes:
             raise UserError(f"config key init_from.{part}: the model's parts are {', '.join(shapes)}")
         if is_folder(source):
-            folder = Folder.open(source)
+            folder = Folder.open(source, part)
             folder.check(part_settings(config, part, tokenizer.vocab_size), f"model.{part}", tokenizer.own_size)
             parts[part] = read_part(
                 folder, shapes[part], vocab_size=tokenizer.vocab_size, own_tokens=tokenizer.own_size,

@@ -69,7 +69,7 @@ def check_stages(stages: Stages, workdir: Path) -> list[float]:
         for part, source in sources.items():
             if is_folder(source):
                 # What depends on the tokenizer is checked when the run starts.
-                folder = Folder.open(source)
+                folder = Folder.open(source, part)
                 tokens = getattr(folder.settings, "vocab_size", 1)
                 folder.check(part_settings(config, part, tokens), f"stage {name}: model.{part}")
             elif source and source not in known and not is_finished(workdir / source):

@@ -10,20 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import parity
 import tokenizers
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, LuminaNextDiT2DModel, UNet2DConditionModel
-from diffusers.models.embeddings import PixArtAlphaTextProjection
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
 VECTORS, CHANNELS, STATES = 4, 16, 24
 TEXT = dict(
     hidden_size=STATES, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     rms_norm_eps=1e-6, max_position_embeddings=512,
-)  # fmt: skip
-ROPE = dict(rope_type="default", rope_theta=1_000_000.0)
-GENERATOR = dict(
-    sample_size=2, patch_size=1, in_channels=CHANNELS, hidden_size=16, num_layers=2, num_attention_heads=2,
-    num_kv_heads=2, multiple_of=8, norm_eps=1e-5, learn_sigma=False, qk_norm=True, cross_attention_dim=16,
 )  # fmt: skip
 UNET = dict(
     parity.TINY_UNET, layers_per_block=1, transformer_layers_per_block=(1, 1, 1), cross_attention_dim=CHANNELS,
@@ -67,38 +60,15 @@ def tokenizer(folder: Path, slow: bool = False, pictures: bool = True) -> tokeni
     return made
 
 
-def language(vocabulary: int, tied: bool, vision: bool) -> torch.nn.Module:
-    text = dict(TEXT, vocab_size=vocabulary)
-    if not vision:
-        return Qwen2ForCausalLM(Qwen2Config(**text, rope_parameters=dict(ROPE), tie_word_embeddings=tied))
-    eyes = dict(
-        depth=1, hidden_size=16, out_hidden_size=STATES, intermediate_size=16, num_heads=2, fullatt_block_indexes=[0]
-    )
-    text["rope_parameters"] = dict(ROPE, mrope_section=[1, 1, 1])
-    text |= dict(bos_token_id=None, eos_token_id=None)
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=eyes, tie_word_embeddings=tied)
-    )
-
-
-class Generator(torch.nn.Module):
-    """BLIP3-o's generator: `LuminaNextDiT2DModel` behind a projection of the condition, under the released names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = LuminaNextDiT2DModel(**GENERATOR)
-        self.model.caption_projection = PixArtAlphaTextProjection(STATES, GENERATOR["hidden_size"])
-
-
 def references(vocabulary: int, tied: bool = False) -> dict[str, Any]:
     """The models, randomly filled in float32."""
     made: dict[str, Any] = dict(
-        language=language(vocabulary, tied, vision=True), generator=Generator(), unet=UNet2DConditionModel(**UNET),
+        language=parity.qwen_model(True, **TEXT, vocab_size=vocabulary, tie_word_embeddings=tied),
+        generator=parity.Generator(VECTORS, STATES, 8, **parity.TINY_GENERATOR), unet=UNet2DConditionModel(**UNET),
         vae=AutoencoderKL(**VAE),
     )  # fmt: skip
     for seed, model in enumerate(made.values()):
         parity.fill(model.eval(), seed)
-    made["queries"] = torch.randn(1, VECTORS, STATES, generator=torch.Generator().manual_seed(9))
     return made
 
 
@@ -123,8 +93,7 @@ def write(
         }
     if tied:
         tensors.pop("lm_head.weight")
-    tensors |= {f"model.dit.{name}": t for name, t in made["generator"].state_dict().items()}
-    tensors["model.latent_queries"] = made["queries"]
+    tensors |= made["generator"].state_dict()
     names = list(tensors)
     weight_map = {}
     for i in range(shards):
@@ -147,6 +116,6 @@ def config_json(vocabulary: int, tied: bool, new_names: bool) -> dict[str, Any]:
     text = dict(TEXT, vocab_size=vocabulary)
     own = dict(architectures=["blip3oQwenForCausalLM"], model_type="blip3o_qwen", tie_word_embeddings=tied)
     if new_names:
-        return dict(own, text_config=dict(text, rope_parameters=dict(ROPE, mrope_section=[1, 1, 1])))
+        return dict(own, text_config=dict(text, rope_parameters=dict(parity.QWEN_ROPE, mrope_section=[1, 1, 1])))
     scaling = dict(type="mrope", mrope_section=[1, 1, 1])
-    return dict(own, **text, rope_theta=ROPE["rope_theta"], rope_scaling=scaling, vision_config={})
+    return dict(own, **text, rope_theta=parity.QWEN_ROPE["rope_theta"], rope_scaling=scaling, vision_config={})

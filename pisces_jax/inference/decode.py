@@ -55,9 +55,11 @@ class Decoder(Protocol):
         ...
 
 
-def noise_of(keys: Array, size: int, channels: int) -> Float[Array, "B Z Z ch"]:
-    """Unit noise in float32, of each key its own."""
-    return jax.vmap(lambda k: jax.random.normal(k, (size, size, channels), jnp.float32))(keys)
+def noise_of(keys: Array, network: DiT | UNet) -> Float[Array, "B Z Z ch"]:
+    """Unit noise for a network, of each key its own; in at least float32."""
+    shape = (network.config.size, network.config.size, network.config.channels)
+    noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+    return noise.astype(jnp.promote_types(network.dtype, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +88,11 @@ class PictureDecoder:
         how: FlowConfig,
         null: Float[Array, "#B m C"] | None = None,
     ) -> UInt8[Array, "B S S 3"]:
-        c = self.flow_network.config
 
         def network(*args: Array) -> Array:
             return apply(self.flow_network, params["decoder"], *args)
 
-        made = integrate(guided(network, vectors, how), noise_of(keys, c.size, c.channels), how.steps)
+        made = integrate(guided(network, vectors, how), noise_of(keys, self.flow_network), how.steps)
         if self.autoencoder is not None:
             made = apply(self.autoencoder, params["autoencoder"], made, method="decode")
         return to_pixels(made)
@@ -119,8 +120,7 @@ class DiffusionDecoder:
         how: DiffusionConfig,
         null: Float[Array, "#B m C"] | None = None,
     ) -> UInt8[Array, "B S S 3"]:
-        c = self.network.config
-        return to_pixels(self.draw(params, vectors, null, noise_of(keys, c.size, c.channels), how))
+        return to_pixels(self.draw(params, vectors, null, noise_of(keys, self.network), how))
 
     def draw(
         self,

@@ -215,7 +215,7 @@ class Model:
 
     def features(self, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N m C"]:
         """The true visual vectors of pictures of the generation encoder's size."""
-        self._check_pictures({"read": (), "draw": images})
+        self._check_pictures({"read": (), "draw": list(images)})
         parts = []
         for first in range(0, len(images), self.batch_size):
             some = images[first : first + self.batch_size]

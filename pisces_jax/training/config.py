@@ -48,7 +48,7 @@ def run_config(**changes: Any) -> ConfigDict:
             init_from=ConfigDict(),
             # Part -> dtype of its stored parameters; float32 for parts that are not named.
             param_dtype=ConfigDict(),
-            # unified: the run whose decoder turns this run's vectors into pictures, or a folder with Emu2-Gen's: `unet/`,
+            # unified: the run whose decoder turns its vectors into pictures, or a folder with Emu2-Gen's: `unet/`,
             # `vae/` and `scheduler/` (docs/blip3o.md).
             decoder="",
             # unified: train the decoder in this run too, from the vectors as they are predicted (loss.reconstruction,

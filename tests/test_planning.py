@@ -159,6 +159,7 @@ def test_names_of_slices():
         ("a100", 624, 80, 2.039, 600, 200),
         ("h100", 1979, 80, 3.35, 900, 400),
         ("h200", 1979, 141, 4.8, 900, 400),
+        ("rtx4090", 330.4, 24, 1.008, 64, 10),  # PCI Express in place of NVLink, and no DGX
     ],
 )
 def test_gpus_are_as_on_their_data_sheets(name, sparse_tflops, gigabytes, terabytes_a_second, nvlink, adapter):
@@ -227,7 +228,7 @@ def test_a_missing_or_old_compiler_for_gpus(installed, words, monkeypatch):
     [
         ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5p", "v5p"), ("TPU v5", "v5p"),
         ("TPU v6 lite", "v6e"), ("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H200", "H200"),
+        ("NVIDIA H200", "H200"), ("NVIDIA GeForce RTX 4090", "RTX4090"),
     ],
 )  # fmt: skip
 def test_chips_by_the_names_of_their_devices(device_kind, name):

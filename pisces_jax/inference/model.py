@@ -117,6 +117,11 @@ class Model:
         if decoder is not None:
             self._decode = jax.jit(decoder.decode, static_argnums=3)
 
+    @property
+    def programs(self) -> dict[str, Any]:
+        """The compiled functions of drawing by phase, for the planner."""
+        return {"vectors": self._draw, "pictures": self._decode}
+
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 

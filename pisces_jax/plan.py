@@ -3,7 +3,6 @@
 python -m pisces_jax.plan --config=configs/X.py[:stage] --topology=v5p:4x4x4|h100:8 [--mesh=fsdp=16,tensor=4]
 """
 
-import argparse
 import json
 import os
 
@@ -35,7 +34,9 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--slices", type=cli.whole_number(1), default=1, help="how many such slices (default 1)")
     parser.add_argument("--mem_fraction", metavar="0.9", help="JAX's share of a GPU's memory (default: as JAX has it)")
-    parser.add_argument("--mesh", type=_mesh, default=None, metavar="fsdp=16,tensor=4", help="instead of the config's")
+    parser.add_argument(
+        "--mesh", type=cli.mesh_sizes, default=None, metavar="fsdp=16,tensor=4", help="instead of the config's"
+    )
     parser.add_argument(
         "--vocab_size", type=cli.whole_number(1), default=0, help="tokens (default: the config's, or 128,260)"
     )
@@ -74,16 +75,6 @@ def main() -> None:
         found = plan.to_json()
     if flags.json is not None:
         write_atomic(flags.json, json.dumps(found, indent=1) + "\n")
-
-
-def _mesh(text: str) -> dict[str, int]:
-    try:
-        sizes = {name: int(size) for name, size in (word.split("=") for word in text.split(","))}
-    except ValueError:
-        sizes = {"": 0}
-    if not set(sizes) <= {"data", "fsdp", "tensor"}:
-        raise argparse.ArgumentTypeError(f"{text!r}: write it like data=2,fsdp=16,tensor=4")
-    return sizes
 
 
 def _only_cpus(topology: str) -> None:

@@ -55,7 +55,12 @@ def drawn(released):
     """(the model in float64, its drawings of two prompts)."""
     with jax.enable_x64(True):
         model = load_model(released[0], batch_size=2, dtype="float64")
-        assert (model.vector_flow.steps, model.vector_flow.guidance, model.flow.steps, model.flow.guidance) == (30, 3, 50, 3)
+        assert (model.vector_flow.steps, model.vector_flow.guidance, model.flow.steps, model.flow.guidance) == (
+            30,
+            3,
+            50,
+            3,
+        )
         model.vector_flow = dataclasses.replace(model.vector_flow, steps=FLOW_STEPS)
         model.flow = dataclasses.replace(model.flow, steps=STEPS)
         asked = [(Text(draw_instruction(words, BLIP3O_INSTRUCTION)),) for words in (PROMPT, "two dogs")]
@@ -184,7 +189,7 @@ def pipeline(released, drawn):
                 ids = [*library.encode(" ").ids, library.token_to_id("[IMG]")]
                 return vectors_of(copies, states_of(copies, ids, ()), vectors_noise(model, NULL_SEED, 0)).numpy()
             first = noise(5 + models.DECODING, 0, model._decoder.network)
-            return picture_of(copies, torch.as_tensor(vectors), torch.as_tensor(null), first, wrong).numpy()
+            return picture_of(copies, torch.tensor(vectors), torch.tensor(null), first, wrong).numpy()
 
     return run
 

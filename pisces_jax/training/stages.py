@@ -67,7 +67,9 @@ def check_stages(stages: Stages, workdir: Path) -> list[float]:
         optimizer.learning_rate(config.optimizer, config.steps)
         sources = {**config.init_from, "decoder": config.decoder} if config.decoder else config.init_from
         for part, source in sources.items():
-            if is_folder(source):
+            if part == "decoder" and source == config.decoder and is_folder(source):
+                decoder_of_folder(source, config)
+            elif is_folder(source):
                 # What depends on the tokenizer is checked when the run starts.
                 folder = Folder.open(source, part)
                 tokens = getattr(folder.settings, "vocab_size", 1)

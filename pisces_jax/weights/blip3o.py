@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.families import FAMILIES, TOWERS
@@ -41,6 +43,12 @@ def left_out(tensors: Mapping[str, Tensor]) -> list[str]:
         if number := sum(bool(re.fullmatch(pattern, name)) for name in tensors):
             found.append(f"{number} tensors are left out: {what}")
     return found
+
+
+def queries_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Our shape of the queries, by name."""
+    _, number, width = tensors["model.latent_queries"].shape
+    return {"embedding": np.broadcast_to(np.int8(0), (number, width))}
 
 
 def settings_of(part: str, path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, Any]:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import blip3o_folder
@@ -17,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+import tiny
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 
+from pisces_jax import convert
 from pisces_jax.data.example import Example, Picture, Text
 from pisces_jax.data.instructions import BLIP3O_INSTRUCTION, draw_instruction
 from pisces_jax.data.packing.layout import lay_out
@@ -29,7 +33,12 @@ from pisces_jax.data.tokenizers import open_tokenizer
 from pisces_jax.inference import model as models
 from pisces_jax.inference.decode import noise_of
 from pisces_jax.inference.model import NULL_SEED, load_model
+from pisces_jax.inference.released import decoder_of_folder, is_released, released_config
 from pisces_jax.utils.errors import UserError
+from pisces_jax.weights.blip3o import PARTS
+from pisces_jax.weights.diffusion_decoder import decoder_sources
+from pisces_jax.weights.export import import_folder
+from pisces_jax.weights.folder import Folder, flatten, part_shapes, read_part
 
 PROMPT = "a red circle left of a blue square"
 FLOW_STEPS, STEPS = 6, 4  # of thirty and fifty: `test_flow_head.py` and `test_unet.py` have the whole schedules
@@ -258,3 +267,180 @@ def test_reading_pictures_is_refused(drawn):
             model.answer([(Picture(picture, "read"), Text("what is it?"))])
         with pytest.raises(UserError, match="without its generation encoder"):
             model.draw([(Text("a"), Picture(picture, "draw"), Text("b"))], describe=False)
+
+
+# --- the folder: names, tokenizer, import
+
+
+def parts_of(folder):
+    """Every parameter of the three parts, read from a folder in either layout."""
+    found = {}
+    for part in PARTS:
+        opened = Folder.open(f"{folder}/", part)
+        shapes = part_shapes(opened.settings) if opened.settings else {"embedding": np.zeros((4, 24))}
+        tokens = getattr(opened.settings, "vocab_size", None)
+        found |= {(part, k): v for k, v in flatten(read_part(opened, shapes, vocab_size=tokens)).items()}
+    return found
+
+
+@pytest.mark.parametrize("new_names", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_of_both_versions_of_transformers(new_names, tied, released, tmp_path):
+    """The same settings and numbers under the names of transformers 4 and 5; a tied head is not in the files."""
+    blip3o_folder.write(tmp_path / "m", tied=tied, new_names=new_names, shards=1)
+    settings = Folder.open(f"{tmp_path}/m/", "language_model").settings
+    assert settings == dataclasses.replace(Folder.open(f"{released[0]}/").settings, tied_embedding=tied)
+    found, expected = parts_of(tmp_path / "m"), parts_of(released[0])
+    assert set(expected) - set(found) == ({("language_model", "head")} if tied else set())
+    if not tied:
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_import_writes_every_part_and_draws_the_same(released, tmp_path, capsys, monkeypatch):
+    """`convert import`: bit for bit, tokenizer, decoder and scheduler with it; what it writes opens as the model."""
+    monkeypatch.setattr("sys.argv", ["convert", "import", f"--from={released[0]}", f"--out={tmp_path}/out"])
+    convert.main()
+    assert f"{tmp_path}/out" in capsys.readouterr().out
+    found, expected = parts_of(tmp_path / "out"), parts_of(released[0])
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    theirs, ours = released_config(released[0]), released_config(tmp_path / "out")
+    assert theirs.model == ours.model and is_released(tmp_path / "out")
+    tokenizers_ = [open_tokenizer(Path(c.data.tokenizer)) for c in (theirs, ours)]
+    assert tokenizers_[0].encode("a red fox") == tokenizers_[1].encode("a red fox")
+    decoders = [decoder_of_folder(c.decoder, c) for c in (theirs, ours)]
+    assert decoders[0] == decoders[1]
+    for part, source in decoder_sources(ours.decoder).items():
+        before = Folder.open(decoder_sources(theirs.decoder)[part])
+        shapes = part_shapes(before.settings)
+        got, wanted = (read_part(folder, shapes) for folder in (Folder.open(source), before))
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def broken(folder, change):
+    """A checkpoint without its decoder, changed."""
+    shutil.rmtree(folder / "diffusion-decoder")
+    change(folder)
+
+
+def renamed(old, new):
+    def change(folder):
+        index = folder / "model.safetensors.index.json"
+        values = json.loads(index.read_text())
+        file = folder / values["weight_map"].pop(old)
+        tensors = load_file(file)
+        tensors[new] = tensors.pop(old)
+        save_file(tensors, file)
+        values["weight_map"][new] = file.name
+        index.write_text(json.dumps(values))
+
+    return change
+
+
+def settings_changed(**values):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def only_pickles(folder):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+BIAS, DIT = "model.layers.1.self_attn.k_proj.bias", "model.dit.model.layers.1.attn2.norm_k.weight"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "lacks model-00002-of-00002.safetensors"),
+        (only_pickles, "has only pickles"),
+        (settings_changed(model_type="mistral"), "describes 'mistral', which is not supported"),
+        (settings_changed(use_sliding_window=True), "use_sliding_window True"),
+        (settings_changed(rope_scaling=dict(type="yarn")), "rope_type yarn"),
+        (renamed(BIAS, f"{BIAS}es"), r"missing model.layers.1.self_attn.k_proj.bias \(12,\); surplus .*biases"),
+        (renamed(DIT, "model.dit.model.extra.weight"), r"missing layers.1.attn2.norm_k.weight \(16,\); surplus extra"),
+        (renamed(BIAS, "model.down_projector.weight"), "surplus model.down_projector.weight"),
+        (renamed("model.latent_queries", "model.queries"), "model.latent_queries is missing"),
+        (settings_changed(hidden_size=32), "must be"),
+    ],
+    ids=["shard", "pickle", "family", "window", "rope", "bias", "generator", "projector", "queries", "width"],
+)
+def test_what_is_refused_leaves_nothing_behind(change, said, released, tmp_path):
+    """One sentence, and no folder."""
+    shutil.copytree(released[0], tmp_path / "m")
+    broken(tmp_path / "m", change)
+    with pytest.raises(UserError, match=said) as error:
+        import_folder(f"{tmp_path}/m", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_other_folders_are_not_taken_for_the_model(released, tmp_path):
+    shutil.copytree(released[0], tmp_path / "m")
+    broken(
+        tmp_path / "m", lambda folder: [renamed(n, f"visual.{i}")(folder) for i, n in enumerate(all_drawing(folder))]
+    )
+    with pytest.raises(UserError, match="holds a language model alone: take the queries from a checkpoint of BLIP3-o"):
+        released_config(tmp_path / "m")
+
+
+def all_drawing(folder):
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return [name for name in names if name.startswith(("model.dit.", "model.latent_queries"))]
+
+
+@pytest.mark.parametrize(
+    "file, values, said",
+    [
+        (
+            "scheduler/scheduler_config.json",
+            dict(prediction_type="v_prediction"),
+            "says prediction_type 'v_prediction'",
+        ),
+        ("scheduler/scheduler_config.json", dict(_class_name="DDIMScheduler"), "says _class_name 'DDIMScheduler'"),
+        ("unet/config.json", dict(cross_attention_dim=24, projection_class_embeddings_input_dim=72), "24 numbers and"),
+    ],
+)
+def test_another_decoder_is_refused(file, values, said, released, tmp_path):
+    source = tmp_path / "diffusion-decoder"
+    shutil.copytree(released[0] / "diffusion-decoder", source)
+    (source / file).write_text(json.dumps({**json.loads((source / file).read_text()), **values}))
+    with pytest.raises(UserError, match=said):
+        decoder_of_folder(f"{source}", released_config(released[0]))
+
+
+def test_the_tokenizer_is_qwens(tmp_path):
+    """The ids of the library with Qwen2's template, from one file and from those of the slow tokenizer; the three
+    tokens of pictures are appended where a file lacks them."""
+    library = blip3o_folder.tokenizer(tmp_path / "fast", pictures=False)
+    blip3o_folder.tokenizer(tmp_path / "slow", slow=True, pictures=False)
+    ours, slow = open_tokenizer(tmp_path / "fast"), open_tokenizer(tmp_path / "slow")
+    assert isinstance(ours, QwenTokenizer) and isinstance(slow, QwenTokenizer)
+    text = "It's a red fox's 1 23 DEN,  two\n\nlines — Größe 大きさ 🙂"
+    assert ours.encode(text) == slow.encode(text) == library.encode(text).ids and ours.decode(ours.encode(text)) == text
+    size = library.get_vocab_size()
+    assert (ours.begin_image, ours.end_image, ours.image, ours.vocab_size) == (size, size + 1, size + 2, size + 3)
+    assert not set(ours.encode("<|im_end|>[IMG]<image>")) & ours.special
+    layout = dataclasses.replace(tiny.LAYOUT, length=128)
+    shown = lay_out(Example((Text("a fox"), tiny.picture("draw", 0)), "draw"), ours, layout)
+    before = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na fox<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    end = library.token_to_id("<|im_end|>")
+    picture = [ours.begin_image, *[ours.image] * 4, ours.end_image, end]
+    assert shown.tokens.tolist() == [*library.encode(f"{before}<|im_end|>\n").ids, *picture]
+    asked = lay_out(Example((Text("a fox"),), "ask"), ours, layout, prompt=True)
+    assert asked.tokens.tolist() == library.encode(before).ids and not asked.loss_mask.any()
+    said = lay_out(Example((Text("a fox"), Text("no", learn=True)), "said"), ours, layout)
+    assert said.tokens.tolist() == [*library.encode(f"{before}no").ids, end]
+    assert said.loss_mask.sum() == len(ours.encode("no")) + 1
+    ours.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [dict(role="user", content="a fox")]
+    made = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert made == before and theirs(made, add_special_tokens=False).input_ids == asked.tokens.tolist()

@@ -12,6 +12,7 @@ from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.export import export_part, new_folder
+from pisces_jax.weights.sources import is_folder
 
 
 def export_run(workdir: Path, run: str, parts: list[str], dtype: str | None, out: Path) -> None:
@@ -38,7 +39,7 @@ def export_run(workdir: Path, run: str, parts: list[str], dtype: str | None, out
 def _runs_of_parts(workdir: Path, run: str, config: ConfigDict) -> dict[str, str]:
     """For each part of a model, the run that it is taken from: its own, or the decoder's."""
     where: dict[str, str] = {}
-    if (decoder := decoder_run(config)) and decoder != run:
+    if (decoder := decoder_run(config)) and decoder != run and not is_folder(decoder):
         held = read_config(workdir / decoder)
         where |= dict.fromkeys(program_class(held).parts(held), decoder)
     return where | dict.fromkeys(program_class(config).parts(config), run)

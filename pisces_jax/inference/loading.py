@@ -13,13 +13,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.inference.decode import Decoder, PictureDecoder
-from pisces_jax.inference.released import (
-    decoder_of_folder,
-    decoder_sources,
-    is_released,
-    is_released_config,
-    released_config,
-)
+from pisces_jax.inference.released import decoder_of_folder, is_released, is_released_config, released_config
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiT
 from pisces_jax.sharding import param_shardings
@@ -27,6 +21,7 @@ from pisces_jax.training import config as settings
 from pisces_jax.training.checkpoints import is_finished, load_part, read_config
 from pisces_jax.training.programs import make_program, program_class
 from pisces_jax.utils.errors import UserError
+from pisces_jax.weights.diffusion_decoder import decoder_sources
 from pisces_jax.weights.folder import Folder, boxed_shapes, read_part
 from pisces_jax.weights.sources import is_folder
 

@@ -69,7 +69,6 @@ class Model:
     ) -> None:
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.mesh, self._stay = mesh, stay
-        self._nulls: dict[FlowConfig, Any] = {}
         self.pisces = Pisces(settings.pisces_config(config, tokenizer.vocab_size), jnp.dtype(config.compute_dtype))
         self.vector_flow = settings.vector_flow_config(config)
         self.params, self._decoder, self.decoder_params, self.flow = params, decoder, decoder_params, flow
@@ -116,6 +115,16 @@ class Model:
         self._features = jax.jit(lambda p, x: apply(self.pisces, p, x, method="features"))
         if decoder is not None:
             self._decode = jax.jit(decoder.decode, static_argnums=3)
+
+    @property
+    def params(self) -> Any:
+        """The model's parameters by part."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        self._params = params
+        self._nulls: dict[FlowConfig, Any] = {}  # the vectors of no prompt, by how they are made
 
     @property
     def programs(self) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from ml_collections import ConfigDict
 from pisces_jax.data.instructions import BLIP3O_INSTRUCTION
 from pisces_jax.inference.decode import DiffusionDecoder
 from pisces_jax.losses.diffusion import DiffusionConfig
-from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.dit import DiTConfig
-from pisces_jax.models.unet import UNet, UNetConfig
+from pisces_jax.models.unet import UNet
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.training import config as run_settings
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.blip3o import DECODER, PARTS
+from pisces_jax.weights.diffusion_decoder import open_decoder
 from pisces_jax.weights.folder import Folder
 from pisces_jax.weights.sizes import EVA_CLIP_E_PLUS_448, settings
 from pisces_jax.weights.tensors import read_json
@@ -95,27 +96,11 @@ def decoder_of_folder(source: str, config: ConfigDict) -> tuple[DiffusionDecoder
     Raises:
         UserError: it is another decoder, or makes pictures of vectors of another width.
     """
-    parts = {part: Folder.open(folder) for part, folder in decoder_sources(source).items()}
-    network, latent = (parts[part].settings for part in ("decoder", "autoencoder"))
-    for part, kind, found in (("unet", UNetConfig, network), ("vae", AutoencoderConfig, latent)):
-        if not isinstance(found, kind):
-            raise UserError(f"{source}: {part}/ is not part of Emu2-Gen's decoder: give BLIP3-o's {DECODER} folder")
-    width = run_settings.vit_config(config, "generation_encoder").output_width
-    if network.condition_width != width:
-        raise UserError(
-            f"{source} draws from vectors of {network.condition_width} numbers and model.generation_encoder gives "
-            f"{width}: name a decoder of the same encoder in config key decoder"
-        )
-    if network.channels != latent.latent_channels:
-        raise UserError(f"{source}: its U-Net makes {network.channels} channels and its autoencoder takes others")
+    opened = open_decoder(source, run_settings.vit_config(config, "generation_encoder").output_width)
+    network, latent = (opened[part].settings for part in ("decoder", "autoencoder"))
     dtype = jnp.dtype(config.compute_dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
     return DiffusionDecoder(UNet(network, dtype), Autoencoder(latent, wide)), read_scheduler(source)
-
-
-def decoder_sources(source: str) -> dict[str, str]:
-    """The folders of the decoder's parts."""
-    return {part: os.path.join(source, name) for part, name in (("decoder", "unet"), ("autoencoder", "vae"))}
 
 
 def read_scheduler(source: str) -> DiffusionConfig:

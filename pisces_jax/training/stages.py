@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import flops, optimizer
 from pisces_jax.training.checkpoints import is_finished
-from pisces_jax.training.config import part_settings
+from pisces_jax.training.config import part_settings, vit_config
 from pisces_jax.training.config_files import Stages
 from pisces_jax.training.loop import Sampler, train
 from pisces_jax.training.programs import make_program
 from pisces_jax.utils import cli, processes
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import write_atomic
+from pisces_jax.weights.diffusion_decoder import open_decoder
 from pisces_jax.weights.folder import Folder
 from pisces_jax.weights.sources import is_folder
 
@@ -68,7 +69,7 @@ def check_stages(stages: Stages, workdir: Path) -> list[float]:
         sources = {**config.init_from, "decoder": config.decoder} if config.decoder else config.init_from
         for part, source in sources.items():
             if part == "decoder" and source == config.decoder and is_folder(source):
-                decoder_of_folder(source, config)
+                open_decoder(source, vit_config(config, "generation_encoder").output_width)
             elif is_folder(source):
                 # What depends on the tokenizer is checked when the run starts.
                 folder = Folder.open(source, part)

@@ -33,8 +33,8 @@ from pisces_jax.weights.tensors import Pending, common_dtype, read_folder, slabs
 
 
 def import_folder(source: str, target: Path, dtype: str | None = None) -> tuple[Folder, int]:
-    """Rewrites a published folder in our own layout, one tensor at a time; of BLIP3-o's checkpoints all parts, each in a
-    folder below `target`.
+    """Rewrites a published folder in our own layout, one tensor at a time. A checkpoint of BLIP3-o has several parts:
+    each gets a folder below `target`.
 
     Returns the folder that was read and its number of parameters.
 

@@ -32,8 +32,14 @@ from pisces_jax.data.qwen import QwenTokenizer
 from pisces_jax.data.tokenizers import open_tokenizer
 from pisces_jax.inference import model as models
 from pisces_jax.inference.decode import noise_of
+from pisces_jax.inference.loading import make_decoder
 from pisces_jax.inference.model import NULL_SEED, load_model
 from pisces_jax.inference.released import decoder_of_folder, is_released, released_config
+from pisces_jax.sharding import make_mesh
+from pisces_jax.training.loop import starting_parts
+from pisces_jax.training.programs import make_program
+from pisces_jax.training.step import make_trainer
+from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.blip3o import PARTS
 from pisces_jax.weights.diffusion_decoder import decoder_sources
@@ -444,3 +450,77 @@ def test_the_tokenizer_is_qwens(tmp_path):
     chat = [dict(role="user", content="a fox")]
     made = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert made == before and theirs(made, add_special_tokens=False).input_ids == asked.tokens.tolist()
+
+
+# --- on several devices, and from one memory to another
+
+
+@pytest.mark.slow
+def test_on_a_mesh_with_parameters_in_turn_the_same_is_drawn(released, drawn):
+    """Sharded over fsdp by the rules of all models, each phase's parameters there alone."""
+    model, drawings = drawn
+    with jax.enable_x64(True):
+        mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+        other = load_model(released[0], batch_size=2, dtype="float64", mesh=mesh, stay=False)
+        other.vector_flow, other.flow = model.vector_flow, model.flow
+        waiting = jax.tree.leaves((other.params, other.decoder_params))
+        assert all(isinstance(x.value, np.ndarray) for x in waiting)
+        assert len({str(x.where.spec) for x in waiting}) > 3
+        asked = [(Text(draw_instruction(words, BLIP3O_INSTRUCTION)),) for words in (PROMPT, "two dogs")]
+        again = other.draw(asked, describe=False, seed=5)
+    for got, wanted in zip(again, drawings, strict=True):
+        assert parity.relative(got.vectors, wanted.vectors) < 1e-9
+        assert np.abs(got.image.astype(int) - wanted.image).max() <= 1
+
+
+def test_a_run_draws_with_the_released_decoder(released):
+    """`decoder` names the folder: the run's own vectors of the same width, with guidance by its vectors of no prompt."""
+    config = released_config(released[0])
+    assert config.decoder.endswith("diffusion-decoder")
+    del config.model.generator
+    config.model.update(hidden=dict(projector=24, vector_head=24), fed_vectors=True)
+    decoder, how = make_decoder(released[0], config)
+    assert decoder.takes_null and decoder.size == 16 and (how.steps, how.guidance) == (50, 3.0)
+    config.model.generation_encoder.width = 32
+    with pytest.raises(UserError, match="draws from vectors of 16 numbers and model.generation_encoder gives 32"):
+        make_decoder(released[0], config)
+
+
+# --- tuning
+
+
+def test_tuning_starts_from_the_folder_and_keeps_the_language_model(released, tmp_path):
+    """Frozen parts are the folder's, bit for bit, before and after steps; queries and generator train from it."""
+    made = released_config(released[0])
+    frozen = (("(language_model|generation_encoder)/.*", 0.0, 0.0), (".*", 1.0, 0.0))
+    config = tiny.config(
+        program="unified", batch_size=2, model=made.model.to_dict(), init_from=made.init_from,
+        data=dict(tokenizer=made.data.tokenizer, row_length=64, draw_slots=2, features="features", train={"a": {}}),
+        loss=dict(text=0.0), vector_flow=made.vector_flow.to_dict(),
+        optimizer=dict(param_groups=frozen, learning_rate=1e-2),
+    )  # fmt: skip
+    tokenizer = load_tokenizer(config, tmp_path)
+    trainer = make_trainer(make_program(config, tokenizer.vocab_size), config, make_mesh(devices=jax.devices()[:1]))
+    parts = starting_parts(config, tmp_path, trainer, tokenizer)
+    files = parts_of(released[0])
+    for part, tree in parts.items():
+        for name, x in flatten(tree).items():
+            np.testing.assert_array_equal(x, files[part, name])
+    state = trainer.init(jax.random.key(0), parts)
+    assert set(trainer.abstract.trained) == {"queries", "generator"}
+    before = jax.device_get((state.trained, state.frozen))
+    rng = np.random.default_rng(0)
+    batch = {name: np.zeros(x.shape, x.dtype) for name, x in trainer.abstract_batch().items()}
+    batch["tokens"] += rng.integers(0, 200, batch["tokens"].shape).astype(np.int32)
+    batch["segment_ids"] += 1
+    batch["positions"] += np.arange(64, dtype=np.int32)
+    batch["draw_start"] += np.array([10, 40], np.int32)
+    batch["draw_valid"] = np.ones_like(batch["draw_valid"])
+    batch["draw_features"] = rng.standard_normal(batch["draw_features"].shape).astype(np.float32)
+    step = trainer.train_step()
+    for _ in range(2):
+        state, metrics = step(state, trainer.put(batch))
+    assert metrics["vectors"].compute() > 0
+    jax.tree.map(np.testing.assert_array_equal, before[1], jax.device_get(state.frozen))
+    for part, tree in jax.device_get(state.trained).items():
+        assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (tree, before[0][part])), strict=True)), part

@@ -2,8 +2,8 @@
 
     python -m pisces_jax.train --config=configs/blip3o_8b/tune_released.py --workdir=runs/blip3o_8b
 
-Nothing goes before it: the folder has all three parts and the decoder (docs/blip3o.md). Prompts are worded as in its own
-training. Cache the features once with `python -m pisces_jax.cache`.
+Nothing goes before it: the folder has all three parts and the decoder (docs/blip3o.md). Prompts are worded as in its
+own training. Cache the features once with `python -m pisces_jax.cache`.
 Published: 128 pictures a step, AdamW, learning rate 1e-4 falling to 1e-5 along a cosine, warm-up of 0.3 % of the
 steps, no weight decay, clipping at 1, at least 10,000 steps. Taken at four pictures with their texts in a row of
 1,024 tokens: 32 rows a step.

@@ -22,6 +22,7 @@ import tiny
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.numpy import load_file, save_file
+from test_weights import filled
 from transformers import AutoTokenizer
 
 from pisces_jax import convert
@@ -35,7 +36,9 @@ from pisces_jax.inference.decode import noise_of
 from pisces_jax.inference.loading import make_decoder
 from pisces_jax.inference.model import NULL_SEED, load_model
 from pisces_jax.inference.released import decoder_of_folder, is_released, released_config
+from pisces_jax.models.vit import ViTConfig
 from pisces_jax.sharding import make_mesh
+from pisces_jax.training.config import build
 from pisces_jax.training.loop import starting_parts
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import make_trainer
@@ -43,7 +46,7 @@ from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.blip3o import PARTS
 from pisces_jax.weights.diffusion_decoder import decoder_sources
-from pisces_jax.weights.export import import_folder
+from pisces_jax.weights.export import export_part, import_folder
 from pisces_jax.weights.folder import Folder, flatten, part_shapes, read_part
 
 PROMPT = "a red circle left of a blue square"
@@ -474,7 +477,7 @@ def test_on_a_mesh_with_parameters_in_turn_the_same_is_drawn(released, drawn):
 
 
 def test_a_run_draws_with_the_released_decoder(released):
-    """`decoder` names the folder: the run's own vectors of the same width, with guidance by its vectors of no prompt."""
+    """`decoder` names the folder, for vectors of the same width; guidance takes the run's own for no prompt."""
     config = released_config(released[0])
     assert config.decoder.endswith("diffusion-decoder")
     del config.model.generator
@@ -492,9 +495,12 @@ def test_a_run_draws_with_the_released_decoder(released):
 def test_tuning_starts_from_the_folder_and_keeps_the_language_model(released, tmp_path):
     """Frozen parts are the folder's, bit for bit, before and after steps; queries and generator train from it."""
     made = released_config(released[0])
+    encoder = build(ViTConfig, made.model.generation_encoder, "")
+    export_part(tmp_path / "eva", "generation_encoder", encoder, filled(encoder))
     frozen = (("(language_model|generation_encoder)/.*", 0.0, 0.0), (".*", 1.0, 0.0))
     config = tiny.config(
-        program="unified", batch_size=2, model=made.model.to_dict(), init_from=made.init_from,
+        program="unified", batch_size=2, model=made.model.to_dict(),
+        init_from=dict(made.init_from, generation_encoder=f"{tmp_path}/eva"),
         data=dict(tokenizer=made.data.tokenizer, row_length=64, draw_slots=2, features="features", train={"a": {}}),
         loss=dict(text=0.0), vector_flow=made.vector_flow.to_dict(),
         optimizer=dict(param_groups=frozen, learning_rate=1e-2),
@@ -503,8 +509,8 @@ def test_tuning_starts_from_the_folder_and_keeps_the_language_model(released, tm
     trainer = make_trainer(make_program(config, tokenizer.vocab_size), config, make_mesh(devices=jax.devices()[:1]))
     parts = starting_parts(config, tmp_path, trainer, tokenizer)
     files = parts_of(released[0])
-    for part, tree in parts.items():
-        for name, x in flatten(tree).items():
+    for part in PARTS:
+        for name, x in flatten(parts[part]).items():
             np.testing.assert_array_equal(x, files[part, name])
     state = trainer.init(jax.random.key(0), parts)
     assert set(trainer.abstract.trained) == {"queries", "generator"}

@@ -136,11 +136,11 @@ def make_inference_plan(
             "vectors": model.programs["vectors"].lower(own, prompts, keys, 0, 1.0, model.vector_flow),
             "pictures": model.programs["pictures"].lower(drawing, vectors, keys, how, null),
         }
-        peaks = {phase: _peak(program) for phase, program in lowered.items()}
-    held = {
-        "vectors": sum(parameters[part] for part in decoder.parts),  # what waits there while a phase runs
-        "pictures": sum(parameters[part] for part in own),
-    }
+        sizes = {
+            "vectors": sum(parameters[part] for part in own), "pictures": sum(parameters[p] for p in decoder.parts)
+        }  # fmt: skip
+        peaks = {phase: _peak(program, sizes[phase]) for phase, program in lowered.items()}
+    held = {"vectors": sizes["pictures"], "pictures": sizes["vectors"]}  # what waits there while a phase runs
     return InferencePlan(
         config=config.name, topology=where.name, devices=len(where.devices), mesh=user_mesh(mesh), pictures=pictures,
         dtype=dtype, size=decoder.size, parameters=parameters, cache=cache_bytes, peaks=peaks,
@@ -150,9 +150,11 @@ def make_inference_plan(
     )  # fmt: skip
 
 
-def _peak(lowered: jax.stages.Lowered) -> int:
+def _peak(lowered: jax.stages.Lowered, parameters: int) -> int:
+    """The peak of a phase whose `parameters` are all there; the compiler leaves out those that it does not use."""
     try:
-        return peak_and_host(lowered.compile().memory_analysis())[0]
+        analysis: Any = lowered.compile().memory_analysis()
+        return peak_and_host(analysis)[0] + max(0, parameters - analysis.argument_size_in_bytes)
     except jax.errors.JaxRuntimeError as error:
         if asked := memory_asked_for(str(error)):
             return asked

@@ -36,6 +36,7 @@ from pisces_jax.inference.decode import noise_of
 from pisces_jax.inference.loading import make_decoder
 from pisces_jax.inference.model import NULL_SEED, load_model
 from pisces_jax.inference.released import decoder_of_folder, is_released, released_config
+from pisces_jax.losses.flow import FlowConfig, told_time
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training.config import build
@@ -227,6 +228,15 @@ def test_the_whole_way_equals_the_references(drawn, pipeline):
         draw = jax.jit(model._decoder.draw, static_argnums=4)
         got = draw(model.decoder_params, expected[None], np.asarray(null), first, model.flow)
     assert parity.relative(got[0], signal) < 1e-9
+
+
+def test_the_generator_is_told_whole_times():
+    """Those of the published scheduler, in the float32 in which it counts, cut to whole numbers."""
+    for steps in (30, 50, 7):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps))
+        told = 1000 * (1 - told_time(jnp.arange(steps, dtype=jnp.float32) / steps, FlowConfig(grid=1000)))
+        np.testing.assert_allclose(told, scheduler.timesteps.long().numpy(), atol=1e-3)
 
 
 WRONG_VECTORS = (

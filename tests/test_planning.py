@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from pisces_jax import plan as plan_command
 from pisces_jax import xla_flags
 from pisces_jax.models.vit import ViTConfig
-from pisces_jax.planning import compiled, compilers, hlo, memory, report, roofline, search, slices
+from pisces_jax.planning import compiled, compilers, hlo, inference, memory, report, roofline, search, slices
 from pisces_jax.planning.advice import advise
 from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan, memory_asked_for, plan_trainer
 from pisces_jax.sharding import MESH_AXES, make_mesh, user_mesh
@@ -242,6 +242,35 @@ def test_more_cpus_than_there_are():
 
 
 # --- a plan
+
+
+def test_a_plan_of_drawing(released_config_of_tiny):
+    """Two phases for CPUs: parameters by part, and the peaks with all of them there and with one phase's at a time."""
+    config, decoder = released_config_of_tiny
+    plan = inference.make_inference_plan(config, slices.find_slice("cpu:2"), 0, pictures=2, dtype="float32")
+    by_part = plan.parameters
+    assert set(by_part) == {"language_model", "queries", "generator", "decoder", "autoencoder"}
+    assert by_part["queries"] == 4 * 24 * 4 // 2  # sharded over fsdp=2
+    own = sum(n for part, n in by_part.items() if part not in decoder.parts)
+    assert plan.peaks["vectors"] >= own and plan.in_turn == max(plan.peaks.values())
+    assert plan.resident >= plan.in_turn + min(own, sum(by_part.values()) - own)
+    assert plan.size == 16 and plan.fits and plan.cache == 2 * 2 * 2 * (128 + 4 + 2) * 2 * 6 * 4
+    assert "cache" in inference.describe(plan) and plan.to_json()["fits_in_turn"]
+    config.decoder = "nowhere/diffusion-decoder"
+    with pytest.raises(UserError, match="draws from vectors of 1792 numbers and .*'s have 16"):
+        inference.make_inference_plan(config, slices.find_slice("cpu:2"))
+
+
+@pytest.fixture
+def released_config_of_tiny(tmp_path):
+    import blip3o_folder
+
+    from pisces_jax.inference.released import decoder_of_folder, released_config
+
+    blip3o_folder.write(tmp_path / "m")
+    config = released_config(tmp_path / "m")
+    config.data.tokenizer_vocabulary = 300
+    return config, decoder_of_folder(config.decoder, config)[0]
 
 
 def unified(**changes):

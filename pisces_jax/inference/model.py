@@ -160,11 +160,12 @@ class Model:
     ) -> list[str]:
         """The model's text after each question, a sequence of pictures to read and texts."""
         answers: list[str] = []
+        params = self._there(self.params)
         for first in self._batches(len(questions), "reading"):
             some = questions[first : first + self.batch_size]
             with self._on_mesh():
                 prompts, keys = self._prompts(some), self._keys(seed, first)
-                tokens = self._answer(self.params, prompts, keys, max_tokens, temperature)
+                tokens = self._answer(params, prompts, keys, max_tokens, temperature)
             answers += [self._text(row) for row in np.asarray(tokens)[: len(some)]]
         return answers
 
@@ -198,6 +199,8 @@ class Model:
         if vector_guidance is not None and self.pisces.config.generator is None:
             raise UserError("--vector_guidance is of the flow head, and this model's head is regression: leave it out")
         flow = _with_guidance(self.vector_flow, vector_guidance, "--vector_guidance")
+        if not prompts:
+            return []
         texts, made = [], []
         params = self._there(self.params)
         with self._on_mesh():
@@ -230,10 +233,11 @@ class Model:
     def features(self, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N m C"]:
         """The true visual vectors of pictures of the generation encoder's size."""
         self._check_pictures({"read": (), "draw": list(images)})
-        parts = []
+        parts, params = [], self._there(self.params)
         for first in range(0, len(images), self.batch_size):
             some = images[first : first + self.batch_size]
-            parts.append(np.asarray(self._features(self.params, _pad(some, self.batch_size)))[: len(some)])
+            with self._on_mesh():
+                parts.append(np.asarray(self._features(params, _pad(some, self.batch_size)))[: len(some)])
         return np.concatenate(parts)
 
     def decode(

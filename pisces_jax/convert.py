@@ -40,12 +40,13 @@ def import_weights(argv: list[str]) -> None:
             "--from=clip-vit-large-patch14/ --out=weights/generation_encoder",
             "--from=Emu2-Gen/multimodal_encoder/ --out=weights/generation_encoder",
             "--from=stable-diffusion-xl-base-1.0/vae/ --out=weights/autoencoder",
+            "--from=BLIP3o-Model-8B/ --out=weights/blip3o_8b",
         ],
     )  # fmt: skip
     parser.add_argument(
         "--from", dest="source", required=True, metavar="FOLDER",
-        help="a folder in the layout of transformers (LLaMA, SigLIP, CLIP), diffusers (AutoencoderKL, the "
-        "UNet2DConditionModel of Emu2-Gen), timm, open_clip or Emu2 (EVA-CLIP); or "
+        help="a folder in the layout of transformers (LLaMA, Qwen2, SigLIP, CLIP), diffusers (AutoencoderKL, the "
+        "UNet2DConditionModel of Emu2-Gen), timm, open_clip or Emu2 (EVA-CLIP), or a checkpoint of BLIP3-o; or "
         "hf://ORGANISATION/NAME[/SUBFOLDER][@REVISION], which is downloaded",
     )  # fmt: skip
     parser.add_argument("--out", required=True, type=cli.path, metavar="DIR", help="a new folder to write")

@@ -22,6 +22,7 @@ def main() -> None:
             '--workdir=runs/shapes --prompt="a photo of a red circle left of a blue square" --out=drawn',
             "--workdir=runs/shapes --prompts_file=prompts.txt --num_images=2 --seed=1 --nodescribe --out=drawn",
             "--workdir=runs/shapes --geneval=evaluation_metadata.jsonl --out=drawn",
+            '--workdir=weights/BLIP3o-Model-8B --prompt="a red fox in the snow" --seeds=1,2,3 --out=drawn',
         ],
     )
     shared.add_run_flags(parser)
@@ -32,7 +33,9 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--num_images", type=cli.whole_number(1), default=4, help="pictures per prompt (default 4)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="another seed, other pictures (default 0)")
+    parser.add_argument("--seeds", type=shared.seeds, metavar="1,2", help="a picture of each prompt with each of these")
     shared.add_drawing_flags(parser)
+    shared.add_device_flags(parser)
     parser.add_argument("--out", required=True, type=cli.path, metavar="DIR2", help="the folder to write into")
     flags = parser.parse()
 
@@ -56,11 +59,13 @@ def main() -> None:
         raise UserError(f"--out={flags.out} holds pictures in GenEval's layout already: give another folder")
 
     cli.start()
-    n = flags.num_images
-    model = load_model(flags.workdir, flags.run, batch_size=min(64, n * len(prompts)))
+    n = len(flags.seeds or range(flags.num_images))
+    size = flags.batch_size or min(64, n * len(prompts))
+    model = load_model(flags.workdir, flags.run, batch_size=size, **shared.device_choice(flags))
     how = shared.drawing_choice(flags, model.config)
-    asked = [(Text(draw_instruction(prompt)),) for prompt in prompts for _ in range(n)]
-    drawings = model.draw(asked, seed=flags.seed, **how)
+    words = [draw_instruction(prompt, model.config.sampling.instruction) for prompt in prompts]
+    seeds = shared.given_seeds(flags, len(prompts))
+    drawings = model.draw([(Text(text),) for text in words for _ in range(n)], seed=flags.seed, seeds=seeds, **how)
     files: dict[str, bytes] = {}
     lines, rows = [], []
     for p, prompt in enumerate(prompts):
@@ -70,9 +75,10 @@ def main() -> None:
         else:
             made = {f"{p:04d}_{i:02d}.png": png(drawing.image) for i, drawing in enumerate(own)}
         files |= made
-        for name, drawing in zip([name for name in made if name.endswith(".png")], own, strict=True):
+        pictures = [name for name in made if name.endswith(".png")]
+        for name, drawing, seed in zip(pictures, own, flags.seeds or [flags.seed] * n, strict=True):
             description = drawing.description if how["describe"] else None
-            lines.append({"file": name, "prompt": prompt, "description": description, "seed": flags.seed})
+            lines.append({"file": name, "prompt": prompt, "description": description, "seed": seed})
         rows.append((prompt, [Cell(drawing.image) for drawing in own]))
     files["grid.png"] = png(labelled_grid(rows[:_MOST_ROWS], [], picture=128))
     files["prompts.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines).encode()

@@ -93,10 +93,10 @@ def models_opened_once(monkeypatch):
 
     load = model.load_model
 
-    def load_once(workdir, run="", batch_size=64):
-        key = pathlib.Path(workdir), run, batch_size
+    def load_once(workdir, run="", batch_size=64, **how):
+        key = pathlib.Path(workdir), run, batch_size, *sorted(how.items(), key=str)
         if key not in _opened:
-            _opened[key] = load(workdir, run, batch_size)
+            _opened[key] = load(workdir, run, batch_size, **how)
         return _opened[key]
 
     monkeypatch.setattr(model, "load_model", load_once)

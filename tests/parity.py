@@ -27,18 +27,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, LuminaNextDiT2DModel, UNet2DConditionModel
+from diffusers.models import embeddings
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 from pisces_jax.models.autoencoder import Autoencoder
+from pisces_jax.models.dit import DiT
 from pisces_jax.models.layers import apply
 from pisces_jax.models.transformer import Transformer
 from pisces_jax.models.unet import UNet
@@ -165,6 +172,7 @@ class Case:
         inputs: host array, or a tuple of them.
         config_json: where the reference has no writer of its own.
         in_place: whether float64 is had by widening each layer's values while it runs, for models that would not fit.
+        name: of the part, in a folder that holds several.
     """
 
     part: str
@@ -175,6 +183,7 @@ class Case:
     inputs: Any
     config_json: dict | None = None
     in_place: bool = False
+    name: str = ""
 
     def write(self, folder: Path, **fill_settings: Any) -> torch.nn.Module:
         """The files of a randomly filled reference model, in float32."""
@@ -203,7 +212,7 @@ class Case:
 
     def params(self, folder: Path, dtype: Any = None) -> tuple[Any, Any]:
         """(our settings as `config.json` says them, our parameters), read from the folder; float64 under x64."""
-        opened = Folder.open(f"{folder}{os.sep}")
+        opened = Folder.open(f"{folder}{os.sep}", self.name)
         shapes = part_shapes(opened.settings)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: device, shapes)
@@ -318,6 +327,97 @@ def autoencoder(part: str, size: str, side: int, latent: int, **config: Any) -> 
     ]
 
 
+# BLIP3-o: the language model of Qwen2.5-VL, and the generator of visual vectors.
+QWEN_ROPE = dict(rope_type="default", rope_theta=1_000_000.0)
+
+
+def qwen_model(vision: bool, **config: Any) -> torch.nn.Module:
+    """`Qwen2ForCausalLM`, or Qwen2.5-VL with the smallest of vision towers: text alone runs through it."""
+    if not vision:
+        return Qwen2ForCausalLM(Qwen2Config(**config, rope_parameters=dict(QWEN_ROPE)))
+    eyes = dict(
+        depth=1, hidden_size=16, out_hidden_size=config["hidden_size"], intermediate_size=16, num_heads=2,
+        fullatt_block_indexes=[0],
+    )  # fmt: skip
+    tied = config.pop("tie_word_embeddings", False)
+    third = config["hidden_size"] // config["num_attention_heads"] // 2
+    sections = [third // 3, third // 3, third - 2 * (third // 3)]
+    text = dict(config, rope_parameters=dict(QWEN_ROPE, mrope_section=sections), bos_token_id=None, eos_token_id=None)
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=eyes, tie_word_embeddings=tied)
+    )
+
+
+def qwen(size: str, positions: int, vision: bool = False, in_place: bool = False, **config: Any) -> Case:
+    full = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, **config}
+    tokens = np.random.default_rng(1).integers(0, full["vocab_size"], (1, positions))
+    return Case(
+        "Qwen2.5-VL, text" if vision else "Qwen2.5", f"{size}, {positions} positions",
+        lambda: qwen_model(vision, **full), lambda m, x, _: m(torch.as_tensor(x), use_cache=False).logits, logits,
+        tokens, in_place=in_place,
+    )  # fmt: skip
+
+
+class Generator(torch.nn.Module):
+    """BLIP3-o's queries and generator, `LuminaNextDiT2DModel` behind a projection of the condition, by their released
+    names."""
+
+    def __init__(self, vectors: int, states: int, multiple: int, **config: int) -> None:
+        super().__init__()
+        width = config["hidden_size"]
+        self.model = torch.nn.Module()
+        self.model.dit = torch.nn.Module()
+        self.model.dit.model = LuminaNextDiT2DModel(
+            sample_size=round(vectors**0.5), patch_size=1, num_kv_heads=config["num_attention_heads"], norm_eps=1e-5,
+            multiple_of=multiple, learn_sigma=False, qk_norm=True, cross_attention_dim=width, **config,
+        )  # fmt: skip
+        self.model.dit.model.caption_projection = PixArtAlphaTextProjection(states, width)
+        self.model.latent_queries = torch.nn.Parameter(torch.randn(1, vectors, states))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """noise − data [B, C, s, s] at times 1000·σ; a dropped condition is zero before its projection."""
+        network = self.model.dit.model
+        config, side = network.config, x.shape[-1]
+        wide = torch.get_default_dtype()
+        rotary = embeddings.get_1d_rotary_pos_embed
+        with mock.patch.object(
+            embeddings, "get_1d_rotary_pos_embed", lambda *a, **k: rotary(*a, **{**k, "freqs_dtype": wide})
+        ):
+            rope = embeddings.get_2d_rotary_pos_embed_lumina(
+                config.hidden_size // config.num_attention_heads, side, side
+            )
+        mask = torch.ones(condition.shape[:2])
+        return network(
+            x, time, network.caption_projection(condition), mask, rope, cross_attention_kwargs={}
+        ).sample  # fmt: skip
+
+
+def velocity_of(model: Any, inputs: Any, dtype: torch.dtype) -> torch.Tensor:
+    x, t, states, keep = inputs
+    condition = torch.as_tensor(states * keep[:, None, None]).to(dtype)
+    return -model(channels_first(x, dtype), torch.as_tensor(1000 * (1 - t)), condition).permute(0, 2, 3, 1)
+
+
+def velocity(settings: Any, params: Any, inputs: Any, dtype: Any) -> Any:
+    return apply(DiT(settings, dtype), params, *map(jnp.asarray, inputs))
+
+
+GENERATOR = dict(in_channels=1792, hidden_size=1792, num_layers=24, num_attention_heads=28)
+TINY_GENERATOR = dict(in_channels=16, hidden_size=16, num_layers=2, num_attention_heads=2)
+
+
+def generator(size: str, vectors: int, states: int, multiple: int, in_place: bool = False, **config: int) -> Case:
+    rng, side = np.random.default_rng(5), round(vectors**0.5)
+    inputs = (
+        rng.standard_normal((3, side, side, config["in_channels"])), np.array([0.0, 0.31, 0.9]),
+        rng.standard_normal((3, vectors, states)), np.array([True, False, True]),
+    )  # fmt: skip
+    return Case(
+        "BLIP3-o's generator", size, lambda: Generator(vectors, states, multiple, **config), velocity_of, velocity,
+        inputs, {"model_type": "blip3o_qwen"}, in_place=in_place, name="generator",
+    )  # fmt: skip
+
+
 # SDXL's U-Net with the condition of Emu2, as `unet/config.json` says it.
 UNET = dict(
     sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
@@ -371,6 +471,14 @@ def tiny() -> list[Case]:
         siglip("tiny", num_hidden_layers=2, **small),
         clip("tiny", num_hidden_layers=2, **{**small, "image_size": 32}),
         eva("tiny", 28, 7, 48, 4, 56, 2),
+        *(
+            qwen(
+                "tiny", 40, vision, vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=vision,
+            )
+            for vision in (False, True)
+        ),
+        generator("tiny", 4, 24, 8, **TINY_GENERATOR),
         *autoencoder(
             "autoencoder, 4 channels", "tiny", 16, 4, block_out_channels=(16, 32, 32), layers_per_block=1,
             norm_num_groups=8, scaling_factor=0.13025,
@@ -408,6 +516,11 @@ def true_size() -> list[Case]:
             rope_parameters={**ROPE, "factor": 32.0},
         ),
         unet("Emu2-Gen, 256 px", 32, 64, in_place=True, **UNET),
+        qwen(
+            "VL-3B, two layers", 256, in_place=True, vocab_size=151_936, hidden_size=2048, intermediate_size=11_008,
+            num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True,
+        ),
+        generator("8B", 64, 3584, 256, in_place=True, **GENERATOR),
     ]  # fmt: skip
 
 

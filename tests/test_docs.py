@@ -178,6 +178,10 @@ RUNS = {
     },
     r"pisces_jax\.data index .*": {"--path": "{tmp}/shard.tar", "--index_dir": "{tmp}", "--workers": "1"},
     r"pisces_jax\.answer .*": {**TRAINED, "--image": "{trained}/picture.png", "--question": "how many?"},
+    r"pisces_jax\.generate --workdir=weights/.*": {
+        "--workdir": "{released}", "--out": "{tmp}/drawn_released", "--prompt": "a red circle", "--seeds": "1",
+    },
+    r"pisces_jax\.convert import --from=(weights/)?BLIP3o-Model.*": {"--from": "{released}", "--out": "{tmp}/blip3o"},
     r"pisces_jax\.generate .*": {
         **TRAINED, "--out": "{tmp}/drawn", "--prompts_file": "{tmp}/prompts.txt", "--num_images": "1",
         "--prompt": "a red circle",
@@ -196,7 +200,7 @@ NOT_RUN = {
     r"pisces_jax\.demo .*": "20 minutes and more; the fixture `trained` is a tiny one",
     r"pisces_jax\.cache .*": "needs a trained or published encoder; tests/test_features.py writes and reads caches",
     r"pisces_jax\.plan .*--search.*": "half an hour; tests/test_planning.py searches for a tiny step",
-    r"pisces_jax\.plan .*--topology=[ah]\d+:.*": "needs the extra plan-gpu and a minute or more",
+    r"pisces_jax\.plan .*--topology=(rtx|[ah])\d+:.*": "needs the extra plan-gpu and a minute or more",
     r"pisces_jax\.plan .*": "two minutes and more for a slice; tests/test_planning.py plans tiny steps for slices",
     r"pisces_jax\.evaluate --workdir=\S+ --task=pictures.*": "needs a run on real pictures; tests/test_evaluation.py",
     r"pisces_jax\.checkpoint .*": "its arguments are folders of a run; tests/test_checkpoints.py runs each command",
@@ -257,7 +261,7 @@ def test_plans_on_cpus_are_not_refused(command, monkeypatch):
 # Commands that differ in paths and amounts alone are run once; paths are filled in by the test.
 SMALLEST = list(
     dict.fromkeys(
-        tuple(smallest(command, values, tmp="{tmp}", trained="{trained}"))
+        tuple(smallest(command, values, tmp="{tmp}", trained="{trained}", released="{released}"))
         for command in COMMANDS
         if (values := first_match(command, RUNS)) is not None
     )
@@ -267,6 +271,8 @@ SMALLEST = list(
 @pytest.mark.parametrize("words", SMALLEST, ids=show)
 def test_what_runs_on_a_laptop_runs(words, places, trained, models_opened_once, monkeypatch, capsys):
     words = [word.replace("{tmp}", str(places)).replace("{trained}", str(trained)) for word in words]
+    if any("{released}" in word for word in words):
+        words = [word.replace("{released}", str(released(places))) for word in words]
     if words[0].startswith("launch/"):
         ended = subprocess.run(["bash", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert ended.returncode == 0 and ended.stdout, ended.stderr
@@ -278,6 +284,16 @@ def test_what_runs_on_a_laptop_runs(words, places, trained, models_opened_once, 
         except SystemExit as end:
             assert not end.code, capsys.readouterr().err
     assert capsys.readouterr().out
+
+
+def released(places):
+    """A tiny folder in the layout of BLIP3-o's released models."""
+    import blip3o_folder  # with torch and its libraries
+
+    folder = places / "BLIP3o-Tiny"
+    if not folder.exists():
+        blip3o_folder.write(folder)
+    return folder
 
 
 def test_commands_of_every_kind_are_run():

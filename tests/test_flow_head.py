@@ -1,20 +1,14 @@
-"""The flow head (BLIP3-o): its generator against diffusers, its queries in packed rows, its drawings, its settings."""
+"""The flow head (BLIP3-o): its queries in packed rows, its drawings, its settings. `parity.py` has its generator."""
 
 import dataclasses
-import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import parity
 import pytest
 import tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LuminaNextDiT2DModel
-from diffusers.models import embeddings
-from diffusers.models.embeddings import PixArtAlphaTextProjection
-from einops import rearrange
+from diffusers import FlowMatchEulerDiscreteScheduler
 from flax import linen as nn
 from test_pisces import GivenVectors, forward, given_batch, make, pictures
 
@@ -53,96 +47,6 @@ def flow_config(**changes):
 
 
 # --- the generator of the released models
-
-
-def reference(width=24, heads=3, layers=2, condition=20):
-    network = LuminaNextDiT2DModel(
-        sample_size=4, patch_size=1, in_channels=6, hidden_size=width, num_layers=layers, num_attention_heads=heads,
-        num_kv_heads=heads, multiple_of=8, norm_eps=1e-5, learn_sigma=False, qk_norm=True, cross_attention_dim=width,
-    )  # fmt: skip
-    return network, PixArtAlphaTextProjection(condition, width)
-
-
-def as_ours(network, projection, heads):
-    """Their weights under our names. Their rotary embedding turns neighbouring numbers, those of y and x in turns; ours
-    turns numbers of two halves, first all of y."""
-    theirs = {k: v.numpy() for k, v in network.state_dict().items()}
-    theirs |= {f"condition.{k}": v.numpy() for k, v in projection.state_dict().items()}
-
-    def halves(x):
-        return rearrange(x, "(N K A R) ... -> (N R A K) ...", N=heads, A=2, R=2)
-
-    def linear(name, order=lambda x: x):
-        w = {"kernel": order(theirs[f"{name}.weight"]).T}
-        return w | ({"bias": order(theirs[f"{name}.bias"])} if f"{name}.bias" in theirs else {})
-
-    def norm(name, order=lambda x: x):
-        names = {"scale": "weight", "bias": "bias"}
-        return {k: order(theirs[f"{name}.{v}"]) for k, v in names.items() if f"{name}.{v}" in theirs}
-
-    def block(b):
-        modulation = linear(f"{b}.norm1.linear")
-        return {
-            "modulation": {k: rearrange(v, "... (F D) -> ... F D", F=4) for k, v in modulation.items()},
-            "attention_norm": norm(f"{b}.norm1.norm"), "condition_norm": norm(f"{b}.norm1_context"),
-            "attention_post_norm": norm(f"{b}.norm2"), "mlp_norm": norm(f"{b}.ffn_norm1"),
-            "mlp_post_norm": norm(f"{b}.ffn_norm2"),
-            "mlp": {k: linear(f"{b}.feed_forward.linear_{n}") for k, n in (("gate", 1), ("down", 2), ("up", 3))},
-            "attention": {
-                "gate": theirs[f"{b}.gate"],
-                "query": linear(f"{b}.attn1.to_q", halves), "query_norm": norm(f"{b}.attn1.norm_q", halves),
-                "key": linear(f"{b}.attn1.to_k", halves), "key_norm": norm(f"{b}.attn1.norm_k", halves),
-                "value": linear(f"{b}.attn1.to_v"),
-                "condition_query": linear(f"{b}.attn2.to_q", halves),
-                "condition_query_norm": norm(f"{b}.attn2.norm_q", halves),
-                "condition_key": linear(f"{b}.attn2.to_k", halves),
-                "condition_key_norm": norm(f"{b}.attn2.norm_k", halves),
-                "condition_value": linear(f"{b}.attn2.to_v"), "out": linear(f"{b}.attn2.to_out.0"),
-            },
-        }  # fmt: skip
-
-    blocks = [block(f"layers.{i}") for i in range(len(network.layers))]
-    return {
-        "patch_embedding": linear("patch_embedder.proj"),
-        "condition_up": linear("condition.linear_1"), "condition_down": linear("condition.linear_2"),
-        "time_up": linear("time_caption_embed.timestep_embedder.linear_1"),
-        "time_down": linear("time_caption_embed.timestep_embedder.linear_2"),
-        "pooled_norm": norm("time_caption_embed.caption_embedder.0"),
-        "pooled_embedding": linear("time_caption_embed.caption_embedder.1"),
-        "layers": jax.tree.map(lambda *x: np.stack(x), *blocks),
-        "final_modulation": linear("norm_out.linear_1"), "output": linear("norm_out.linear_2"),
-    }  # fmt: skip
-
-
-def test_the_generator_equals_diffusers():
-    """`LuminaNextDiT2DModel` behind BLIP3-o's projection of the condition, in float64; the sign and the time turned."""
-    with parity.lifted():
-        network, projection = reference()
-        for module in (network, projection):
-            parity.fill(module.double())
-        rng = np.random.default_rng(0)
-        x, states = rng.standard_normal((3, 4, 4, 6)), rng.standard_normal((3, 16, 20))
-        t, keep = np.array([0.0, 0.31, 0.9]), np.array([True, False, True])
-        with torch.no_grad():
-            wide = functools.partial(embeddings.get_1d_rotary_pos_embed, freqs_dtype=torch.float64)
-            with mock.patch.object(embeddings, "get_1d_rotary_pos_embed", wide):
-                rope = embeddings.get_2d_rotary_pos_embed_lumina(8, 4, 4)
-            given = torch.as_tensor(states * keep[:, None, None])
-            expected = -network(
-                torch.as_tensor(rearrange(x, "B H W C -> B C H W")), torch.as_tensor(1000 * (1 - t)), projection(given),
-                torch.ones(3, 16), rope, cross_attention_kwargs={},
-            ).sample.numpy()  # fmt: skip
-    config = DiTConfig(
-        size=4, patch_size=1, channels=6, width=24, layers=2, heads=3, mlp_hidden=64, condition_width=20,
-        condition_vectors=16, published=True,
-    )  # fmt: skip
-    with jax.enable_x64(True):
-        params = as_ours(network, projection, 3)
-        wanted = jax.eval_shape(lambda: DiT(config).init(jax.random.key(0), x, t, states, keep))
-        shapes = jax.tree.map(lambda a: a.shape, nn.unbox(wanted)["params"])
-        assert jax.tree.map(lambda a: a.shape, params) == shapes
-        got = jax.jit(lambda p: apply(DiT(config, jnp.float64), p, x, t, states, keep))(params)
-    assert parity.relative(got, rearrange(expected, "B C H W -> B H W C")) < 1e-9
 
 
 def test_the_published_generator_has_its_size():

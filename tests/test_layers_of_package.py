@@ -28,6 +28,7 @@ SAME_LAYER = {
     ("weights", "data"),  # a published folder holds a tokenizer beside the weights
     ("inference", "training"),
     ("planning", "training"),
+    ("planning", "inference"),  # it compiles what draws
     ("shapes_world", "evaluation"),
 }
 # The order would allow these, but what makes examples knows nothing of what learns from them.

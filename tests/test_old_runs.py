@@ -22,7 +22,8 @@ from pisces_jax import convert
 from pisces_jax.data.example import Picture, Text
 from pisces_jax.data.instructions import draw_instruction
 from pisces_jax.inference.model import load_model
-from pisces_jax.training.checkpoints import finished_step, is_finished, read_config
+from pisces_jax.training.run_folder import is_finished, read_config
+from pisces_jax.training.steps import finished_step
 from pisces_jax.training.old_configs import upgrade
 from pisces_jax.weights.folder import Folder
 
@@ -79,7 +80,7 @@ def test_an_old_run_goes_on_to_where_it_would_have_come(old):
     # In a process of its own: one device and optimised code, as the fixture was made with.
     code = (
         "import pathlib, sys\n"
-        "from pisces_jax.training.checkpoints import read_config\n"
+        "from pisces_jax.training.run_folder import read_config\n"
         "from pisces_jax.training.loop import train\n"
         "workdir = pathlib.Path(sys.argv[1])\n"
         "config = read_config(workdir / 'unified')\n"

@@ -32,6 +32,7 @@ class Letters:
     vocab_size = 200
     fingerprint = "letters"
     end_of_turn = None
+    opening, before_picture = (bos,), ()
 
     def header(self, speaker):
         return []

@@ -16,13 +16,21 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, DynamicCache, LlamaConfig, SiglipVisionConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from pisces_jax.data.images import fit
 from pisces_jax.models import layers
 from pisces_jax.models.layers import apply
 from pisces_jax.models.transformer import Transformer, empty_cache
-from pisces_jax.weights import config_json
+from pisces_jax.weights import config_json, language_json
 from pisces_jax.weights.architecture import read_architecture
 from pisces_jax.weights.export import export_part
 from pisces_jax.weights.folder import Folder, part_shapes, read_part
@@ -295,7 +303,7 @@ def test_eva_clip_equals_timm(data_folder, tmp_path):
 @pytest.mark.parametrize(
     "family, kind",
     [
-        ("llama", LlamaConfig), ("siglip", SiglipVisionConfig), ("clip", CLIPVisionConfig),
+        ("llama", LlamaConfig), ("qwen2", Qwen2Config), ("siglip", SiglipVisionConfig), ("clip", CLIPVisionConfig),
         ("autoencoder", AutoencoderKL),
     ],
 )  # fmt: skip
@@ -305,6 +313,10 @@ def test_what_files_leave_out_is_what_their_libraries_take(family, kind):
         assert theirs[key] == value, key
     if family == "llama":
         assert theirs["rope_parameters"] == {"rope_theta": 10_000.0, "rope_type": "default"}
+    if family == "qwen2":
+        text = Qwen2_5_VLConfig().get_text_config().to_dict()
+        for key, value in {**config_json.DEFAULTS[family], **language_json.QWEN_VL}.items():
+            assert text.get(key, value) == value, key
 
 
 def test_the_original_length_of_llama3_scaling_is_found_as_in_transformers(tmp_path):

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from pisces_jax import plan as plan_command
 from pisces_jax import xla_flags
 from pisces_jax.models.vit import ViTConfig
-from pisces_jax.planning import compiled, compilers, hlo, memory, report, roofline, search, slices
+from pisces_jax.planning import compiled, compilers, hlo, inference, memory, report, roofline, search, slices
 from pisces_jax.planning.advice import advise
 from pisces_jax.planning.compiled import abstract_trainer, compile_step, make_plan, memory_asked_for, plan_trainer
 from pisces_jax.sharding import MESH_AXES, make_mesh, user_mesh
@@ -159,6 +159,7 @@ def test_names_of_slices():
         ("a100", 624, 80, 2.039, 600, 200),
         ("h100", 1979, 80, 3.35, 900, 400),
         ("h200", 1979, 141, 4.8, 900, 400),
+        ("rtx4090", 330.4, 24, 1.008, 64, 10),  # PCI Express in place of NVLink, and no DGX
     ],
 )
 def test_gpus_are_as_on_their_data_sheets(name, sparse_tflops, gigabytes, terabytes_a_second, nvlink, adapter):
@@ -227,7 +228,7 @@ def test_a_missing_or_old_compiler_for_gpus(installed, words, monkeypatch):
     [
         ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5p", "v5p"), ("TPU v5", "v5p"),
         ("TPU v6 lite", "v6e"), ("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H200", "H200"),
+        ("NVIDIA H200", "H200"), ("NVIDIA GeForce RTX 4090", "RTX4090"),
     ],
 )  # fmt: skip
 def test_chips_by_the_names_of_their_devices(device_kind, name):
@@ -241,6 +242,35 @@ def test_more_cpus_than_there_are():
 
 
 # --- a plan
+
+
+def test_a_plan_of_drawing(released_config_of_tiny):
+    """Two phases for CPUs: parameters by part, and the peaks with all of them there and with one phase's at a time."""
+    config, decoder = released_config_of_tiny
+    plan = inference.make_inference_plan(config, slices.find_slice("cpu:2"), 0, pictures=2, dtype="float32")
+    by_part = plan.parameters
+    assert set(by_part) == {"language_model", "queries", "generator", "decoder", "autoencoder"}
+    assert by_part["queries"] == 4 * 24 * 4 // 2  # sharded over fsdp=2
+    own = sum(n for part, n in by_part.items() if part not in decoder.parts)
+    assert plan.peaks["vectors"] >= own and plan.in_turn == max(plan.peaks.values())
+    assert plan.resident >= plan.in_turn + min(own, sum(by_part.values()) - own)
+    assert plan.size == 16 and plan.fits and plan.cache == 2 * 2 * 2 * (128 + 4 + 2) * 2 * 6 * 4
+    assert "cache" in inference.describe(plan) and plan.to_json()["fits_in_turn"]
+    config.decoder = "nowhere/diffusion-decoder"
+    with pytest.raises(UserError, match="draws from vectors of 1792 numbers and .*'s have 16"):
+        inference.make_inference_plan(config, slices.find_slice("cpu:2"))
+
+
+@pytest.fixture
+def released_config_of_tiny(tmp_path):
+    import blip3o_folder
+
+    from pisces_jax.inference.released import decoder_of_folder, released_config
+
+    blip3o_folder.write(tmp_path / "m")
+    config = released_config(tmp_path / "m")
+    config.data.tokenizer_vocabulary = 300
+    return config, decoder_of_folder(config.decoder, config)[0]
 
 
 def unified(**changes):

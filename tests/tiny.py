@@ -33,6 +33,7 @@ class Letters:
 
     pad, bos, eos, begin_image, end_image, image = range(6)
     vocab_size, fingerprint, end_of_turn = 32, "letters", None
+    opening, before_picture = (bos,), ()
     special = frozenset(range(6))
 
     def header(self, speaker):

@@ -9,6 +9,7 @@ Published folders lie below PISCES_WEIGHTS (default `weights`), docs/weights.md;
 
 import os
 
+from pisces_jax.data.instructions import BLIP3O_INSTRUCTION
 from pisces_jax.weights.sizes import EVA_CLIP_E_PLUS_448, FEATURE_GENERATOR, QWEN_2_5_VL_7B, settings
 
 
@@ -17,6 +18,7 @@ def _below(variable: str, default: str, path: str) -> str:
 
 
 LANGUAGE_FOLDER = _below("PISCES_WEIGHTS", "weights", "Qwen2.5-VL-7B-Instruct")
+RELEASED_FOLDER = _below("PISCES_WEIGHTS", "weights", "BLIP3o-Model-8B")
 GENERATION_FOLDER = _below("PISCES_WEIGHTS", "weights", "Emu2-Gen/multimodal_encoder")
 
 # Pictures with a short caption in the `.txt` and a detailed one in the `.json`; instructions to draw.
@@ -32,6 +34,14 @@ MODEL = dict(
     fed_vectors=False,
 )
 FROZEN = dict(language_model=LANGUAGE_FOLDER, generation_encoder=GENERATION_FOLDER)
+RELEASED = dict(
+    language_model=RELEASED_FOLDER, queries=RELEASED_FOLDER, generator=RELEASED_FOLDER,
+    generation_encoder=GENERATION_FOLDER,
+)  # fmt: skip
+# The released decoder draws from the vectors of any of these runs.
+DECODER = os.path.join(RELEASED_FOLDER, "diffusion-decoder")
+# The words that the released models were trained with.
+WORDS = dict(instruction=BLIP3O_INSTRUCTION)
 PARAM_DTYPE = dict(language_model="bfloat16", generation_encoder="bfloat16")
 # Uniform times on a grid of 1,000, raw features, the condition dropped in a tenth; 30 steps with guidance 3 to draw.
 VECTOR_FLOW = dict(grid=1000, drop=0.1, steps=30, guidance=3.0)

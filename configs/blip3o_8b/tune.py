@@ -7,7 +7,7 @@ Published: 128 pictures a step, AdamW, learning rate 1e-4 falling to 1e-5 along 
 steps, no weight decay, clipping at 1, at least 10,000 steps. Taken at four pictures with their texts in a row of
 1,024 tokens: 32 rows a step.
 
-Hardware: not run: Qwen2.5's files and its tokenizer are not read by this project yet. Planned for eight H100
+Hardware: not run. Planned for eight H100
 (`plan --topology=h100:8 --vocab_size=151936`): a peak of 8.63 GiB per GPU (docs/scale.md).
 """
 

@@ -2,8 +2,10 @@
 
 CAPTION_INSTRUCTION = "caption:"
 DESCRIBE_INSTRUCTION = "describe:"
+DRAW_INSTRUCTION = "draw: {}"
+BLIP3O_INSTRUCTION = "Please generate image based on the following caption: {}"  # of its released models
 
 
-def draw_instruction(prompt: str) -> str:
-    """The text that tells the model to draw `prompt`."""
-    return f"draw: {prompt}"
+def draw_instruction(prompt: str, form: str = DRAW_INSTRUCTION) -> str:
+    """The text that tells the model to draw `prompt`, which takes the place of `{}`."""
+    return form.replace("{}", prompt, 1)

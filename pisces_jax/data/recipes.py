@@ -11,7 +11,12 @@ import numpy as np
 
 from pisces_jax.data.conversations import Turn, place, sound, turns_of
 from pisces_jax.data.example import BrokenExample, Example, Part, Picture, Role, Text, identity
-from pisces_jax.data.instructions import CAPTION_INSTRUCTION, DESCRIBE_INSTRUCTION, draw_instruction
+from pisces_jax.data.instructions import (
+    CAPTION_INSTRUCTION,
+    DESCRIBE_INSTRUCTION,
+    DRAW_INSTRUCTION,
+    draw_instruction,
+)
 from pisces_jax.utils.errors import UserError
 
 Image = Callable[[], np.ndarray]
@@ -48,7 +53,8 @@ class Recipe:
     example's key chooses one. `drop` is the rate at which a picture is drawn without its caption, for guidance. With
     `cut`, an example that is longer than a row is cut at the end of its last text instead of being left out. With
     `flip`, training mirrors half of the pictures that are read, others in every epoch: not for labels such as "left
-    arrow". With `crop` it takes a window that lacks up to that share of both sides.
+    arrow". With `crop` it takes a window that lacks up to that share of both sides. `instruction` is what tells the
+    model to draw: the text stands at `{}` in it.
 
     Raises:
         UserError: an unknown recipe, a missing format, or an invalid format or rate.
@@ -64,6 +70,7 @@ class Recipe:
     # Not in the representation, by which sources know their lengths: these do not depend on them.
     flip: bool = dataclasses.field(default=False, repr=False)
     crop: float = dataclasses.field(default=0.0, repr=False)
+    instruction: str = dataclasses.field(default=DRAW_INSTRUCTION, repr=False)  # in fingerprints by `wording`
 
     def __post_init__(self) -> None:
         if self.recipe not in tuple(RECIPES):
@@ -80,6 +87,8 @@ class Recipe:
             raise UserError(f"drop={self.drop} is for drawing, but {self.recipe!r} draws nothing: remove it")
         if not isinstance(self.crop, (int, float)) or not 0 <= self.crop < 1:
             raise UserError(f"crop={self.crop!r} is not a share: give a number from 0 to below 1")
+        if not isinstance(self.instruction, str) or self.instruction.count("{}") != 1:
+            raise UserError(f"instruction={self.instruction!r} has no place for the text: write {{}} where it stands")
         if not isinstance(self.flip, bool):
             raise UserError(f"flip={self.flip!r} is neither True nor False: give one of them")
 
@@ -97,6 +106,11 @@ class Recipe:
     @property
     def draws(self) -> bool:
         return RECIPES[self.recipe].draws
+
+    @property
+    def wording(self) -> str:
+        """What `instruction` changes of an example's length; "" for the usual one."""
+        return "" if self.instruction == DRAW_INSTRUCTION else f"/{self.instruction}"
 
     @property
     def pictures(self) -> str:
@@ -195,7 +209,6 @@ class _Formatter(string.Formatter):
 
 
 Parts = tuple[Part, ...]
-_NO_PROMPT = Text(draw_instruction(""))
 
 
 def _picture(record: Record, number: int, role: Role) -> Picture:
@@ -213,9 +226,9 @@ def _caption(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
 
 
 def _draw(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
-    prompt = Text(draw_instruction(recipe.text(record)))
+    prompt = Text(draw_instruction(recipe.text(record), recipe.instruction))
     picture = _picture(record, 0, "draw")
-    return (prompt, picture), (_NO_PROMPT, picture)
+    return (prompt, picture), (Text(draw_instruction("", recipe.instruction)), picture)
 
 
 def _draw_described(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
@@ -225,7 +238,8 @@ def _draw_described(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
 
 def _edit(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:
     before, after = _picture(record, 0, "read"), _picture(record, 1, "draw")
-    return (before, Text(draw_instruction(recipe.text(record))), after), (before, _NO_PROMPT, after)
+    prompt = Text(draw_instruction(recipe.text(record), recipe.instruction))
+    return (before, prompt, after), (before, Text(draw_instruction("", recipe.instruction)), after)
 
 
 def _question(recipe: Recipe, record: Record) -> tuple[Parts, Parts]:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import sentencepiece
 import tokenizers
@@ -30,9 +30,11 @@ class Tokenizer(Protocol):
     """What data and inference need of a tokenizer.
 
     `image` stands for one visual vector; `begin_image` and `end_image` enclose those of a drawn picture.
-    `fingerprint` changes whenever the ids of some text may change. `end_of_turn` ends a turn of a conversation, except
-    the last; it is None if the tokenizer has no turns. `special` are the ids that never come from text. The first
-    `own_size` tokens are those of its file; special tokens that the file lacks follow.
+    `fingerprint` changes whenever the ids of some text may change. `opening` begins every sequence: `bos`, or the words
+    with which a chat template begins. `end_of_turn` ends a turn of a conversation, except the last; it is None if the
+    tokenizer has no turns. `before_picture` stands between the header of a turn and a picture with which it begins.
+    `special` are the ids that never come from text. The first `own_size` tokens are those of its file; special tokens
+    that the file lacks follow.
     """
 
     vocab_size: int
@@ -44,7 +46,9 @@ class Tokenizer(Protocol):
     end_image: int
     image: int
     fingerprint: str
+    opening: Sequence[int]
     end_of_turn: int | None
+    before_picture: Sequence[int]
     special: frozenset[int]
 
     def header(self, speaker: Speaker) -> list[int]:
@@ -71,17 +75,26 @@ def open_tokenizer(path: Path) -> "Tokenizer":
         UserError: there is no readable tokenizer.
     """
     if not path.is_dir():
-        return LlamaTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+        return _chat_tokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     described, model = path / "tokenizer.json", path / "tokenizer.model"
+    if not described.exists() and (path / "vocab.json").exists() and (path / "merges.txt").exists():
+        return _chat_tokenizer(path)
     if described.exists():
         try:
-            return LlamaTokenizer(described)
+            return _chat_tokenizer(described)
         except UserError:  # LLaMA 2's folders hold both
             if not model.exists():
                 raise
     elif not model.exists():
         raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model: give a folder that has one")
     return SentencePieceTokenizer(model)
+
+
+def _chat_tokenizer(path: Path) -> "LlamaTokenizer":
+    """LLaMA 3's or Qwen2's, whichever the file's tokens say."""
+    from pisces_jax.data import qwen
+
+    return qwen.QwenTokenizer(path) if qwen.is_qwen(path) else LlamaTokenizer(path)
 
 
 _BOS, _EOS = "<|begin_of_text|>", "<|eot_id|>"
@@ -103,7 +116,7 @@ def _found(path: str | os.PathLike) -> str:
     return f"is {meaning}, no tokenizer" if meaning else ""
 
 
-def _describe(folder: Path, bos: str, eos: str, pad: str, **more: Any) -> None:
+def describe(folder: Path, bos: str, eos: str, pad: str, **more: Any) -> None:
     """Writes the `tokenizer_config.json` that transformers needs beside a `tokenizer.json`."""
     described = dict(
         tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=pad,
@@ -119,14 +132,21 @@ class LlamaTokenizer:
         UserError: `path` is missing, is not such a file, or lacks LLaMA 3's special tokens.
     """
 
+    family: ClassVar[str] = "LLaMA 3"
+    names: ClassVar[tuple[str, ...]] = APPENDED  # of padding, the two ends of a picture and a vector
+
     def __init__(self, path: str | os.PathLike):
         try:
-            self._load(Path(path).read_text("utf-8-sig"))
+            self._load(self._text_of(Path(path)))
         except KeyError as error:
-            raise UserError(f"{path} has no token {error.args[0]}: give the tokenizer.json of LLaMA 3") from error
+            raise UserError(f"{path} has no token {error.args[0]}: give the tokenizer.json of {self.family}") from error
         except Exception as error:  # the library raises bare Exceptions
             found = _found(path) or f"cannot be read as a tokenizer ({error})"
-            raise UserError(f"{path} {found}: give LLaMA 3's tokenizer.json") from error
+            raise UserError(f"{path} {found}: give {self.family}'s tokenizer.json") from error
+
+    @staticmethod
+    def _text_of(path: Path) -> str:
+        return path.read_text("utf-8-sig")
 
     def _load(self, text: str) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -136,15 +156,20 @@ class LlamaTokenizer:
             text = self._tokenizer.to_str()  # another fingerprint than that of cut texts
         self._text = text
         self.own_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in APPENDED])
+        self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in self.names])
         self._tokenizer.encode_special_tokens = True  # within text they are ordinary characters
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.pad, self.begin_image, self.end_image, self.image = map(self._id, APPENDED)
-        self.bos, self.eos = self._id(_BOS), self._id(_EOS)
-        self.end_of_turn: int | None = self.eos
+        self.pad, self.begin_image, self.end_image, self.image = map(self._id, self.names)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
+        self.before_picture: Sequence[int] = ()
+        self._set_turns()
+
+    def _set_turns(self) -> None:
+        self.bos, self.eos = self._id(_BOS), self._id(_EOS)
+        self.opening: Sequence[int] = [self.bos]
+        self.end_of_turn: int | None = self.eos
         opened, closed = self._id("<|start_header_id|>"), self._id("<|end_header_id|>")
         speakers: tuple[Speaker, ...] = ("user", "assistant")
         self._headers = {s: [opened, *self.encode(s), closed, *self.encode("\n\n")] for s in speakers}
@@ -167,7 +192,10 @@ class LlamaTokenizer:
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` with the appended tokens, and the `tokenizer_config.json` that transformers needs."""
         self._tokenizer.save(str(folder / "tokenizer.json"))
-        _describe(folder, _BOS, _EOS, PAD, chat_template=CHAT_TEMPLATE)
+        self._describe(folder)
+
+    def _describe(self, folder: Path) -> None:
+        describe(folder, _BOS, _EOS, PAD, chat_template=CHAT_TEMPLATE)
 
     def __getstate__(self) -> str:
         return self._text
@@ -184,6 +212,7 @@ class SentencePieceTokenizer:
     """
 
     end_of_turn: int | None = None
+    before_picture: Sequence[int] = ()
 
     def __init__(self, path: str | os.PathLike):
         try:
@@ -204,6 +233,7 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
         self.own_size = self.vocab_size = self._processor.GetPieceSize()
         self.bos, self.eos = self._control("<s>"), self._control("</s>")
+        self.opening: Sequence[int] = [self.bos]
         self.pad, self.begin_image, self.end_image, self.image = map(self._special, APPENDED)
         controls = [i for i in range(self.own_size) if self._processor.IsControl(i)]
         self.special = frozenset([*controls, *range(self.own_size, self.vocab_size)])
@@ -243,7 +273,7 @@ class SentencePieceTokenizer:
         if made is not None:
             made.save(str(folder / "tokenizer.json"))
             unknown = self._processor.IdToPiece(self._processor.unk_id())
-            _describe(folder, "<s>", "</s>", PAD, unk_token=unknown, split_special_tokens=True)
+            describe(folder, "<s>", "</s>", PAD, unk_token=unknown, split_special_tokens=True)
 
     # For data workers: SentencePiece does not promise that its processor can be pickled.
     def __getstate__(self) -> bytes:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pisces_jax.inference.model import find_run
+from pisces_jax.inference.loading import find_run
 from pisces_jax.training.checkpoints import load_part
 from pisces_jax.training.config import decoder_run, part_settings
 from pisces_jax.training.programs import program_class
@@ -13,6 +13,7 @@ from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils import cli
 from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.export import export_part, new_folder
+from pisces_jax.weights.sources import is_folder
 
 
 def export_run(workdir: Path, run: str, parts: list[str], dtype: str | None, out: Path) -> None:
@@ -39,7 +40,7 @@ def export_run(workdir: Path, run: str, parts: list[str], dtype: str | None, out
 def _runs_of_parts(workdir: Path, run: str, config: ConfigDict) -> dict[str, str]:
     """For each part of a model, the run that it is taken from: its own, or the decoder's."""
     where: dict[str, str] = {}
-    if (decoder := decoder_run(config)) and decoder != run:
+    if (decoder := decoder_run(config)) and decoder != run and not is_folder(decoder):
         held = read_config(workdir / decoder)
         where |= dict.fromkeys(program_class(held).parts(held), decoder)
     return where | dict.fromkeys(program_class(config).parts(config), run)

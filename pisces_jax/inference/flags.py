@@ -5,17 +5,47 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pisces_jax.utils.cli import Parser, number, path
+from pisces_jax.utils.cli import Parser, mesh_sizes, number, path, whole_number
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import sniff
 
+_DTYPES = ("bfloat16", "float32")
 DRAWING = ("describe", "temperature", "guidance", "vector_guidance")
 
 
 def add_run_flags(parser: Parser) -> None:
     """Which run to use."""
-    parser.add_argument("--workdir", type=path, metavar="DIR", required=True, help="where the model was trained")
+    parser.add_argument(
+        "--workdir", type=path, metavar="DIR", required=True,
+        help="where the model was trained, or the folder of a released one (BLIP3-o: docs/blip3o.md)",
+    )  # fmt: skip
     parser.add_argument("--run", default="", help="the run in it (default: the unified one that finished last)")
+
+
+def add_device_flags(parser: Parser) -> None:
+    """Where and how precisely to compute; what is not given is as the run's."""
+    parser.add_argument("--batch_size", type=whole_number(1), help="pictures at once (default: all, at most 64)")
+    parser.add_argument("--dtype", default="", choices=_DTYPES, help="to hold parameters and compute in")
+    parser.add_argument(
+        "--mesh", type=mesh_sizes, metavar="fsdp=8", help="share the work of several devices (default: one computes)"
+    )
+    parser.add_argument(
+        "--offload", action="store_true",
+        help="keep parameters in the host's memory: first the language model's go to the device, then the decoder's",
+    )  # fmt: skip
+
+
+def device_choice(given: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `load_model`, from the flags."""
+    from pisces_jax.sharding import make_mesh
+
+    mesh = make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, **given.mesh}) if given.mesh else None
+    return {"dtype": given.dtype, "mesh": mesh, "stay": not given.offload}
+
+
+def given_seeds(given: argparse.Namespace, prompts: int) -> list[int] | None:
+    """The seed of each picture, prompt by prompt, from `--seeds`; None without it."""
+    return None if given.seeds is None else [*given.seeds] * prompts
 
 
 def add_drawing_flags(parser: Parser) -> None:
@@ -26,6 +56,10 @@ def add_drawing_flags(parser: Parser) -> None:
     parser.add_argument("--nodescribe", action="store_false", dest="describe", help="draw directly")
     parser.add_argument("--temperature", type=number(0), help="of the descriptions; 0: the likeliest words")
     parser.add_argument("--guidance", type=number(0), help="scale of the decoder's guidance; 1: none")
+    parser.add_argument(
+        "--noend_turn", action="store_false", dest="end_turn",
+        help="BLIP3-o: without the end of turn that its training wrote before a picture; its own code draws so",
+    )  # fmt: skip
     parser.add_argument("--vector_guidance", type=number(0), help="scale of the flow head's guidance; 1: none")
 
 
@@ -39,7 +73,13 @@ def drawing_choice(given: argparse.Namespace | None, config: ConfigDict) -> dict
         "temperature": chosen.temperature if flag["temperature"] is None else flag["temperature"],
         "guidance": flag["guidance"],
         "vector_guidance": flag["vector_guidance"],
+        "turn_ends": getattr(given, "end_turn", True),
     }
+
+
+def seeds(text: str) -> list[int]:
+    """An argparse type: whole numbers with commas between them."""
+    return [whole_number(0)(word) for word in text.split(",")]
 
 
 def add_prompt_flags(parser: Parser) -> None:

@@ -1,13 +1,15 @@
 """A trained model that reads and draws: what the commands, the evaluation and the notebooks use."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -15,21 +17,21 @@ from tqdm import tqdm
 from pisces_jax.data.example import Example, Picture, Role, Text
 from pisces_jax.data.packing.layout import Layout, lay_out
 from pisces_jax.data.tokenizers import Tokenizer
-from pisces_jax.inference.decode import PictureDecoder
+from pisces_jax.inference.decode import Decoder
+from pisces_jax.inference.loading import Places, load_decoder, load_parts, open_config
 from pisces_jax.inference.rollout import Pool, Prompts, Rollout
+from pisces_jax.losses.diffusion import DiffusionConfig
 from pisces_jax.losses.flow import FlowConfig
-from pisces_jax.models.autoencoder import Autoencoder
-from pisces_jax.models.dit import DiT
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
-from pisces_jax.training.checkpoints import load_part
-from pisces_jax.training.programs import program_class
-from pisces_jax.training.run_folder import is_finished, read_config
 from pisces_jax.training.tokenizer import load_tokenizer
 from pisces_jax.utils.errors import UserError
 
 NOISE = 1  # folded into a drawing's key for the flow head's noise
+DECODING = 1_000_003  # added to a seed for the decoder's noise
+NULL_SEED = 1_000_033  # of the noise of the vectors that stand for no prompt
+Sampling = FlowConfig | DiffusionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,41 +44,31 @@ class Drawing:
     image: np.ndarray
 
 
-def find_run(workdir: Path) -> str:
-    """The finished unified run that no other run starts from; of several, the one that finished last.
-
-    Raises:
-        UserError: there is no finished unified run.
-    """
-    if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} does not exist: give the folder of a finished training")
-    runs = {}
-    for path in sorted(workdir.glob("*/config.json")):
-        config = read_config(path.parent)
-        if program_class(config).reads_and_draws(config) and is_finished(path.parent):
-            runs[path.parent.name] = config
-    started_from = {source for config in runs.values() for source in config.init_from.values()}
-    last = [name for name in runs if name not in started_from]
-    if not last:
-        raise UserError(f"--workdir={workdir} holds no finished unified run: train one there first")
-    return max(last, key=lambda name: (workdir / name / "checkpoints").stat().st_mtime)
-
-
 class Model:
     """Reads and draws in batches of a fixed size, so that few programs are compiled; results do not depend on the
-    batch."""
+    batch.
+
+    Args:
+        flow: how the decoder samples.
+        mesh: the devices to compute on, where the parameters lie as `sharding.RULES` says; None: one device.
+        stay: whether all parameters stay on the devices; else those of the language model and those of the decoder go
+            there in turn, from arrays of the host.
+    """
 
     def __init__(
         self,
         config: ConfigDict,
         tokenizer: Tokenizer,
         params: Any,
-        decoder: PictureDecoder | None,
+        decoder: Decoder | None,
         decoder_params: Any,
-        flow: FlowConfig | None,
+        flow: Sampling | None,
         batch_size: int = 64,
+        mesh: Mesh | None = None,
+        stay: bool = True,
     ) -> None:
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        self.mesh, self._stay = mesh, stay
         self.pisces = Pisces(settings.pisces_config(config, tokenizer.vocab_size), jnp.dtype(config.compute_dtype))
         self.vector_flow = settings.vector_flow_config(config)
         self.params, self._decoder, self.decoder_params, self.flow = params, decoder, decoder_params, flow
@@ -125,6 +117,30 @@ class Model:
             self._decode = jax.jit(decoder.decode, static_argnums=3)
 
     @property
+    def params(self) -> Any:
+        """The model's parameters by part."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        self._params = params
+        self._nulls: dict[FlowConfig, Any] = {}  # the vectors of no prompt, by how they are made
+
+    @property
+    def programs(self) -> dict[str, Any]:
+        """The compiled functions of drawing by phase, for the planner."""
+        return {"vectors": self._draw, "pictures": self._decode}
+
+    def _on_mesh(self) -> Any:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _there(self, params: Any) -> Any:
+        """The parameters on the devices: for good, or until the result is dropped."""
+        if self._stay:
+            return params
+        return jax.tree.map(lambda x: jax.device_put(x.value, x.where), params)
+
+    @property
     def read_size(self) -> int:
         """Side of the pictures that it reads, in pixels."""
         return self.pisces.config.read_size
@@ -144,9 +160,12 @@ class Model:
     ) -> list[str]:
         """The model's text after each question, a sequence of pictures to read and texts."""
         answers: list[str] = []
+        params = self._there(self.params)
         for first in self._batches(len(questions), "reading"):
             some = questions[first : first + self.batch_size]
-            tokens = self._answer(self.params, self._prompts(some), self._keys(seed, first), max_tokens, temperature)
+            with self._on_mesh():
+                prompts, keys = self._prompts(some), self._keys(seed, first)
+                tokens = self._answer(params, prompts, keys, max_tokens, temperature)
             answers += [self._text(row) for row in np.asarray(tokens)[: len(some)]]
         return answers
 
@@ -160,6 +179,8 @@ class Model:
         guidance: float | None = None,
         vector_guidance: float | None = None,
         seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        turn_ends: bool = True,
     ) -> list[Drawing]:
         """A picture for each prompt, in which pictures to read and pictures drawn before may stand (role "draw").
 
@@ -168,6 +189,9 @@ class Model:
 
         Args:
             guidance, vector_guidance: scales of the decoder's and of the flow head's guidance; None: the config's.
+            seed: of all pictures; each has noise of its own, by its place among the prompts.
+            seeds: of each picture, in place of `seed`: the picture that its prompt alone gives with that seed.
+            turn_ends: whether the tokenizer's `before_picture` is written, as in training.
 
         Raises:
             UserError: guidance of a network that was trained without dropped conditions, or of a regression head.
@@ -175,41 +199,77 @@ class Model:
         if vector_guidance is not None and self.pisces.config.generator is None:
             raise UserError("--vector_guidance is of the flow head, and this model's head is regression: leave it out")
         flow = _with_guidance(self.vector_flow, vector_guidance, "--vector_guidance")
-        drawings: list[Drawing] = []
-        for first in self._batches(len(prompts), "drawing"):
-            some = prompts[first : first + self.batch_size]
-            keys = self._keys(seed, first)
-            tokens, vectors = self._draw(
-                self.params, self._prompts(some), keys, max_tokens if describe else 0, temperature, flow
-            )  # fmt: skip
-            images = self.decode(vectors, seed=seed, first=first, guidance=guidance)
-            drawings += [
-                Drawing(self._text(t), v, i)
-                for t, v, i in zip(np.asarray(tokens)[: len(some)], np.asarray(vectors), images, strict=False)
-            ]
-        return drawings
+        if not prompts:
+            return []
+        texts, made = [], []
+        params = self._there(self.params)
+        with self._on_mesh():
+            for first in self._batches(len(prompts), "drawing"):
+                some = prompts[first : first + self.batch_size]
+                closed = not describe and turn_ends
+                given = self._prompts(some, self.tokenizer.before_picture if closed else ())
+                keys = self._keys(seed, first, seeds)
+                tokens, vectors = self._draw(params, given, keys, max_tokens if describe else 0, temperature, flow)
+                texts += [self._text(t) for t in np.asarray(tokens)[: len(some)]]
+                made.append(np.asarray(vectors)[: len(some)])
+            null = self._null(params, flow)
+        del params
+        vectors = np.concatenate(made)
+        images = self.decode(vectors, seed=seed, seeds=seeds, guidance=guidance, null=null)
+        return [Drawing(*drawn) for drawn in zip(texts, vectors, images, strict=True)]
+
+    def _null(self, params: Any, flow: FlowConfig) -> Any:
+        """The model's own vectors [1, m, C] for a prompt of one space, without a chat template: what Emu2-Gen's decoder
+        takes for no prompt. None for a decoder that takes none."""
+        if self._decoder is None or not self._decoder.takes_null:
+            return None
+        if flow not in self._nulls:
+            t = self.tokenizer
+            start = [t.bos] if list(t.opening) == [t.bos] else []
+            prompts = self._rows([np.array([*start, *t.encode(" ")], np.int32)])
+            self._nulls[flow] = np.asarray(self._draw(params, prompts, self._keys(NULL_SEED, 0), 0, 1.0, flow)[1])[:1]
+        return self._nulls[flow]
 
     def features(self, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N m C"]:
         """The true visual vectors of pictures of the generation encoder's size."""
-        parts = []
+        self._check_pictures({"read": (), "draw": list(images)})
+        parts, params = [], self._there(self.params)
         for first in range(0, len(images), self.batch_size):
             some = images[first : first + self.batch_size]
-            parts.append(np.asarray(self._features(self.params, _pad(some, self.batch_size)))[: len(some)])
+            with self._on_mesh():
+                parts.append(np.asarray(self._features(params, _pad(some, self.batch_size)))[: len(some)])
         return np.concatenate(parts)
 
     def decode(
-        self, vectors: Any, *, seed: int = 0, first: int = 0, guidance: float | None = None
+        self,
+        vectors: Any,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        seeds: Sequence[int] | None = None,
+        guidance: float | None = None,
+        null: Any = None,
     ) -> UInt8[np.ndarray, "N S S 3"]:
-        """Pictures from visual vectors [N, m, C]; picture i's noise comes from (seed, first + i)."""
+        """Pictures from visual vectors [N, m, C]; picture i's noise comes from (seed, first + i), or from its own of
+        `seeds`.
+
+        Args:
+            null: the vectors of no prompt, for a decoder that takes them; by default they are made.
+        """
         if self._decoder is None or self.flow is None:
             raise UserError("this run names no decoder (config key decoder): it can answer but not draw")
-        flow = _with_guidance(self.flow, guidance, "--guidance")
+        how = _with_guidance(self.flow, guidance, "--guidance")
+        if null is None and self._decoder.takes_null:
+            with self._on_mesh():
+                null = self._null(self._there(self.params), self.vector_flow)
+        params = self._there(self.decoder_params)
         images = []
-        for start in range(0, len(vectors), self.batch_size):
+        for start in self._batches(len(vectors), "decoding"):
             some = vectors[start : start + self.batch_size]
-            keys = self._keys(seed + 1_000_003, first + start)
-            padded = _pad(np.asarray(some), self.batch_size)
-            images.append(np.asarray(self._decode(self.decoder_params, padded, keys, flow))[: len(some)])
+            keys = self._keys(seed, first + start, seeds, DECODING)
+            with self._on_mesh():
+                made = self._decode(params, _pad(np.asarray(some), self.batch_size), keys, how, null)
+                images.append(np.asarray(made)[: len(some)])
         return np.concatenate(images)
 
     def _batches(self, number: int, doing: str) -> Iterable[int]:
@@ -217,27 +277,59 @@ class Model:
         starts = range(0, number, self.batch_size)
         return tqdm(starts, desc=doing, unit="batch", leave=False, disable=len(starts) < 3, dynamic_ncols=True)
 
-    def _keys(self, seed: int, first: int) -> Any:
-        key = jax.random.key(seed)
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(first, first + self.batch_size))
+    def _keys(self, seed: int, first: int, seeds: Sequence[int] | None = None, added: int = 0) -> Any:
+        """The keys of a batch: of (seed, place), or of (its own seed, 0)."""
+        if seeds is None:
+            key = jax.random.key(seed + added)
+            return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(first, first + self.batch_size))
+        own = [*seeds[first : first + self.batch_size]]
+        own += [0] * (self.batch_size - len(own))
+        return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(own) + added)
 
     def _text(self, tokens: np.ndarray) -> str:
         return self.tokenizer.decode([int(t) for t in tokens if t >= 0])
 
-    def _prompts(self, some: Sequence[Sequence[Text | Picture]]) -> Prompts:
+    def _prompts(self, some: Sequence[Sequence[Text | Picture]], closing: Sequence[int] = ()) -> Prompts:
+        """A batch of prompts; `closing` is written where one ends with the header of the assistant's turn."""
         laid = [lay_out(Example(tuple(parts), "prompt"), self.tokenizer, self._layout, prompt=True) for parts in some]
-        ids = [row.tokens for row in laid]
-        # Lengths are rounded up to powers of two, so that few programs are compiled.
-        longest = max(32, *map(len, ids))
+        header = self.tokenizer.header("assistant") if closing else []
+        ids = [
+            np.append(row.tokens, closing).astype(np.int32) if header and [*row.tokens[-len(header) :]] == header
+            else row.tokens
+            for row in laid
+        ]  # fmt: skip
+        placed: dict[Role, list[tuple[int, int, Picture]]] = {"read": [], "draw": []}
+        for b, row in enumerate(laid):
+            for found in row.pictures:
+                placed[found.role].append((b, found.start, found.picture))
+        self._check_pictures(placed)
+        return self._rows(ids, *(self._pool(role, pictures) for role, pictures in placed.items()))
+
+    def _rows(self, ids: Sequence[np.ndarray], read: Pool | None = None, drawn: Pool | None = None) -> Prompts:
+        """Rows of tokens as a batch. Lengths are rounded up to powers of two, so that few programs are compiled."""
+        longest = max(32, *map(len, ids), 0)
         tokens = np.full((self.batch_size, 1 << (longest - 1).bit_length()), self.tokenizer.pad, np.int32)
         length = np.ones(self.batch_size, np.int32)
-        placed: dict[Role, list[tuple[int, int, Picture]]] = {"read": [], "draw": []}
         for b, row in enumerate(ids):
             tokens[b, : len(row)], length[b] = row, len(row)
-            for found in laid[b].pictures:
-                placed[found.role].append((b, found.start, found.picture))
-        read, drawn = (self._pool(role, pictures) for role, pictures in placed.items())
+        read = self._pool("read", []) if read is None else read
+        drawn = self._pool("draw", []) if drawn is None else drawn
         return Prompts(jnp.asarray(tokens), jnp.asarray(length), read, drawn)
+
+    def _check_pictures(self, placed: Mapping[Role, Sequence[Any]]) -> None:
+        """
+        Raises:
+            UserError: there are pictures, and no encoder for them.
+        """
+        if len(placed["read"]) and self.pisces.config.understanding_encoder is None:
+            raise UserError(
+                "this model reads no pictures here: its vision tower (Qwen2.5-VL's, of BLIP3-o) is not part of this "
+                "project: ask it about text alone, or draw"
+            )
+        if len(placed["draw"]) and "generation_encoder" not in (self.params or {}):
+            raise UserError(
+                "this model came without its generation encoder, which pictures drawn before need: draw from text alone"
+            )
 
     def _pool(self, role: Role, placed: Sequence[tuple[int, int, Picture]]) -> Pool:
         """Pictures at (row, position), in a multiple of `batch_size` slots."""
@@ -250,7 +342,7 @@ class Model:
         return Pool(*map(jnp.asarray, (images, row, start, valid)))
 
 
-def _with_guidance(flow: FlowConfig, guidance: float | None, flag: str) -> FlowConfig:
+def _with_guidance(flow: Any, guidance: float | None, flag: str) -> Any:
     try:
         return flow if guidance is None else dataclasses.replace(flow, guidance=float(guidance))
     except ValueError as error:
@@ -261,42 +353,29 @@ def _pad(x: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]) if len(x) < size else x
 
 
-def load_model(workdir: Path, run: str = "", batch_size: int = 64) -> Model:
-    """The model of a finished unified run (by default the last one), with the decoder that its config names.
+def load_model(
+    workdir: Path,
+    run: str = "",
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+    dtype: str = "",
+    stay: bool = True,
+) -> Model:
+    """The model of a finished unified run (by default the last one), with the decoder that its config names; or the
+    released model of BLIP3-o in the folder `workdir`.
+
+    Args:
+        mesh, stay: as `Model` takes them.
+        dtype: to store parameters and to compute in; "": as the run says.
 
     Raises:
         UserError: there is no such run, or it cannot be loaded.
     """
-    run = run or find_run(workdir)
-    config = read_config(workdir / run)
-    if not program_class(config).reads_and_draws(config):
-        raise UserError(f"{workdir / run} is a {config.program} run: reading and drawing need a unified one")
+    config = open_config(workdir, run)
+    if dtype:
+        config.compute_dtype = dtype
     tokenizer = load_tokenizer(config, workdir)
-    names = settings.pisces_config(config, tokenizer.vocab_size).parts
-    params = {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in names}
-    decoder, decoder_params, flow = load_decoder(workdir, config)
-    return Model(config, tokenizer, params, decoder, decoder_params, flow, batch_size)
-
-
-def load_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | None, Any, FlowConfig | None]:
-    """The decoder of a unified run, its weights by part, and how it samples."""
-    decoder, flow = make_decoder(workdir, config)
-    if decoder is None:
-        return None, None, None
-    parts = ("decoder", "autoencoder") if decoder.autoencoder else ("decoder",)
-    run = settings.decoder_run(config)
-    return decoder, {part: jax.tree.map(jnp.asarray, load_part(workdir, run, part)) for part in parts}, flow
-
-
-def make_decoder(workdir: Path, config: ConfigDict) -> tuple[PictureDecoder | None, FlowConfig | None]:
-    """The decoder of a unified run and how it samples, without its weights."""
-    run = settings.decoder_run(config)
-    if not run:
-        return None, None
-    decoder_config = config if run == config.name else read_config(workdir / run)
-    dtype = jnp.dtype(decoder_config.compute_dtype)
-    latent = settings.autoencoder_config(decoder_config)
-    decoder = PictureDecoder(
-        DiT(settings.dit_config(decoder_config), dtype), Autoencoder(latent, dtype) if latent else None
-    )
-    return decoder, settings.flow_config(decoder_config)
+    places = Places(mesh, dtype, stay)
+    params = load_parts(workdir, config, tokenizer, places)
+    decoder, decoder_params, how = load_decoder(workdir, config, places)
+    return Model(config, tokenizer, params, decoder, decoder_params, how, batch_size, mesh, stay)

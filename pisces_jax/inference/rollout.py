@@ -160,6 +160,7 @@ class Rollout:
         rows, states = self.extend(params, rows, jnp.broadcast_to(queries, (len(keys), *queries.shape)))
         shape = (c.generator.size, c.generator.size, c.generator.channels)
         noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+        noise = noise.astype(jnp.promote_types(self.model.dtype, jnp.float32))
 
         def network(*args: Array) -> Array:
             return self._apply(params, *args, method="generate")

@@ -12,7 +12,8 @@ from PIL import Image
 from pisces_jax.data.example import Picture
 from pisces_jax.data.images import fit
 from pisces_jax.inference.decode import PictureDecoder
-from pisces_jax.inference.model import Model, load_decoder, make_decoder
+from pisces_jax.inference.loading import load_decoder, make_decoder
+from pisces_jax.inference.model import Model
 from pisces_jax.models.vit import pooled_features
 from pisces_jax.training import input
 from pisces_jax.training.loop import Sampler

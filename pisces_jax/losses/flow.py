@@ -23,7 +23,8 @@ class FlowConfig:
     Attributes:
         times: distribution of t: "uniform", or "logit_normal", where the logit of t is standard normal (Esser et al.
             2024, arXiv 2403.03206).
-        grid: t is one of 0, 1/grid, …, (grid − 1)/grid, as in training on a scheduler's steps; 0: any number.
+        grid: t is one of 0, 1/grid, …, (grid − 1)/grid, as in training on a scheduler's steps; a sampler's network is
+            told the next of them, as BLIP3-o's is. 0: any number.
         zero_share: fraction of the samples with t = 0 exactly, where a sampler of few steps starts.
         prediction: what the network predicts: "velocity", "data", or "preconditioned": what is left of the data after
             the best linear guess from x_t, scaled to variance 1 (Karras et al. 2022, arXiv 2206.00364, eq. 7, for data
@@ -107,7 +108,7 @@ def integrate(field: Velocity, noise: Float[Array, "B ..."], steps: int) -> Floa
     """Carries noise to data along `field(x, t)`, t [B], by Euler's method with equal steps from t = 0 to 1."""
 
     def step(i: Any, x: Array) -> Array:
-        t = jnp.full(x.shape[:1], i / steps, jnp.float32)
+        t = jnp.full(x.shape[:1], i / steps, jnp.promote_types(x.dtype, jnp.float32))
         return x + field(x, t) / steps
 
     return jax.lax.fori_loop(0, steps, step, noise)
@@ -133,6 +134,13 @@ def guide(
     return unconditional + scale * (conditional - unconditional)
 
 
+def told_time(t: Float[Array, "B"], config: FlowConfig) -> Float[Array, "B"]:
+    """What a sampler's network is told of t: 1 − t rounded down to the grid of training, t itself without one."""
+    if not config.grid:
+        return t
+    return 1 - jnp.floor((1 - t) * config.grid + 1e-3) / config.grid  # more than float32 may be short of a whole number
+
+
 def guided(network: Callable[..., Array], condition: Float[Array, "B ..."], config: FlowConfig) -> Velocity:
     """The velocity field of a network with guidance; a guidance of 1 needs only v_cond.
 
@@ -141,7 +149,7 @@ def guided(network: Callable[..., Array], condition: Float[Array, "B ..."], conf
     """
 
     def network_velocity(x: Array, t: Array, condition: Array, keep: Array) -> Array:
-        return velocity(network(x, t, condition, keep), x, t, config)
+        return velocity(network(x, told_time(t, config), condition, keep), x, t, config)
 
     def field(x: Array, t: Array) -> Array:
         keep = jnp.ones(x.shape[0], bool)

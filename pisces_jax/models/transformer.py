@@ -105,7 +105,8 @@ class Cache:
 def empty_cache(config: TransformerConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """A cache of zeros for rows of at most `slots` positions."""
     shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    zeros = constrain(jnp.zeros(shape, dtype), None, "batch", None, "kv_heads", None)
+    return Cache(zeros, zeros)
 
 
 class Attention(nn.Module):

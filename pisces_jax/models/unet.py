@@ -153,6 +153,11 @@ class PixelTransformer(nn.Module):
         return x + linear("project_out", z).reshape(x.shape)
 
 
+def whole_pictures(number: int, size: int) -> Float[Array, "B 6"]:
+    """The `sizes` of square pictures of `size` pixels that are wanted as they are, not cropped."""
+    return jnp.broadcast_to(jnp.array([size, size, 0, 0, size, size], jnp.float32), (number, SIZES))
+
+
 class UNet(nn.Module):
     """Predicts the noise in latents."""
 

@@ -107,7 +107,7 @@ def target_config(chip: Gpu) -> str:
     major, minor = chip.capability
     return f"""
 gpu_device_info {{
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: {chip.threads}
   shared_memory_per_block: 49152  shared_memory_per_core: {chip.shared_bytes}
   shared_memory_per_block_optin: {chip.shared_bytes - 1024}
   core_count: {chip.multiprocessors}  fpus_per_core: {chip.lanes}

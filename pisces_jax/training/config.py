@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from pisces_jax.data.instructions import DRAW_INSTRUCTION
 from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
@@ -47,7 +48,9 @@ def run_config(**changes: Any) -> ConfigDict:
             init_from=ConfigDict(),
             # Part -> dtype of its stored parameters; float32 for parts that are not named.
             param_dtype=ConfigDict(),
-            decoder="",  # unified: the run whose decoder turns this run's vectors into pictures
+            # unified: the run whose decoder turns its vectors into pictures, or a folder with Emu2-Gen's: `unet/`,
+            # `vae/` and `scheduler/` (docs/blip3o.md).
+            decoder="",
             # unified: train the decoder in this run too, from the vectors as they are predicted (loss.reconstruction,
             # loss.true_vectors); it then draws with its own decoder.
             train_decoder=False,
@@ -123,8 +126,9 @@ def run_config(**changes: Any) -> ConfigDict:
                 param_groups=((r".*/(scale|bias|gate|[a-z_]*embedding)", 1.0, 0.0), (".*", 1.0, 0.0)),
             ),
             # How a finished run draws unless a command says otherwise: with a description of its own written first
-            # (at most `max_tokens`, sampled at `temperature`), or at once.
-            sampling=dict(describe=False, max_tokens=96, temperature=1.0),
+            # (at most `max_tokens`, sampled at `temperature`), or at once. The prompt stands at {} in `instruction`,
+            # which is the one of its recipes (docs/data.md).
+            sampling=dict(describe=False, max_tokens=96, temperature=1.0, instruction=DRAW_INSTRUCTION),
             mesh=dict(data=1, fsdp=-1, tensor=1),
             log=dict(
                 every=50,

@@ -303,9 +303,8 @@ def starting_parts(
                 continue
             only = set(optimizer.flatten(frozen[part]))
         if is_folder(source):
-            settings = part_settings(config, part, tokenizer.vocab_size)
-            folder = Folder.open(source)
-            folder.check(settings, f"model.{part}", tokenizer.own_size)
+            folder = Folder.open(source, part)
+            folder.check(part_settings(config, part, tokenizer.vocab_size), f"model.{part}", tokenizer.own_size)
             parts[part] = read_part(
                 folder, like[part], vocab_size=tokenizer.vocab_size, own_tokens=tokenizer.own_size, only=only,
                 shardings=jax.tree.map(lambda x: x.sharding, like[part]),

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training import flops, optimizer
-from pisces_jax.training.config import part_settings
+from pisces_jax.training.config import part_settings, vit_config
 from pisces_jax.training.config_files import Stages
 from pisces_jax.training.loop import NOTHING_ELSE, Options, Sampler, train
 from pisces_jax.training.programs import make_program
@@ -21,6 +21,7 @@ from pisces_jax.training.run_folder import is_finished
 from pisces_jax.utils import cli, processes
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import write_atomic
+from pisces_jax.weights.diffusion_decoder import open_decoder
 from pisces_jax.weights.folder import Folder
 from pisces_jax.weights.sources import is_folder
 
@@ -73,9 +74,11 @@ def check_stages(stages: Stages, workdir: Path) -> list[float]:
         optimizer.learning_rate(config.optimizer, config.steps)
         sources = {**config.init_from, "decoder": config.decoder} if config.decoder else config.init_from
         for part, source in sources.items():
-            if is_folder(source):
+            if part == "decoder" and source == config.decoder and is_folder(source):
+                open_decoder(source, vit_config(config, "generation_encoder").output_width)
+            elif is_folder(source):
                 # What depends on the tokenizer is checked when the run starts.
-                folder = Folder.open(source)
+                folder = Folder.open(source, part)
                 tokens = getattr(folder.settings, "vocab_size", 1)
                 folder.check(part_settings(config, part, tokens), f"stage {name}: model.{part}")
             elif source and source not in known and not is_finished(workdir / source):

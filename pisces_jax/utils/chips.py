@@ -114,9 +114,9 @@ class Tpu(Chip):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Chip):
-    """An NVIDIA GPU on hosts of eight, connected by NVSwitch, with a network adapter each.
+    """An NVIDIA GPU on hosts of up to eight, connected by NVSwitch, with a network adapter each.
 
-    `hbm_bytes` is what the driver reports; `link_bandwidth` is of all NVLinks together.
+    `hbm_bytes` is what the driver reports; `link_bandwidth` is of all NVLinks together, or of PCI Express.
 
     Attributes:
         description: the device's full name.
@@ -127,6 +127,7 @@ class Gpu(Chip):
         l2_bytes: of the L2 cache.
         clock: boost, in GHz.
         pool: the share of the memory that JAX's pool takes.
+        threads: the most that a multiprocessor holds.
     """
 
     description: str
@@ -137,6 +138,7 @@ class Gpu(Chip):
     l2_bytes: int
     clock: float
     pool: float = POOL
+    threads: int = 2048
 
     per_host: ClassVar[int] = 8
 
@@ -218,6 +220,12 @@ CHIPS: dict[str, Chip] = {
         Gpu(
             "H200", ("NVIDIA H200",), 989e12, 151_397_597_184, 4800e9, 450e9, 50e9, _HOSTS,
             "NVIDIA H200 141GB HBM3e", (9, 0), 132, 128, 228 * 1024, 50 * 2**20, 1.98,
+        ),
+        # NVIDIA's whitepaper of the Ada architecture: a card of 24 GB without NVLink (PCI Express 4.0 ×16), here on a
+        # host with a network of 10 Gb/s.
+        Gpu(
+            "RTX4090", ("NVIDIA GeForce RTX 4090",), 165.2e12, 25_757_220_864, 1008e9, 32e9, 1.25e9, ("1", "2", "4"),
+            "NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 100 * 1024, 72 * 2**20, 2.52, threads=1536,
         ),
     )
 }  # fmt: skip

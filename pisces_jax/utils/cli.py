@@ -73,6 +73,17 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def mesh_sizes(text: str) -> dict[str, int]:
+    """An argparse type: the sizes of a mesh, like `data=2,fsdp=16,tensor=4`."""
+    try:
+        sizes = {name: int(size) for name, size in (word.split("=") for word in text.split(","))}
+    except ValueError:
+        sizes = {"": 0}
+    if not set(sizes) <= {"data", "fsdp", "tensor"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: write it like data=2,fsdp=16,tensor=4")
+    return sizes
+
+
 def _number(convert: Callable[[str], Number], kind: str, least: Number) -> Callable[[str], Number]:
     def parse(text: str) -> Number:
         try:

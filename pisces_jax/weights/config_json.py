@@ -16,20 +16,15 @@ from pisces_jax.models.layers import ACTIVATIONS
 from pisces_jax.models.transformer import RopeScaling, TransformerConfig
 from pisces_jax.models.unet import SIZES, UNetConfig
 from pisces_jax.models.vit import ViTConfig
-from pisces_jax.utils.errors import UserError
+from pisces_jax.weights import language_json
+from pisces_jax.weights.fields import Json, Refuse, ours, require, theirs
 from pisces_jax.weights.sizes import CLIP_MEAN, CLIP_STD, EVA_CLIP_E_PLUS_224
 
 NATIVE = "pisces_jax"
 DIFFUSERS = ("autoencoder", "unet")  # families that diffusers publishes
-Json = Mapping[str, Any]
-Refuse = Callable[[str, str], UserError]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": dict(
-        vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
-        hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
-        max_position_embeddings=2048,
-    ),
+    **language_json.DEFAULTS,
     "siglip": dict(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
         image_size=224, patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6,
@@ -52,10 +47,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 # Our field -> theirs, where both hold the same value.
-_LLAMA = dict(
-    vocab_size="vocab_size", width="hidden_size", mlp_hidden="intermediate_size", layers="num_hidden_layers",
-    heads="num_attention_heads", eps="rms_norm_eps", tied_embedding="tie_word_embeddings",
-)  # fmt: skip
 _VIT = dict(
     width="hidden_size", mlp_hidden="intermediate_size", layers="num_hidden_layers", heads="num_attention_heads",
     image_size="image_size", patch_size="patch_size", eps="layer_norm_eps",
@@ -71,7 +62,6 @@ _UNET = dict(
     size_numbers="addition_time_embed_dim", groups="norm_num_groups", eps="norm_eps",
 )  # fmt: skip
 # What every supported model says; another value is another model.
-_LLAMA_FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
 _EVA_FIXED: dict[str, Any] = dict(
     qkv_bias=True, postnorm=True, rope=False, naiveswiglu=False, subln=False, init_value=None, ls_init_value=None,
     global_average_pool=False,
@@ -99,67 +89,6 @@ TIMM = {"eva02_enormous_patch14_clip_224": EVA_CLIP_E_PLUS_224}
 BICUBIC = 3  # of PIL, and so in the files of image processors
 
 
-def _ours(fields: Mapping[str, str], values: Json) -> dict[str, Any]:
-    return {ours: values[theirs] for ours, theirs in fields.items()}
-
-
-def _theirs(fields: Mapping[str, str], config: Any) -> dict[str, Any]:
-    return {theirs: getattr(config, ours) for ours, theirs in fields.items()}
-
-
-def _require(values: Json, fixed: Json, refuse: Refuse, what: str, instead: str) -> None:
-    for key, value in fixed.items():
-        given = values.get(key, value)
-        if given != value and (given or value):  # null stands for False
-            raise refuse(f"{what} with {key} {given!r}", instead)
-
-
-# LLaMA (transformers)
-
-
-def _read_llama(values: Json, refuse: Refuse) -> TransformerConfig:
-    v = {**DEFAULTS["llama"], **values}
-    # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling.
-    scaled = v.get("rope_parameters") or v.get("rope_scaling") or {}
-    rope = {"rope_theta": v.get("rope_theta", 10_000.0), **scaled}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise refuse(f"rotary embeddings of rope_type {kind!r}", "the supported ones are default and llama3")
-    _require(v, _LLAMA_FIXED, refuse, "a LLaMA", "take one without biases and with silu")
-    scaling = None
-    if kind == "llama3":
-        # transformers takes the key beside these first, and without any the length that the config says.
-        key = "original_max_position_embeddings"
-        original = v.get(key) or rope.get(key) or v["max_position_embeddings"]
-        scaling = RopeScaling(
-            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(original)
-        )
-    heads = v["num_attention_heads"]
-    return TransformerConfig(
-        **_ours(_LLAMA, v), kv_heads=v.get("num_key_value_heads") or heads,
-        head_dim=v.get("head_dim") or v["hidden_size"] // heads, rope_theta=float(rope["rope_theta"]),
-        rope_scaling=scaling,
-    )  # fmt: skip
-
-
-def _write_llama(c: TransformerConfig) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
-    longer = {}
-    if (s := c.rope_scaling) is not None:
-        rope |= dict(
-            rope_type="llama3", factor=s.factor, low_freq_factor=s.low_freq_factor,
-            high_freq_factor=s.high_freq_factor, original_max_position_embeddings=s.original_max_position,
-        )  # fmt: skip
-        # What every published model with this scaling says; transformers' own default is shorter.
-        longer = {"max_position_embeddings": 131_072}
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"} if c.rope_scaling else None
-    return dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", **_theirs(_LLAMA, c), **_LLAMA_FIXED, **longer,
-        num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
-        rope_parameters=rope, rope_theta=c.rope_theta, rope_scaling=scaling,  # of transformers 5, and of 4
-    )  # fmt: skip
-
-
 # SigLIP and CLIP (transformers)
 
 
@@ -169,13 +98,13 @@ def _read_vit(family: str, values: Json, refuse: Refuse, **form: Any) -> ViTConf
         raise refuse(f"pictures of {v['num_channels']} channels", "take an encoder of RGB pictures")
     if v["hidden_act"] not in _ACTIVATIONS:
         raise refuse(f"the activation {v['hidden_act']!r}", f"the supported ones are {', '.join(_ACTIVATIONS)}")
-    return ViTConfig(**_ours(_VIT, v), activation=_ACTIVATIONS[v["hidden_act"]], **form)
+    return ViTConfig(**ours(_VIT, v), activation=_ACTIVATIONS[v["hidden_act"]], **form)
 
 
 def _write_vit(family: str, name: str, c: ViTConfig, **more: Any) -> dict[str, Any]:
     activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == c.activation)
     kind = dict(architectures=[name], model_type=f"{family}_vision_model", num_channels=3, hidden_act=activation)
-    return {**kind, **_theirs(_VIT, c), **more}
+    return {**kind, **theirs(_VIT, c), **more}
 
 
 def preprocessor_json(family: str, c: ViTConfig) -> dict[str, Any]:
@@ -208,17 +137,17 @@ def _read_eva(values: Json, refuse: Refuse) -> ViTConfig:
         # Tests and small runs change sizes; any other argument would make it another model.
         if unknown := sorted(set(arguments) - {*_TIMM.values(), "mlp_ratio", "img_size"}):
             raise refuse(f"an EVA-CLIP with model_args {', '.join(unknown)}", instead)
-        changes: dict[str, Any] = _ours({k: v for k, v in _TIMM.items() if v in arguments}, arguments)
+        changes: dict[str, Any] = ours({k: v for k, v in _TIMM.items() if v in arguments}, arguments)
         changes["image_size"] = arguments.get("img_size") or tower.get("image_size") or TIMM[name].image_size
         if "mlp_ratio" in arguments:
             changes["mlp_hidden"] = int(arguments["mlp_ratio"] * changes.get("width", TIMM[name].width))
         return dataclasses.replace(TIMM[name], **changes)
-    _require(tower, _EVA_FIXED, refuse, "an EVA-CLIP tower", instead)
+    require(tower, _EVA_FIXED, refuse, "an EVA-CLIP tower", instead)
     if not tower.get("postnorm"):
         raise refuse("an EVA-CLIP tower without postnorm", instead)
     width = tower["width"]
     return ViTConfig(
-        **_ours(_EVA, tower), heads=width // tower["head_width"], mlp_hidden=int(width * tower["mlp_ratio"]),
+        **ours(_EVA, tower), heads=width // tower["head_width"], mlp_hidden=int(width * tower["mlp_ratio"]),
         activation="gelu", eps=tower.get("layer_norm_eps", 1e-6), **_EVA_FORM, **_CLIP_PIXELS,
     )  # fmt: skip
 
@@ -228,7 +157,7 @@ def _write_eva(c: ViTConfig) -> dict[str, Any]:
     while int(c.width * ratio) < c.mlp_hidden:  # readers round down
         ratio = math.nextafter(ratio, math.inf)
     tower = dict(
-        eva_model_name="eva-clip-4b-14-x", **_theirs(_EVA, c), head_width=c.width // c.heads, mlp_ratio=ratio,
+        eva_model_name="eva-clip-4b-14-x", **theirs(_EVA, c), head_width=c.width // c.heads, mlp_ratio=ratio,
         qkv_bias=True, postnorm=True, layer_norm_eps=c.eps,
     )  # fmt: skip
     return dict(vision_config=tower)
@@ -248,16 +177,16 @@ def _autoencoder_fixed(levels: int, quant_conv: bool) -> dict[str, Any]:
 def _read_autoencoder(values: Json, refuse: Refuse) -> AutoencoderConfig:
     v = {**DEFAULTS["autoencoder"], **values}
     fixed = _autoencoder_fixed(len(v["block_out_channels"]), v["use_quant_conv"])
-    _require(v, fixed, refuse, "an autoencoder", "take that of SDXL, SD3 or FLUX")
+    require(v, fixed, refuse, "an autoencoder", "take that of SDXL, SD3 or FLUX")
     return AutoencoderConfig(
-        **_ours(_AUTOENCODER, v), channels=tuple(v["block_out_channels"]), shift=v["shift_factor"] or 0.0
+        **ours(_AUTOENCODER, v), channels=tuple(v["block_out_channels"]), shift=v["shift_factor"] or 0.0
     )
 
 
 def _write_autoencoder(c: AutoencoderConfig) -> dict[str, Any]:
     fixed = {k: v for k, v in _autoencoder_fixed(len(c.channels), c.quant_conv).items() if v is not None}
     return dict(
-        _class_name="AutoencoderKL", **_theirs(_AUTOENCODER, c), block_out_channels=list(c.channels),
+        _class_name="AutoencoderKL", **theirs(_AUTOENCODER, c), block_out_channels=list(c.channels),
         shift_factor=c.shift or None, **fixed,
     )  # fmt: skip
 
@@ -277,7 +206,7 @@ def _unet_implied(c: UNetConfig) -> dict[str, Any]:
 def _read_unet(values: Json, refuse: Refuse) -> UNetConfig:
     what, instead = "a U-Net", "take that of Emu2-Gen or BLIP3-o, SDXL's with visual vectors"
     v = {**DEFAULTS["unet"], **values}
-    _require(v, UNET_FIXED, refuse, what, instead)
+    require(v, UNET_FIXED, refuse, what, instead)
     widths = tuple(v["block_out_channels"])
 
     def levels(value: Any) -> tuple[Any, ...]:
@@ -285,15 +214,15 @@ def _read_unet(values: Json, refuse: Refuse) -> UNetConfig:
 
     crossed = [str(kind).startswith("Cross") for kind in v["down_block_types"]]
     depths = tuple(n if here else 0 for n, here in zip(levels(v["transformer_layers_per_block"]), crossed, strict=True))
-    config = UNetConfig(**_ours(_UNET, v), widths=widths, depths=depths, heads=levels(v["attention_head_dim"]))
+    config = UNetConfig(**ours(_UNET, v), widths=widths, depths=depths, heads=levels(v["attention_head_dim"]))
     v = {key: list(value) if isinstance(value, tuple) else value for key, value in v.items()}
-    _require(v, _unet_implied(config), refuse, what, instead)
+    require(v, _unet_implied(config), refuse, what, instead)
     return config
 
 
 def _write_unet(c: UNetConfig) -> dict[str, Any]:
     return dict(
-        _class_name="UNet2DConditionModel", **_theirs(_UNET, c), block_out_channels=list(c.widths),
+        _class_name="UNet2DConditionModel", **theirs(_UNET, c), block_out_channels=list(c.widths),
         transformer_layers_per_block=[max(depth, 1) for depth in c.depths], attention_head_dim=list(c.heads),
         **_unet_implied(c), **UNET_FIXED,
     )  # fmt: skip
@@ -327,14 +256,14 @@ def _write_native(config: Any) -> dict[str, Any]:
 
 
 READERS: dict[str, Callable[[Json, Refuse], Any]] = {
-    NATIVE: _read_native, "llama": _read_llama, "eva": _read_eva, "autoencoder": _read_autoencoder,
-    "unet": _read_unet,
+    NATIVE: _read_native, "llama": language_json.read_llama, "qwen2": language_json.read_qwen2, "eva": _read_eva,
+    "autoencoder": _read_autoencoder, "unet": _read_unet,
     "siglip": lambda values, refuse: _read_vit("siglip", values, refuse),
     "clip": lambda values, refuse: _read_vit("clip", values, refuse, **_CLIP_FORM, **_CLIP_PIXELS),
 }  # fmt: skip
 WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    NATIVE: _write_native, "llama": _write_llama, "eva": _write_eva, "autoencoder": _write_autoencoder,
-    "unet": _write_unet,
+    NATIVE: _write_native, "llama": language_json.write_llama, "qwen2": language_json.write_qwen2, "eva": _write_eva,
+    "autoencoder": _write_autoencoder, "unet": _write_unet,
     "siglip": lambda c: _write_vit("siglip", "SiglipVisionModel", c, vision_use_head=False),
     "clip": lambda c: _write_vit("clip", "CLIPVisionModel", c),
 }  # fmt: skip
@@ -347,9 +276,11 @@ def family_of_file(values: Json, refuse: Refuse) -> str:
     if _eva_settings(values) is not None:
         return "eva"
     kind = values.get("_class_name") or values.get("model_type") or values.get("architecture") or "an unknown model"
+    kind = "blip3o_qwen" if str(kind).startswith("blip3o_qwen") else kind
     known = {
-        "llama": "llama", "siglip": "siglip", "siglip_vision_model": "siglip", "clip": "clip",
-        "clip_vision_model": "clip", "AutoencoderKL": "autoencoder", "UNet2DConditionModel": "unet",
+        "llama": "llama", **dict.fromkeys(language_json.QWEN_KINDS, "qwen2"), "siglip": "siglip",
+        "siglip_vision_model": "siglip", "clip": "clip", "clip_vision_model": "clip",
+        "AutoencoderKL": "autoencoder", "UNet2DConditionModel": "unet",
     }  # fmt: skip
     if kind not in known:
         raise refuse(f"{kind!r}", f"the supported kinds are {', '.join(known)} and EVA-CLIP")
@@ -359,7 +290,9 @@ def family_of_file(values: Json, refuse: Refuse) -> str:
 def family_of(config: Any) -> str:
     """The published layout in which a part with these settings is written; ours where there is none."""
     if isinstance(config, TransformerConfig):
-        return NATIVE if config.qkv_bias else "llama"
+        if not config.qkv_bias:
+            return "llama"
+        return "qwen2" if config.rope_scaling is None and config.head_dim * config.heads == config.width else NATIVE
     if isinstance(config, AutoencoderConfig):
         return "autoencoder" if config.eps == 1e-6 else NATIVE
     if isinstance(config, UNetConfig):

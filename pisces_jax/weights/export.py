@@ -17,33 +17,65 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from pisces_jax.data.tokenizers import Tokenizer
+from pisces_jax.data.tokenizers import Tokenizer, open_tokenizer
 from pisces_jax.models.vit import ViTConfig
 from pisces_jax.utils.errors import UserError
 from pisces_jax.utils.files import synchronize, umask
 from pisces_jax.utils.units import gib
 from pisces_jax.weights.architecture import config_json, part_of
+from pisces_jax.weights.blip3o import DECODER, PARTS, is_checkpoint, queries_shape
 from pisces_jax.weights.config_json import DIFFUSERS, NATIVE, family_of, preprocessor_json
 from pisces_jax.weights.families import FAMILIES, Family
 from pisces_jax.weights.folder import Flat, Folder, flatten, native_family, progress_bar
 from pisces_jax.weights.layout import Entry
-from pisces_jax.weights.tensors import Pending, common_dtype, slabs, write_folder
+from pisces_jax.weights.sources import resolve
+from pisces_jax.weights.tensors import Pending, common_dtype, read_folder, slabs, write_folder
 
 
 def import_folder(source: str, target: Path, dtype: str | None = None) -> tuple[Folder, int]:
-    """Rewrites a published folder in our own layout, one tensor at a time.
+    """Rewrites a published folder in our own layout, one tensor at a time. A checkpoint of BLIP3-o has several parts:
+    each gets a folder below `target`.
 
     Returns the folder that was read and its number of parameters.
 
     Raises:
         UserError: the folder is unsupported or damaged, or `target` cannot be written.
     """
+    path = resolve(source)
+    if (path / "config.json").exists() and is_checkpoint(read_folder(path)):
+        return _import_checkpoint(path, target, dtype)
     folder = Folder.open(source)
+    return folder, _import_part(folder, part_of(folder.path, folder.settings), target, dtype)
+
+
+def _import_part(folder: Folder, part: str, target: Path, dtype: str | None, tokenizer: Tokenizer | None = None) -> int:
     settings = folder.settings
-    views = folder.views(flatten(folder.shapes()), getattr(settings, "vocab_size", None))
+    shapes = flatten(folder.shapes()) if folder.family != "queries" else queries_shape(folder.tensors)
+    views = folder.views(shapes, getattr(settings, "vocab_size", None))
     tree = traverse_util.unflatten_dict(views, sep="/")
-    export_part(target, part_of(folder.path, settings), settings, tree, dtype=dtype, native=True)
-    return folder, sum(math.prod(view.shape) for view in views.values())
+    export_part(target, part, settings, tree, dtype=dtype, native=True, tokenizer=tokenizer)
+    return sum(math.prod(view.shape) for view in views.values())
+
+
+def _import_checkpoint(path: Path, target: Path, dtype: str | None) -> tuple[Folder, int]:
+    """The parts of BLIP3-o's checkpoint, each in a folder of its own, with tokenizer and decoder; all or nothing.
+
+    Everything is opened before anything is written.
+    """
+    opened = {part: Folder.open(f"{path}{os.sep}", part) for part in PARTS}
+    names = {"decoder": "unet", "autoencoder": "vae"} if (path / DECODER).is_dir() else {}
+    drawing = {part: Folder.open(f"{path / DECODER / name}") for part, name in names.items()}
+    tokenizer = open_tokenizer(path)
+    with new_folder(target) as scratch:
+        parameters = 0
+        for part, folder in opened.items():
+            beside = tokenizer if part == "language_model" else None
+            parameters += _import_part(folder, part, scratch / part, dtype, beside)
+        for part, folder in drawing.items():
+            parameters += _import_part(folder, part, scratch / DECODER / names[part], dtype)
+        if (path / DECODER / "scheduler").is_dir():
+            shutil.copytree(path / DECODER / "scheduler", scratch / DECODER / "scheduler")
+    return opened["language_model"], parameters
 
 
 def export_part(

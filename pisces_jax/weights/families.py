@@ -1,7 +1,7 @@
 """The published layouts as data: for each family a table from our names to the published ones.
 
-Sources: transformers (LlamaForCausalLM, SiglipVisionModel, CLIPVisionModel), diffusers (AutoencoderKL,
-UNet2DConditionModel) and timm's Eva, whose names open_clip and Emu2 share.
+Sources: transformers (LlamaForCausalLM, Qwen2ForCausalLM, SiglipVisionModel, CLIPVisionModel), diffusers
+(AutoencoderKL, UNet2DConditionModel, LuminaNextDiT2DModel) and timm's Eva, whose names open_clip and Emu2 share.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pisces_jax.models.autoencoder import AutoencoderConfig
+from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.unet import UNetConfig
 from pisces_jax.models.vit import ViTConfig
@@ -82,12 +83,14 @@ def _linear(ours: str, theirs: str, kernel: str = "O I -> I O", bias: str = "O -
 
 
 def llama(c: TransformerConfig) -> list[Entry]:
+    """LLaMA, and Qwen2 with its biases."""
     block, ours = "model.layers.{i}", "layers"
     heads = "(N H) D -> D N H"
     rows = [Entry("embedding", "model.embed_tokens.weight", "V D -> V D", vocabulary=True)]
     rows += _norm(f"{ours}/attention_norm", f"{block}.input_layernorm", bias=False)
     for name, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        rows += _linear(f"{ours}/attention/{name}", f"{block}.self_attn.{theirs}", heads, bias="")
+        bias = "(N H) -> N H" if c.qkv_bias else ""
+        rows += _linear(f"{ours}/attention/{name}", f"{block}.self_attn.{theirs}", heads, bias)
     rows += _linear(f"{ours}/attention/out", f"{block}.self_attn.o_proj", "D (N H) -> N H D", bias="")
     rows += _norm(f"{ours}/mlp_norm", f"{block}.post_attention_layernorm", bias=False)
     for name in ("gate", "up", "down"):
@@ -235,9 +238,64 @@ def unet(c: UNetConfig) -> list[Entry]:
     return rows + _norm("norm_out", "conv_norm_out") + _conv("conv_out", "conv_out")
 
 
+def lumina(c: DiTConfig) -> list[Entry]:
+    """BLIP3-o's generator. Its rotary embedding turns neighbouring numbers, those of y and x in turns; ours turns
+    numbers of two halves, first all of y: so queries and keys have another order (K pairs; A is y or x; R of a pair).
+    """
+    block, ours = "layers.{i}", "layers"
+    turned = dict(N=c.heads, A=2, R=2)
+    rows = _linear("patch_embedding", "patch_embedder.proj")
+    rows += _linear("condition_up", "caption_projection.linear_1")
+    rows += _linear("condition_down", "caption_projection.linear_2")
+    rows += _linear("time_up", "time_caption_embed.timestep_embedder.linear_1")
+    rows += _linear("time_down", "time_caption_embed.timestep_embedder.linear_2")
+    rows += _norm("pooled_norm", "time_caption_embed.caption_embedder.0")
+    rows += _linear("pooled_embedding", "time_caption_embed.caption_embedder.1")
+    rows += _linear(f"{ours}/modulation", f"{block}.norm1.linear", "(F D) E -> E F D", "(F D) -> F D")
+    for name, their in (
+        ("attention_norm", "norm1.norm"), ("condition_norm", "norm1_context"), ("attention_post_norm", "norm2"),
+        ("mlp_norm", "ffn_norm1"), ("mlp_post_norm", "ffn_norm2"),
+    ):  # fmt: skip
+        rows += _norm(f"{ours}/{name}", f"{block}.{their}", bias=False)
+    for name, number in (("gate", 1), ("down", 2), ("up", 3)):
+        rows += _linear(f"{ours}/mlp/{name}", f"{block}.feed_forward.linear_{number}", bias="")
+    rows.append(Entry(f"{ours}/attention/gate", f"{block}.gate", "N -> N"))
+    for prefix, their in (("", "attn1"), ("condition_", "attn2")):
+        for name, letter in (("query", "q"), ("key", "k")):
+            own = f"{ours}/attention/{prefix}{name}"
+            order = "(N K A R) D -> D (N R A K)"
+            rows += _linear(own, f"{block}.{their}.to_{letter}", order, bias="", **turned)
+            for kind, tensor in (("scale", "weight"), ("bias", "bias")):
+                name_ = f"{block}.{their}.norm_{letter}.{tensor}"
+                rows.append(Entry(f"{own}_norm/{kind}", name_, "(N K A R) -> (N R A K)", turned))
+        rows += _linear(f"{ours}/attention/{prefix}value", f"{block}.{their}.to_v", bias="")
+    rows += _linear(f"{ours}/attention/out", f"{block}.attn2.to_out.0", bias="")
+    return rows + _linear("final_modulation", "norm_out.linear_1") + _linear("output", "norm_out.linear_2")
+
+
+def queries(c: None) -> list[Entry]:
+    return [Entry("embedding", "latent_queries", "1 M D -> M D")]
+
+
+# BLIP3-o's checkpoints hold all three of these; a part does not use the tensors of the others, nor of towers that read.
+TOWERS = {
+    r"(model\.)?visual\..*": "Qwen2.5-VL's vision tower, which this project does not read pictures with",
+    r"model\.gen_vision_tower\..*": "the generation encoder, which drawing does not need",
+}
+_GENERATOR = r"model\.dit\.model\..*"
+_QUERIES = r"model\.latent_queries"
+
 FAMILIES = {
     # A file may hold the output matrix although it is tied to the embedding.
     "llama": Family(llama, unused=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")),
+    "qwen2": Family(
+        llama,
+        unused=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight", *TOWERS, _GENERATOR, _QUERIES),
+        renamed=((r"^model\.language_model\.", "model."),),  # of Qwen2.5-VL in transformers 5
+    ),
+    # A parameter of diffusers' model that pads texts of one batch: BLIP3-o's conditions are all equally long.
+    "lumina": Family(lumina, ("model.dit.model.",), (r"pad_token",)),
+    "queries": Family(queries, ("model.",), (r"(?!latent_queries).*",)),
     "siglip": Family(siglip, ("vision_model.", ""), (r"head\..*", r"embeddings\.position_ids")),
     "clip": Family(clip, ("vision_model.", ""), (r"post_layernorm\..*", r"embeddings\.position_ids")),
     # The prefixes of timm, open_clip, EVA-CLIP and of the tower inside Emu2.

@@ -26,6 +26,7 @@ from pisces_jax.models.transformer import Transformer, TransformerConfig
 from pisces_jax.models.unet import SIZES, UNet, UNetConfig
 from pisces_jax.models.vit import ViT, ViTConfig
 from pisces_jax.utils.errors import UserError, listed
+from pisces_jax.weights import blip3o
 from pisces_jax.weights.architecture import differences, read_architecture
 from pisces_jax.weights.config_json import NATIVE
 from pisces_jax.weights.families import FAMILIES, Family
@@ -90,17 +91,28 @@ class Folder:
     tensors: Mapping[str, Tensor]
 
     @classmethod
-    def open(cls, source: str) -> "Folder":
+    def open(cls, source: str, part: str = "") -> "Folder":
         """
+        Args:
+            part: which one is wanted, of a folder that holds several (`blip3o.PARTS`); "": the language model.
+
         Raises:
             UserError: the model is not supported, or files are missing or damaged.
         """
         path = resolve(source)
+        if part and (path / part).is_dir() and not (path / "config.json").exists():  # as `convert import` writes them
+            path = path / part
         if not any((path / name).exists() for name in ("config.json", "open_clip_config.json")):
             read_folder(path)  # if the weights are wrong too, the user should know that first
         family, settings = read_architecture(path)
         tensors = read_folder(path)
-        if family == "llama" and settings.tied_embedding and _other_head(path, settings, tensors):
+        if family == "qwen2":
+            settings = dataclasses.replace(settings, vocab_size=blip3o.rows(tensors, settings.vocab_size))
+            if part in ("queries", "generator"):
+                return cls(path, *blip3o.settings_of(part, path, tensors), tensors)
+            for what in blip3o.left_out(tensors):
+                log.warning("%s: %s", path, what)
+        if family in ("llama", "qwen2") and settings.tied_embedding and _other_head(path, family, settings, tensors):
             settings = dataclasses.replace(settings, tied_embedding=False)
         return cls(path, family, settings, tensors)
 
@@ -202,7 +214,7 @@ class Folder:
 
 def _is_padded(rows: int, tokens: int) -> bool:
     """Whether a vocabulary of `tokens` was padded to `rows`: to the next multiple of a power of two."""
-    return rows in {-(-tokens // 2**i) * 2**i for i in range(3, 11)}
+    return rows in {-(-tokens // 2**i) * 2**i for i in range(3, 11)} or rows in blip3o.QWEN_ROWS
 
 
 def _select(
@@ -214,14 +226,14 @@ def _select(
         raise UserError(f"{path}: {error}") from error
 
 
-def _other_head(path: Path, settings: TransformerConfig, tensors: Mapping[str, Tensor]) -> bool:
+def _other_head(path: Path, kind: str, settings: TransformerConfig, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the files hold an output matrix that is not the embedding, to which `config.json` ties it.
 
     transformers keeps such a matrix.
     """
-    table = FAMILIES["llama"].table(dataclasses.replace(settings, tied_embedding=False))
+    table = FAMILIES[kind].table(dataclasses.replace(settings, tied_embedding=False))
     names = {entry.ours: entry.theirs for entry in table}
-    _, found = _select(path, FAMILIES["llama"], table, tensors)
+    _, found = _select(path, FAMILIES[kind], table, tensors)
     if names["head"] not in found or names["embedding"] not in found:
         return False
     head, embedding = found[names["head"]].array(), found[names["embedding"]].array()
@@ -303,7 +315,7 @@ def read_source(
     Raises:
         UserError: the folder does not fit these settings.
     """
-    folder = Folder.open(source)
+    folder = Folder.open(source, part)
     folder.check(settings, f"model.{part}", own_tokens)
     shapes = folder.shapes() if settings is None else part_shapes(settings)
     tokens = getattr(settings, "vocab_size", None)
@@ -316,13 +328,18 @@ def read_source(
 
 def part_shapes(settings: Any) -> Any:
     """The tree of shapes of a part with these settings; nothing is allocated."""
+    return nn.unbox(boxed_shapes(settings))
+
+
+def boxed_shapes(settings: Any) -> Any:
+    """`part_shapes` with the logical axes of each parameter, for `sharding.param_shardings`."""
     key = jax.random.key(0)
 
     def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def abstract(module: nn.Module, *inputs: Any, method: str | None = None) -> Any:
-        return nn.unbox(jax.eval_shape(lambda *a: module.init(key, *a, method=method), *inputs))["params"]
+        return jax.eval_shape(lambda *a: module.init(key, *a, method=method), *inputs)["params"]
 
     c = settings
     if isinstance(c, TransformerConfig):

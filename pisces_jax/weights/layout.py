@@ -3,8 +3,8 @@
     "(N H) D -> D N H"      left: the published axes; right: ours
     "1 T D -> T D"          an axis of size one is dropped, or added again
 
-One side at most has an axis of several letters, a group. A published tensor may hold several of ours along its first
-axis (fused query, key and value): `part=(i, n)` is the i-th of n.
+Where both sides have an axis of several letters, a group, `sizes` has those of the letters. A published tensor may hold
+several of ours along its first axis (fused query, key and value): `part=(i, n)` is the i-th of n.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ class Entry:
         ours: our name, e.g. `layers/mlp/up/kernel`; parameters below `layers/` have a leading axis over the layers.
         theirs: the published name; `{i}` is the layer.
         pattern: the two layouts, of one layer.
-        sizes: of the axes that our side holds in a group.
+        sizes: of the axes that our side holds in a group; where both sides have groups, of enough to tell the rest.
         part: the i-th of n tensors in one.
         vocabulary: the first axis is the vocabulary, which may grow.
     """
@@ -50,6 +50,8 @@ class Entry:
         if n > 1:
             rows = array.shape[0] // n
             array = array[i * rows : (i + 1) * rows]
+        if "(" in left and "(" in right:
+            return rearrange(array, self.pattern, **self.sizes)
         sizes = dict(zip(right.split(), ours, strict=True)) if "(" in left else {}
         return rearrange(array, self.pattern, **sizes)
 

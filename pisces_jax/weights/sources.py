@@ -14,7 +14,7 @@ from pisces_jax.utils.files import local_path
 from pisces_jax.weights.tensors import without_safetensors
 
 HUB = "hf://"
-WEIGHTS, TOKENIZER = ("*.json", "*.safetensors"), ("*.json", "tokenizer.model")
+WEIGHTS, TOKENIZER = ("*.json", "*.safetensors"), ("*.json", "tokenizer.model", "merges.txt")
 _ENDS = 2**20  # bytes
 
 

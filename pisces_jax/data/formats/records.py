@@ -95,7 +95,7 @@ class Examples:
             recipe.check(names)
         self.records, self.recipe = records, recipe
         self.draws, self.remote = recipe.draws, records.remote
-        self.fingerprint = f"{records.fingerprint}/{chosen}/{recipe}"
+        self.fingerprint = f"{records.fingerprint}/{chosen}/{recipe}{recipe.wording}"
         self.pictures_fingerprint: str | None = f"{records.fingerprint}/{chosen}/{recipe.pictures}"
 
     def __len__(self) -> int:

@@ -1,10 +1,10 @@
 """From an example to its token sequence.
 
-The sequence is `bos`, the parts in order, `eos`. A text is its ids. A picture to read is `read_vectors` times
-the `<image>` id. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
+The sequence is the tokenizer's `opening` (`bos`), the parts in order, `eos`. A text is its ids. A picture to read is
+`read_vectors` times the `<image>` id. A drawn picture is `[IMG]`, `draw_vectors` times `<image>`, `[/IMG]`.
 
-With a chat tokenizer (LLaMA 3's), what is given is the user's turn, and what is learned or drawn is the assistant's.
-Parts of a conversation say themselves where a turn begins (`Text.turn`).
+With a chat tokenizer (LLaMA 3's, Qwen2's), what is given is the user's turn, and what is learned or drawn is the
+assistant's. Parts of a conversation say themselves where a turn begins (`Text.turn`).
 Each turn starts with its header and ends with the end of turn, except for the last turn, which `eos` ends.
 """
 
@@ -127,13 +127,15 @@ def _lay_out(
     example: Example, tokenizer: Tokenizer, layout: Layout, cut: int, prompt: bool
 ) -> tuple[LaidOut, list[int]]:
     """The sequence without the last `cut` tokens of the last text, and the number of tokens of each text."""
-    tokens, loss_mask = [tokenizer.bos], [False]
+    tokens = list(tokenizer.opening)
+    loss_mask = [False] * len(tokens)
     pictures = []
     texts: list[int] = []
     decides = False  # whether the part before was a learned text
     last = max((i for i, part in enumerate(example.parts) if isinstance(part, Text)), default=-1)
     speaker: Speaker | None = None
     said = False  # whether the parts themselves say where turns begin
+    opened = False  # whether the header of a turn is the last that was written
 
     def put(ids: Sequence[int], learned: bool) -> None:
         tokens.extend(ids)
@@ -141,13 +143,13 @@ def _lay_out(
 
     def turn(new: Speaker, ends: bool) -> None:
         """Opens a turn. With `ends`, a learned text before it has said all, also where no token parts turns."""
-        nonlocal speaker, decides
+        nonlocal speaker, decides, opened
         if speaker is not None and tokenizer.end_of_turn is not None:
             put([tokenizer.end_of_turn], decides)
         elif ends and decides:
             put([tokenizer.eos], True)
         put(tokenizer.header(new), False)
-        speaker, decides = new, False
+        speaker, decides, opened = new, False, True
 
     for ordinal, part in enumerate(example.parts):
         given = isinstance(part, Text) and not part.learn
@@ -161,15 +163,16 @@ def _lay_out(
             shortened = ordinal == last and cut > 0
             put(ids[: len(ids) - cut] if shortened else ids, part.learn)
             texts.append(len(ids))
-            decides = part.learn and not shortened
+            decides, opened = part.learn and not shortened, False
             continue
         if part.role == "draw":
+            put(tokenizer.before_picture if opened else [], False)
             put([tokenizer.begin_image], decides)
         pictures.append(Placed(part.role, len(tokens), part, ordinal))
         put([tokenizer.image] * (layout.read_vectors if part.role == "read" else layout.draw_vectors), False)
         if part.role == "draw":
             put([tokenizer.end_image], False)
-        decides = False
+        decides = opened = False
     if prompt and speaker != "assistant":
         turn("assistant", ends=False)
     if not prompt:

@@ -41,10 +41,17 @@ FLOW_HEAD = dict(
     hidden=dict(projector=256), fed_vectors=False, standardise=True,
     generator=dict(width=192, layers=3, heads=3, mlp_hidden=384, local_condition=True, unroll=True),
 )  # fmt: skip
+DENOISER_HEAD = dict(
+    hidden=dict(projector=256), place_embedding=True, standardise=True,
+    denoiser=dict(width=192, layers=3, unroll=True),
+)  # fmt: skip
 REGRESSION_HEAD = dict(hidden=dict(projector=256, vector_head=256), place_embedding=True, fed_vectors=False)
 UNIFIED = dict(FLOW_HEAD, language_model=LANGUAGE_MODEL)
 # What a unified stage trains and the next one goes on from, beside the encoders.
 TRAINED = ("language_model", "understanding_projector", "queries", "generator", "feature_statistics")
+DENOISER_TRAINED = (
+    "language_model", "understanding_projector", "generation_projector", "denoiser", "feature_statistics",
+)  # fmt: skip
 REGRESSION_TRAINED = ("language_model", "understanding_projector", "generation_projector", "vector_head")
 
 # The decoder predicts the picture itself: strongly conditioned, it need not pass the noise through.
@@ -52,6 +59,7 @@ FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
 
 # How the flow head is trained and sampled.
 VECTOR_FLOW = dict(drop=0.1, steps=20, guidance=2.0)
+DENOISER_FLOW = dict(prediction="preconditioned", times="logit_normal", drop=0.1, steps=20, guidance=1.5)
 
 # Rows of `optimizer.param_groups`: (pattern, multiple of the learning rate, weight decay); the first match applies.
 FROZEN_GENERATION_ENCODER = ("generation_encoder/.*", 0.0, 0.0)

@@ -17,6 +17,7 @@ from pisces_jax.data.packing.layout import lay_out
 from pisces_jax.inference.rollout import Pool, Prompts, Rollout
 from pisces_jax.losses.flow import FlowConfig, guided, integrate
 from pisces_jax.losses.objectives import cosine_error
+from pisces_jax.models.denoiser import DenoiserConfig
 from pisces_jax.models.dit import DiT, DiTConfig
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces
@@ -247,7 +248,7 @@ def test_a_rollout_conditions_on_the_states_of_training(fed):
         states = model.apply({"params": params}, batch)[1][0]
         noise = jax.random.normal(keys[b], (2, 2, 16))[None]
         field = guided(lambda *a: model.apply({"params": params}, *a, method="generate"), states, flow)
-        made = model.apply({"params": params}, integrate(field, noise, 3), method="from_map")
+        made = model.apply({"params": params}, integrate(field, noise, 3), method="from_data")
         np.testing.assert_allclose(vectors[b], made[0], rtol=2e-4, atol=2e-4)
         last = model.apply({"params": params}, batch)[0][0, len(whole) - 1]
         np.testing.assert_allclose(hidden[b], last, rtol=2e-4, atol=2e-4)
@@ -258,7 +259,9 @@ def test_a_rollout_conditions_on_the_states_of_training(fed):
     assert np.abs(again[1] - vectors[1]).max() > 1e-2
 
 
-PISCES = {"regression": tiny.PISCES, "flow": FLOW}
+DENOISER = DenoiserConfig(channels=16, condition_width=32, width=16, layers=2)
+DENOISED = dataclasses.replace(tiny.PISCES, denoiser=DENOISER, vector_head_hidden=0, standardise=True)
+PISCES = {"regression": tiny.PISCES, "flow": FLOW, "denoiser": DENOISED}
 
 
 @pytest.mark.parametrize("fed", [False, True])
@@ -340,7 +343,7 @@ def test_sequential_training_leaves_the_language_model_as_it_is(tmp_path):
             dict(model=dict(generator=dict(width=16, layers=1, heads=2, mlp_hidden=24, size=4))),
             "generator.size follows",
         ),
-        (dict(model=dict(hidden=dict(projector=24, vector_head=24))), "hidden.vector_head are of regression"),
+        (dict(model=dict(hidden=dict(projector=24, vector_head=24))), "hidden.vector_head is of regression"),
         (dict(loss=dict(vector_error="l1")), "vector_error: 'l1' is none of mse, cosine"),
     ],
 )

@@ -22,9 +22,9 @@ from pisces_jax import convert
 from pisces_jax.data.example import Picture, Text
 from pisces_jax.data.instructions import draw_instruction
 from pisces_jax.inference.model import load_model
+from pisces_jax.training.old_configs import upgrade
 from pisces_jax.training.run_folder import is_finished, read_config
 from pisces_jax.training.steps import finished_step
-from pisces_jax.training.old_configs import upgrade
 from pisces_jax.weights.folder import Folder
 
 ARCHIVE = pathlib.Path(__file__).parent / "fixtures/run_before_renames.tar.xz"

@@ -196,8 +196,8 @@ class Model:
         Raises:
             UserError: guidance of a network that was trained without dropped conditions, or of a regression head.
         """
-        if vector_guidance is not None and self.pisces.config.generator is None:
-            raise UserError("--vector_guidance is of the flow head, and this model's head is regression: leave it out")
+        if vector_guidance is not None and not self.pisces.config.flow:
+            raise UserError("--vector_guidance is of the flow heads, and this model's head is regression: leave it out")
         flow = _with_guidance(self.vector_flow, vector_guidance, "--vector_guidance")
         if not prompts:
             return []

@@ -1,8 +1,9 @@
 """Generation of text and visual vectors by the unified model, one after the other, with the key-value cache.
 
 A rollout starts from prompts (`prefill`), may sample text (`sample_text`), and may draw (`draw_vectors`): `[IMG]`,
-then m vectors. With regression each is predicted from the state before it and fed back through the projector; with the
-flow head m queries are fed in at once, and the generator makes all vectors from noise, given the states at the queries.
+then m vectors. With regression each is predicted from the state before it and fed back through the projector; with a
+denoiser each is made from noise, given that state. With a generator m queries are fed in at once, and all vectors are
+made from noise together, given the states at the queries.
 The rows of a batch advance together, each at its own length; a row's result does not depend on the other rows.
 
 Letters: B rows, T prompt positions, m drawn vectors, C their width.
@@ -134,8 +135,8 @@ class Rollout:
         """`[IMG]`, then the m vectors of a picture; the rows have them in their cache where the model feeds vectors.
 
         Args:
-            keys: one random key per row, of the flow head's noise.
-            flow: how the flow head is sampled.
+            keys: one random key per row, of a flow head's noise.
+            flow: how a flow head is sampled.
         """
         move = jnp.ones(rows.length.shape, bool)
         begin = self._apply(params, jnp.full((rows.length.shape[0], 1), begin_image), method="embed")[:, 0]
@@ -144,7 +145,12 @@ class Rollout:
             return self._draw_by_flow(params, rows, keys, flow)
 
         def step(rows: Rows, place: Array) -> tuple[Rows, Array]:
-            vector = self._apply(params, rows.hidden, method="predict")
+            if self.model.config.denoiser is None:
+                vector = self._apply(params, rows.hidden, method="predict")
+            else:
+                each = jax.vmap(lambda k: jax.random.fold_in(k, place))(keys)
+                shape = (self.model.config.denoiser.channels,)
+                vector = self._integrate(params, rows.hidden, each, shape, flow)
             x = self._apply(params, vector[:, None], place[None], method="feed")[:, 0]
             return self.advance(params, rows, x, move), vector
 
@@ -159,15 +165,21 @@ class Rollout:
         queries = self._apply(params, method="query_inputs")
         rows, states = self.extend(params, rows, jnp.broadcast_to(queries, (len(keys), *queries.shape)))
         shape = (c.generator.size, c.generator.size, c.generator.channels)
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
-        noise = noise.astype(jnp.promote_types(self.model.dtype, jnp.float32))
-
-        def network(*args: Array) -> Array:
-            return self._apply(params, *args, method="generate")
-
-        made = integrate(guided(network, states, flow), noise, flow.steps)
-        vectors = self._apply(params, made, method="from_map")
+        vectors = self._integrate(params, states, keys, shape, flow)
         if c.fed_vectors:
             x = self._apply(params, vectors, jnp.arange(c.draw_vectors), method="feed")
             rows, _ = self.extend(params, rows, x)
         return rows, vectors
+
+    def _integrate(
+        self, params: Any, states: Float[Array, "B *m D"], keys: Array, shape: tuple[int, ...], flow: FlowConfig
+    ) -> Float[Array, "B *m C"]:
+        """Features made from noise of this shape, given the states."""
+
+        def network(*args: Array) -> Array:
+            return self._apply(params, *args, method="generate")
+
+        noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+        noise = noise.astype(jnp.promote_types(self.model.dtype, jnp.float32))
+        made = integrate(guided(network, states, flow), noise, flow.steps)
+        return self._apply(params, made, method="from_data")

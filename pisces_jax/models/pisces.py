@@ -1,12 +1,14 @@
 """The unified model (Pisces, arXiv 2506.10395): one causal language model, two visual encoders.
 
 A picture that is read enters as the understanding encoder's long sequence of vectors, `V_n = MLP(φ(I))`; a picture
-that is drawn is learned as the generation encoder's short, pooled one, `Pool(ϕ(I))`, by one of two vector heads:
+that is drawn is learned as the generation encoder's short, pooled one, `Pool(ϕ(I))`, by one of three vector heads:
 
 - regression (Pisces): the vectors are fed in, `V_m = MLP(Pool(ϕ(I)))`; the state at `[IMG]` predicts vector 0 and the
   state at vector k predicts vector k+1.
 - flow (BLIP3-o, arXiv 2505.09568): m learned queries stand behind `[IMG]`; the states at the queries are the condition
   of a diffusion transformer, the generator, that makes the whole map of vectors from noise.
+- flow of each vector (Li et al. 2024, arXiv 2406.11838): the vectors are fed in as with regression, and the state that
+  predicts a vector is the condition of a small MLP, the denoiser, that makes this vector from noise.
 
 A batch holds groups of rows. The rows of a group share a pool of pictures, each with a pointer (row, start) to its
 place. A model without the understanding encoder draws and reads text alone; without both it is the language model.
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pisces_jax.models.denoiser import Denoiser, DenoiserConfig
 from pisces_jax.models.dit import DiT, DiTConfig
 from pisces_jax.models.layers import Projector, logical
 from pisces_jax.models.transformer import Cache, Transformer, TransformerConfig
@@ -38,13 +41,14 @@ class PiscesConfig:
     Attributes:
         pool: stride a of Pool_{a×a}.
         projector_hidden, vector_head_hidden: hidden widths of the two-layer MLPs.
-        generator: settings of the flow head's diffusion transformer; None: the head is regression. Its width of the
-            condition is the language model's, and its picture the square map of the m vectors.
-        standardise: the flow head makes vectors with the mean 0 and the standard deviation 1 in each dimension; the
+        generator: settings of the flow head's diffusion transformer, if that is the head. Its width of the condition is
+            the language model's, and its picture the square map of the m vectors.
+        denoiser: settings of the flow of each vector, if that is the head; with neither the head is regression.
+        standardise: a flow makes vectors with the mean 0 and the standard deviation 1 in each dimension; the
             statistics are the part `feature_statistics`.
-        place_embedding: for regression. Adds to each drawn vector that is fed in learned embeddings of the row and the
-            column of the vector that comes next. Pisces has none: a CLIP's vectors say where they are. Those of the
-            small runs' autoencoders do not.
+        place_embedding: not with a generator. Adds to each drawn vector that is fed in learned embeddings of the row
+            and the column of the vector that comes next. Pisces has none: a CLIP's vectors say where they are. Those of
+            the small runs' autoencoders do not.
         fed_vectors: whether drawn vectors are fed in at all. Without, the place embedding alone is fed in: one learned
             query per place. A vector that regression predicts is a mean and tells nothing that the text
             before it does not, while a true one shows how the picture goes on; a model trained on true vectors learns
@@ -59,6 +63,7 @@ class PiscesConfig:
     projector_hidden: int = 0
     vector_head_hidden: int = 0
     generator: DiTConfig | None = None
+    denoiser: DenoiserConfig | None = None
     standardise: bool = False
     place_embedding: bool = False
     fed_vectors: bool = True
@@ -66,8 +71,15 @@ class PiscesConfig:
     def __post_init__(self) -> None:
         if self.understanding_encoder is not None and self.generation_encoder is None:
             raise ValueError("a model that reads pictures draws them too: give it a generation encoder")
-        if self.generator is None and self.standardise:
-            raise ValueError("standardise is a setting of the flow head: name a generator, or leave it out")
+        if self.generator is not None and self.denoiser is not None:
+            raise ValueError("generator and denoiser are two vector heads: choose one")
+        if self.standardise and not self.flow:
+            raise ValueError("standardise is of the flow heads: name a generator or a denoiser, or leave it out")
+
+    @property
+    def flow(self) -> bool:
+        """Whether vectors are made from noise."""
+        return self.generator is not None or self.denoiser is not None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -76,10 +88,10 @@ class PiscesConfig:
             return ("language_model",)
         reads = self.understanding_encoder is not None
         common = ("language_model", *("understanding_encoder", "understanding_projector") * reads, "generation_encoder")
+        common += ("feature_statistics",) * self.standardise
         if self.generator is None:
-            return (*common, "generation_projector", "vector_head")
-        extra = ("feature_statistics",) * self.standardise + ("generation_projector",) * self.fed_vectors
-        return (*common, *extra, "queries", "generator")
+            return (*common, "generation_projector", "vector_head" if self.denoiser is None else "denoiser")
+        return (*common, *("generation_projector",) * self.fed_vectors, "queries", "generator")
 
     @property
     def read_vectors(self) -> int:
@@ -179,11 +191,14 @@ class Pisces(nn.Module):
         if c.generator is None or c.fed_vectors:
             grid = math.isqrt(c.draw_vectors) if c.place_embedding and c.generator is None else 0
             self.generation_projector = Projector(width, c.projector_hidden, self.dtype, grid)
+        if c.standardise:
+            self.feature_statistics = FeatureStatistics(features)
         if c.generator is not None:
             self.queries = Queries(c.draw_vectors, width, self.dtype)
             self.generator = DiT(c.generator, self.dtype)
-            if c.standardise:
-                self.feature_statistics = FeatureStatistics(features)
+            return
+        if c.denoiser is not None:
+            self.denoiser = Denoiser(c.denoiser, self.dtype)
             return
         # Features are small: a head that starts at the usual size has its own random vectors to unlearn first.
         self.vector_head = Projector(features, c.vector_head_hidden, self.dtype, scale=0.1)
@@ -226,20 +241,26 @@ class Pisces(nn.Module):
         return self.queries()
 
     def generate(
-        self, x: Float[Array, "B s s C"], t: Float[Array, "B"], states: Float[Array, "B m D"], keep: Array
-    ) -> Float[Array, "B s s C"]:
-        """Flow: the generator's output for maps of vectors at times t, as in `models.dit.DiT`."""
-        return self.generator(x, t, states, keep)
+        self, x: Float[Array, "B *s C"], t: Float[Array, "B"], states: Float[Array, "B *m D"], keep: Array
+    ) -> Float[Array, "B *s C"]:
+        """Flow: the network's output at times t, for maps of vectors given m states (`models.dit.DiT`), or for single
+        vectors given one (`models.denoiser.Denoiser`)."""
+        network = self.denoiser if self.config.generator is None else self.generator
+        return network(x, t, states, keep)
 
-    def to_map(self, features: Float[Array, "B m C"]) -> Float[Array, "B s s C"]:
-        """Flow: pooled features as the map that the generator makes, standardised where the config says so."""
+    def to_data(self, features: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """Flow: pooled features as the flow makes them, standardised where the config says so; a generator's [.., m, C]
+        as a map [.., s, s, C]."""
         x = self.feature_statistics.standardise(features) if self.config.standardise else features
+        if self.config.generator is None:
+            return x
         side = math.isqrt(self.config.draw_vectors)
         return x.reshape(*x.shape[:-2], side, side, x.shape[-1])
 
-    def from_map(self, x: Float[Array, "B s s C"]) -> Float[Array, "B m C"]:
-        """The inverse of `to_map`."""
-        x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+    def from_data(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """The inverse of `to_data`."""
+        if self.config.generator is not None:
+            x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
         return self.feature_statistics.restore(x) if self.config.standardise else x
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -256,9 +277,14 @@ class Pisces(nn.Module):
     def output_matrix(self) -> Float[Array, "V D"]:
         return self.language_model.output_matrix()
 
-    def __call__(self, batch: dict[str, Array]) -> tuple[Array, Array | None, Array | None]:
+    def __call__(
+        self, batch: dict[str, Array], fed_noise: Float[Array, "B P m C"] | None = None
+    ) -> tuple[Array, Array | None, Array | None]:
         """Hidden states, and for each drawn picture the states that say what is drawn and the true vectors, for a batch
         of packed groups (`data/packing/rows.py`).
+
+        Args:
+            fed_noise: is added to the drawn vectors where they are fed in, not to the target.
 
         Returns:
             hidden [B·G, T, D]; states [B, P, m, D] and target [B, P, m, C], float32, or None without encoders.
@@ -289,7 +315,8 @@ class Pisces(nn.Module):
         if images.shape[0]:
             with jax.named_scope("draw"):
                 target = (images if cached else self.features(images)).reshape(*row.shape, self.config.draw_vectors, -1)
-                x = place_vectors(x, index, self.drawn_inputs(target))
+                fed = target if fed_noise is None else target + fed_noise
+                x = place_vectors(x, index, self.drawn_inputs(fed))
         else:
             target = jnp.zeros((*row.shape, self.config.draw_vectors, self.config.generation_encoder.output_width))
 
@@ -303,8 +330,11 @@ class Pisces(nn.Module):
             self.read(images)
         features = self.features(drawn)
         x = self.drawn_inputs(features)
-        if self.config.generator is None:
+        if not self.config.flow:
             self.predict(x)
-        else:
-            B = drawn.shape[0]
-            self.generate(self.to_map(features), jnp.zeros(B), x[:, : self.config.draw_vectors], jnp.ones(B, bool))
+            return
+        data, states = self.to_data(features), x[:, : self.config.draw_vectors]
+        if self.config.generator is None:
+            data, states = data[:, 0], states[:, 0]
+        B = drawn.shape[0]
+        self.generate(data, jnp.zeros(B), states, jnp.ones(B, bool))

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from pisces_jax.data.instructions import DRAW_INSTRUCTION
 from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.autoencoder import AutoencoderConfig
+from pisces_jax.models.denoiser import DenoiserConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.layers import REMAT_POLICIES
 from pisces_jax.models.pisces import PiscesConfig
@@ -88,7 +89,7 @@ def run_config(**changes: Any) -> ConfigDict:
                 text=1.0,
                 vectors=1.0,
                 vector_error="mse",  # of the regression head: "mse", or "cosine" (MetaMorph)
-                flow_samples=1,  # of the flow head: times and noises per picture and step
+                flow_samples=1,  # of the flow heads: times and noises per picture, or vector, and step
                 contrastive=1.0,
                 # pretrain: "sigmoid" (SigLIP), or "softmax" (CLIP), with which small batches learn finer things.
                 contrast="sigmoid",
@@ -101,12 +102,14 @@ def run_config(**changes: Any) -> ConfigDict:
                 words=0.0,
                 # Standard deviation of Gaussian noise on the features that the decoder is conditioned on.
                 feature_noise=0.0,
+                # The same on the drawn vectors that are fed to the language model, whose own will not be exact.
+                fed_noise=0.0,
                 # With `train_decoder`: share of the pictures of which the decoder is given the true vectors in place of
                 # those predicted.
                 true_vectors=0.3,
             ),
             flow=dataclasses.asdict(FlowConfig()),  # of the decoder
-            vector_flow=dataclasses.asdict(FlowConfig()),  # of the flow head (model.generator)
+            vector_flow=dataclasses.asdict(FlowConfig()),  # of the flow head (model.generator or model.denoiser)
             optimizer=dict(
                 learning_rate=1e-3,
                 warmup_steps=0,
@@ -268,16 +271,32 @@ def generator_config(config: ConfigDict, width: int) -> DiTConfig:
     derived = dict(
         size=side, patch_size=1, channels=encoder.output_width, condition_width=width, condition_vectors=vectors
     )
-    given = _part(config, "generator")
-    for key in derived:
-        if key in given:
-            raise UserError(f"config key model.generator.{key} follows from the generation encoder: leave it out")
+    given = _with_derived(config, "generator", derived)
     if side**2 != vectors:
         raise UserError(
             f"model.generator makes a square map and the generation encoder gives {vectors} pooled vectors: choose its "
             "image_size, patch_size and model.pool so that they are a square"
         )
-    return build(DiTConfig, {**given, **derived}, "model.generator")
+    return build(DiTConfig, given, "model.generator")
+
+
+def denoiser_config(config: ConfigDict, width: int) -> DenoiserConfig:
+    """The settings of the flow of each vector; its vectors are the generation encoder's, its condition the states.
+
+    Raises:
+        UserError: the config sets what follows.
+    """
+    derived = dict(channels=vit_config(config, "generation_encoder").output_width, condition_width=width)
+    return build(DenoiserConfig, _with_derived(config, "denoiser", derived), "model.denoiser")
+
+
+def _with_derived(config: ConfigDict, part: str, derived: Mapping[str, int]) -> dict[str, Any]:
+    """A part's settings with those that follow from the encoder and the language model."""
+    given = _part(config, part)
+    for key in derived:
+        if key in given:
+            raise UserError(f"config key model.{part}.{key} follows from the generation encoder: leave it out")
+    return {**given, **derived}
 
 
 def vector_flow_config(config: ConfigDict) -> FlowConfig:
@@ -300,8 +319,9 @@ def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
         return transformer_config(config, vocab_size)
     if part in ("understanding_encoder", "generation_encoder"):
         return vit_config(config, part)
-    if part == "generator":
-        return generator_config(config, transformer_config(config, vocab_size).width)
+    if part in ("generator", "denoiser"):
+        make = generator_config if part == "generator" else denoiser_config
+        return make(config, transformer_config(config, vocab_size).width)
     return {"decoder": dit_config, "autoencoder": autoencoder_config}.get(part, lambda _: None)(config)
 
 
@@ -312,14 +332,15 @@ def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
     if not {"understanding_encoder", "generation_encoder"} & set(config.model):
         return PiscesConfig(language_model)
     flow, reads = "generator" in config.model, "understanding_encoder" in config.model
+    single = "denoiser" in config.model
     place_embedding = config.model.get("place_embedding", False)
     fed_vectors = config.model.get("fed_vectors", True)
     hidden = _part(config, "hidden") if reads or fed_vectors or not flow else {}
-    if flow and (place_embedding or "vector_head" in hidden):
-        raise UserError(
-            "model.generator makes this a flow head: model.place_embedding and model.hidden.vector_head are of "
-            "regression; leave them out"
-        )
+    if flow and place_embedding:
+        raise UserError("model.generator draws all vectors at once, so model.place_embedding has no use: leave it out")
+    if (flow or single) and "vector_head" in hidden:
+        head = "generator" if flow else "denoiser"
+        raise UserError(f"model.{head} is the vector head, and model.hidden.vector_head is of regression: leave it out")
     if not (flow or place_embedding or fed_vectors):
         raise UserError("model.fed_vectors=False needs model.place_embedding=True, to tell drawn vectors apart")
     try:
@@ -329,8 +350,9 @@ def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
             generation_encoder=vit_config(config, "generation_encoder"),
             pool=config.model.pool,
             projector_hidden=hidden.get("projector", 0),
-            vector_head_hidden=0 if flow else hidden["vector_head"],
+            vector_head_hidden=0 if flow or single else hidden["vector_head"],
             generator=generator_config(config, language_model.width) if flow else None,
+            denoiser=denoiser_config(config, language_model.width) if single else None,
             standardise=config.model.get("standardise", False),
             place_embedding=place_embedding,
             fed_vectors=fed_vectors,

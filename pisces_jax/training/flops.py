@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pisces_jax.models.autoencoder import AutoencoderConfig
+from pisces_jax.models.denoiser import DenoiserConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
@@ -56,6 +57,12 @@ def dit(c: DiTConfig) -> float:
     if c.local_condition:  # one map into the patches' embeddings, one into their pixels
         ends += 2.0 * n * c.condition_width * (c.width + c.patch_size**2 * c.channels)
     return c.layers * per_layer + ends + 2.0 * 4 * c.width**2
+
+
+def denoiser(c: DenoiserConfig) -> float:
+    """The forward pass of one vector at one time."""
+    blocks = c.layers * 5 * c.width**2
+    return 2.0 * (blocks + 2 * c.width**2 + 2 * c.channels * c.width + c.condition_width * (2 * c.width + c.channels))
 
 
 def autoencoder(c: AutoencoderConfig, cells: int) -> float:

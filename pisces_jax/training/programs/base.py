@@ -24,7 +24,7 @@ Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Spec = dict[str, jax.ShapeDtypeStruct]
 Losses = tuple[dict[str, Average], dict[str, Average]]
-PURPOSES = ("flow", "feature_noise", "true_vectors", "vectors")
+PURPOSES = ("flow", "feature_noise", "true_vectors", "vectors", "fed_noise")
 
 
 @dataclasses.dataclass(frozen=True)

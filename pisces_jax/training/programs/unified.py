@@ -40,10 +40,10 @@ class UnifiedProgram(Program):
     """The Pisces stages (arXiv 2506.10395), and BLIP3-o's training (arXiv 2505.09568) where the model has a generator.
     A model without encoders is trained on text alone.
 
-    The loss "vectors" is the regression's error of each vector, or the flow-matching error of each picture's map of
-    vectors. With `reconstruction` the decoder learns on in the same run, from the vectors as regression predicts them:
-    it gives the mean of what its text leaves open, which no true vector is. A flow's vectors are like true ones, so
-    there the decoder learns from these. Nothing flows back from it into the language model.
+    The loss "vectors" is the regression's error of each vector, or the flow-matching error of each vector or of each
+    picture's map of vectors. With `reconstruction` the decoder learns on in the same run, from the vectors as
+    regression predicts them: it gives the mean of what its text leaves open, which no true vector is. A flow's vectors
+    are like true ones, so there the decoder learns from these. Nothing flows back from it into the language model.
 
     Attributes:
         weights: of "text", "vectors" and "reconstruction".
@@ -51,8 +51,9 @@ class UnifiedProgram(Program):
         sources: names of the mixture, whose losses are also reported one by one.
         true_vectors: share of the pictures of which the decoder is given the true vectors.
         error: of regression, "mse" or "cosine" (`objectives.VECTOR_ERRORS`).
-        flow: how the generator is trained.
-        flow_samples: times and noises per picture and step; the language model runs once for all of them.
+        flow: how the generator or the denoiser is trained.
+        flow_samples: times and noises per picture, or vector, and step; the language model runs once for all of them.
+        fed_noise: standard deviation of the noise on the drawn vectors that are fed in.
     """
 
     model: Pisces
@@ -64,6 +65,7 @@ class UnifiedProgram(Program):
     error: str = "mse"
     flow: FlowConfig = FlowConfig()
     flow_samples: int = 1
+    fed_noise: float = 0.0
     targets: ClassVar[tuple[str, ...]] = ("generation_encoder",)
     draws_only: ClassVar[bool] = True
 
@@ -91,7 +93,7 @@ class UnifiedProgram(Program):
         return cls(
             Pisces(pisces, jnp.dtype(config.compute_dtype)), weights, config.loss.chunk, tuple(config.data.train),
             reconstruction, config.loss.true_vectors, config.loss.vector_error, settings.vector_flow_config(config),
-            config.loss.flow_samples,
+            config.loss.flow_samples, config.loss.fed_noise,
         )  # fmt: skip
 
     @classmethod
@@ -180,12 +182,19 @@ class UnifiedProgram(Program):
         counts = {"text": learned.sum().astype(jnp.float32)}
         pictures = batch["draw_valid"].sum().astype(jnp.float32)
         if self.model.config.generation_encoder is not None:
-            per_picture = self.model.config.draw_vectors if self.model.config.generator is None else 1
-            counts["vectors"] = pictures * per_picture
+            counts["vectors"] = pictures * self._errors_per_picture
         return counts if self.reconstruction is None else {**counts, "reconstruction": pictures}
 
     def losses(self, params: Params, batch: Batch, key: jax.Array) -> Losses:
-        hidden, states, target = apply(self.model, params, batch)
+        fed_noise = None
+        if self.fed_noise:
+            c, ids = self.model.config, batch["draw_id"]
+            assert c.generation_encoder is not None
+            keys = example_keys(key, ids.reshape(-1, 2), "fed_noise")
+            shape = c.draw_vectors, c.generation_encoder.output_width
+            noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+            fed_noise = self.fed_noise * noise.reshape(*ids.shape[:-1], *shape)
+        hidden, states, target = apply(self.model, params, batch, fed_noise)
         targets, learned = text_targets(batch)
         with jax.named_scope("text_loss"):
             matrix = apply(self.model, params, method="output_matrix")
@@ -197,12 +206,12 @@ class UnifiedProgram(Program):
             losses = {"text": objectives.masked_average(text, learned)}
             return losses, by_source(text, learned, source, self.sources, "text")
         with jax.named_scope("vector_loss"):
-            if self.model.config.generator is None:
+            if self.model.config.flow:
+                predicted = target
+                vectors = self._flow_errors(params, states, target, batch["draw_id"], key)
+            else:
                 predicted = apply(self.model, params, states, method="predict")
                 vectors = objectives.VECTOR_ERRORS[self.error](predicted, target)
-            else:
-                predicted = target
-                vectors = self._flow_errors(params, states, target, batch["draw_id"], key)[..., None]
         drawn = jnp.broadcast_to(batch["draw_valid"][..., None], vectors.shape)
         losses = {
             "text": objectives.masked_average(text, learned),
@@ -215,17 +224,24 @@ class UnifiedProgram(Program):
         reported = by_source(text, learned, source, self.sources, "text")
         return losses, reported | by_source(vectors, drawn, draw_source, self.sources, "vectors")
 
+    @property
+    def _errors_per_picture(self) -> int:
+        """One where a generator makes the whole map of a picture, else one for each vector."""
+        return self.model.config.draw_vectors if self.model.config.generator is None else 1
+
     def _flow_errors(self, params: Params, states: Array, target: Array, ids: Array, key: jax.Array) -> Array:
-        """Flow-matching error of each picture's map of vectors [B, P]: the mean over `flow_samples` times."""
-        shape, n = states.shape[:2], self.flow_samples
+        """Flow-matching errors of each picture [B, P, 1 or m]: means over `flow_samples` times."""
+        shape, n, each = states.shape[:2], self.flow_samples, self._errors_per_picture
         states, target, ids = (x.reshape(-1, *x.shape[2:]) for x in (states, target, ids))
-        data = apply(self.model, params, target, method="to_map")
-        keys = jax.vmap(lambda k: jax.random.split(k, n))(example_keys(key, ids, "vectors")).reshape(-1)
+        data = apply(self.model, params, target, method="to_data")
+        if each > 1:
+            data, states = (x.reshape(-1, x.shape[-1]) for x in (data, states))
+        keys = jax.vmap(lambda k: jax.random.split(k, each * n))(example_keys(key, ids, "vectors")).reshape(-1)
         data, states = (jnp.repeat(x, n, axis=0) for x in (data, states))
         errors = objectives.flow_matching(
             lambda *a: apply(self.model, params, *a, method="generate"), data, states, keys, self.flow
         )
-        return errors.reshape(*shape, n).mean(-1)
+        return errors.reshape(*shape, each, n).mean(-1)
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -285,10 +301,12 @@ class UnifiedProgram(Program):
             projector = flops.projector(reader.output_width, c.projector_hidden, width)
             forward["understanding_encoder"] = read * flops.vit(reader)
             forward["understanding_projector"] = read * c.read_vectors * projector
-        if c.generator is None:
-            forward["vector_head"] = drawn_vectors * flops.projector(width, c.vector_head_hidden, features)
-        else:
+        if c.generator is not None:
             forward["generator"] = draw * self.flow_samples * flops.dit(c.generator)
+        elif c.denoiser is not None:
+            forward["denoiser"] = drawn_vectors * self.flow_samples * flops.denoiser(c.denoiser)
+        else:
+            forward["vector_head"] = drawn_vectors * flops.projector(width, c.vector_head_hidden, features)
         if c.generator is None or c.fed_vectors:
             forward["generation_projector"] = features_to_text
         return forward if self.reconstruction is None else forward | self.reconstruction.decoding_flops(draw)

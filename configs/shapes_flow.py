@@ -1,14 +1,14 @@
-"""The shapes world with the flow head (BLIP3-o), in several wordings: prompts are drawn directly.
+"""The shapes world with a flow of each vector, so that prompts can be drawn directly; in several wordings.
 
     python -m pisces_jax.demo --config=configs/shapes_flow.py --workdir=runs/shapes_flow
 
-The first three stages are those of configs/shapes.py. The others have queries and a generator in place of the
-regression head, more prompts that are drawn at once, and half of all questions and prompts in other words than the
-standard ones. A picture is sampled: another seed, another picture.
+The language model makes one vector after the other from noise (`model.denoiser`). The encoder for drawing gives 32
+numbers for a vector in place of 96, and learns with noise on them. The encoder for reading is that of configs/shapes.py.
+A picture is sampled: another seed, another picture.
 
-Hardware: two cores of an AMD EPYC. Trained once, seed 0, beside other work, so its time is not known. Result: drawing
-0.000 of 192 pictures, directly and after a description: number, places and most colours are right, shapes are not
-sharp. Reading 0.760 of 200 questions, 0.590 of the same in wordings that were held out (docs/small_runs.md).
+Hardware: two cores of an AMD EPYC. Not run to its end yet. Of its stages, seed 0: from the true vectors after
+`autoencoder` 0.932 of 192 prompts' pictures are right, with noise of 0.3 standard deviations on them 0.854
+(docs/small_runs.md).
 """
 
 import shapes

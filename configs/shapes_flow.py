@@ -3,7 +3,7 @@
     python -m pisces_jax.demo --config=configs/shapes_flow.py --workdir=runs/shapes_flow
 
 The language model makes one vector after the other from noise (`model.denoiser`). The encoder for drawing gives 32
-numbers for a vector in place of 96, and learns with noise on them. The encoder for reading is that of configs/shapes.py.
+numbers for a vector in place of 96, and learns with noise on them. The encoder for reading is that of `shapes.py`.
 A picture is sampled: another seed, another picture.
 
 Hardware: two cores of an AMD EPYC. Not run to its end yet. Of its stages, seed 0: from the true vectors after

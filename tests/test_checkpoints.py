@@ -206,6 +206,9 @@ def test_a_checkpoint_of_before_there_were_manifests_still_opens(run, caplog):
     assert same(restored, state(3)) and where == position(3)
     assert caplog.text.count("was saved before checkpoints had manifests: it is used unchecked") == 1
     assert not list((run / "checkpoints").glob("damaged*"))
+    for path in files(run / "checkpoints/3/state"):
+        os.truncate(path, path.stat().st_size // 2)
+    assert restore(run)[1] == position(2) and "3 is damaged (it cannot be read" in caplog.text
 
 
 def test_what_stays(tmp_path):
@@ -538,6 +541,7 @@ with run_folder.locked(run):
     writer.close()
     processes.barrier("saved")
     assert steps.finished_step(run) == 3
+    processes.barrier("looked")
     if process == "0":  # a bit that one of them alone reads
         data = max((run / "checkpoints/3").rglob("*"), key=lambda path: path.stat().st_size)
         held = bytearray(data.read_bytes())
@@ -577,6 +581,6 @@ def test_two_processes_save_find_damage_and_restore_together(tmp_path):
     finally:
         for process in started:
             process.kill()
-    for words in said:
-        assert "as it should be ['1', '2', 'damaged-3']" in words, words
+    for process, words in zip(started, said, strict=True):
+        assert "as it should be ['1', '2', 'damaged-3']" in words, (process.returncode, words, said)
     assert "3 is damaged" in said[0] and "3 is damaged" not in said[1]  # the first one says it

@@ -6,6 +6,7 @@
 A checkpoint holds what its run trains. Frozen parts are read again from the run or folder named in `config.init_from`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -95,7 +96,8 @@ class Checkpoints:
                     shutil.copyfile(self._run / steps.CONFIG, saving / steps.CONFIG)
                 manifests.write_manifest(saving, {"step": step})
                 os.rename(saving, folder_of(self._run, step))
-                synchronize(self._folder)
+                with contextlib.suppress(OSError):  # some storage has no such thing for folders
+                    synchronize(self._folder)
                 steps.delete_others(self._run, self._keep)
         except BaseException as error:  # for the thread that saves next
             self._failure = error

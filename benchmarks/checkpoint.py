@@ -160,13 +160,7 @@ def measure(folder: Path, flags: argparse.Namespace) -> None:
     )  # fmt: skip
     for name in took:  # each in a process of its own, whose memory is counted
         drop(folder)
-        words = [
-            sys.executable,
-            __file__,
-            f"--parameters={flags.parameters}",
-            f"--folder={folder}",
-            f"--restore={name}",
-        ]
+        words = [f"--parameters={flags.parameters}", f"--folder={folder}", f"--restore={name}"]
         subprocess.run([sys.executable, __file__, *words], check=True)
 
 

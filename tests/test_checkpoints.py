@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -204,6 +206,9 @@ def test_a_checkpoint_of_before_there_were_manifests_still_opens(run, caplog):
     assert same(restored, state(3)) and where == position(3)
     assert caplog.text.count("was saved before checkpoints had manifests: it is used unchecked") == 1
     assert not list((run / "checkpoints").glob("damaged*"))
+    for path in files(run / "checkpoints/3/state"):
+        os.truncate(path, path.stat().st_size // 2)
+    assert restore(run)[1] == position(2) and "3 is damaged (it cannot be read" in caplog.text
 
 
 def test_what_stays(tmp_path):
@@ -500,3 +505,82 @@ def test_the_command_copies_what_is_whole(run, call, tmp_path):
     with pytest.raises(UserError, match="3 is damaged"):
         call("copy", run, f"--out={tmp_path / 'other'}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["backup", "run"] and len(list(out.parent.iterdir())) == 1
+
+
+TWO = """
+import json, os, pathlib, sys
+from pisces_jax.utils import processes
+from pisces_jax.utils.errors import UserError
+port, process, folder = sys.argv[1:]
+run = pathlib.Path(folder) / "run"
+processes.start(f"127.0.0.1:{port}", 2, int(process))
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pisces_jax.training import run_folder, steps
+from pisces_jax.training.checkpoints import Checkpoints, load_part
+from pisces_jax.training.step import State
+split = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+
+def state(step):
+    whole = np.random.default_rng(step).normal(size=(1024, 600)).astype(np.float32)
+    w = jax.make_array_from_callback(whole.shape, split, lambda index: whole[index])
+    return State(np.asarray(step, np.int32), {"a": {"w": w}}, {}, (), {})
+
+def same(a, b):
+    return all(np.array_equal(x.data, y.data) for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True))
+
+with run_folder.locked(run):
+    try:
+        with run_folder.locked(run):
+            pass
+    except UserError as error:
+        assert "in use by process" in str(error), error
+    writer = Checkpoints(run, 3)
+    for step in 1, 2, 3:
+        writer.save(step, state(step), {"next_batch": step})
+    writer.close()
+    processes.barrier("saved")
+    assert steps.finished_step(run) == 3
+    processes.barrier("looked")
+    if process == "0":  # a bit that one of them alone reads
+        data = max((run / "checkpoints/3").rglob("*"), key=lambda path: path.stat().st_size)
+        held = bytearray(data.read_bytes())
+        held[len(held) // 2] ^= 1
+        data.write_bytes(bytes(held))
+    processes.barrier("damaged")
+    assert not run_folder.is_finished(run, content=True)
+    restored, position = Checkpoints(run, 3).restore(state(0))  # a reader need not be closed
+    assert position == {"next_batch": 2} and same(restored.trained["a"]["w"], state(2).trained["a"]["w"])
+    like = {"w": jax.ShapeDtypeStruct((1024, 600), np.float32, sharding=split)}
+    if process == "0":
+        (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | {"steps": 2}))
+    processes.barrier("shorter")
+    assert same(load_part(run.parent, "run", "a", like)["w"], state(2).trained["a"]["w"])
+print("as it should be", sorted(path.name for path in (run / "checkpoints").iterdir()))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_find_damage_and_restore_together(tmp_path):
+    """What one of them finds, both act upon; the first holds the lock for both."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(CONFIG))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, str(port), str(i), str(tmp_path)], stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.STDOUT, env={**os.environ, "XLA_FLAGS": flags},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=200)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, words in zip(started, said, strict=True):
+        assert "as it should be ['1', '2', 'damaged-3']" in words, (process.returncode, words, said)
+    assert "3 is damaged" in said[0] and "3 is damaged" not in said[1]  # the first one says it

@@ -106,7 +106,7 @@ def test_features_are_the_encoders_and_survive_interruption(run, params, tmp_pat
     for process in range(2):
         features.cache_features(config, tmp_path / "c", entries, "float32", 8, share=(process, 2))
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
-    assert len(contents(tmp_path / "a")) == 5
+    assert len(contents(tmp_path / "a")) == 2 * 5  # each file has its checksum beside it
 
 
 def test_pictures_of_another_size_are_others(run, tmp_path):
@@ -115,7 +115,7 @@ def test_pictures_of_another_size_are_others(run, tmp_path):
     for size in (8, 16):
         config.data.train = dict(pair=dict(kind="shapes", task="pair", num_examples=16, size=size))
         features.cache_features(config, tmp_path, input.entries_of(config.data.train), "float32", 8)
-    assert len(contents(tmp_path)) == 2 * 2  # of each one shard, and what it is of
+    assert len(contents(tmp_path)) == 2 * 2 * 2  # of each one shard, and what it is of, with their checksums
 
 
 def test_another_encoder_or_form_is_refused(run, tmp_path):

@@ -6,6 +6,7 @@
 A checkpoint holds what its run trains. Frozen parts are read again from the run or folder named in `config.init_from`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -55,7 +56,8 @@ class Checkpoints:
         self._run = run
         self._keep = keep if isinstance(keep, steps.Keep) else steps.Keep(keep)
         self._folder = (run / "checkpoints").absolute()
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Made with the first save: a process of several that leaves one open hangs when it ends.
+        self._orbax: ocp.AsyncCheckpointer | None = None
         self._commit: threading.Thread | None = None
         self._failure: BaseException | None = None
         if primary():
@@ -79,20 +81,23 @@ class Checkpoints:
             )
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(changed), iterator=ocp.args.JsonSave(dict(iterator)))
         saving = self._folder / f"{step}.saving"
+        if self._orbax is None:
+            self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._orbax.save(saving, args=args, force=True)
-        self._commit = threading.Thread(target=self._finish, args=(step, saving), name="checkpoint")
+        self._commit = threading.Thread(target=self._finish, args=(self._orbax, step, saving), name="checkpoint")
         self._commit.start()
 
-    def _finish(self, step: int, saving: Path) -> None:
+    def _finish(self, orbax: ocp.AsyncCheckpointer, step: int, saving: Path) -> None:
         """Waits until all processes have written their files, then makes the step appear."""
         try:
-            self._orbax.wait_until_finished()
+            orbax.wait_until_finished()
             if primary():
                 if (self._run / steps.CONFIG).exists():
                     shutil.copyfile(self._run / steps.CONFIG, saving / steps.CONFIG)
                 manifests.write_manifest(saving, {"step": step})
                 os.rename(saving, folder_of(self._run, step))
-                synchronize(self._folder)
+                with contextlib.suppress(OSError):  # some storage has no such thing for folders
+                    synchronize(self._folder)
                 steps.delete_others(self._run, self._keep)
         except BaseException as error:  # for the thread that saves next
             self._failure = error
@@ -150,7 +155,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            if self._orbax is not None:
+                self._orbax.close()
+                self._orbax = None
 
 
 def read_arrays(path: Path, target: Any, *, partial: bool = False) -> Any:

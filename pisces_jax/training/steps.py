@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from pisces_jax.training.metrics import read_metrics
 from pisces_jax.utils import manifests
+from pisces_jax.utils.errors import UserError, cut
 from pisces_jax.utils.processes import primary
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,12 @@ def verified(folder: Path) -> Iterator[None]:
     """
     if is_old(folder):
         warn_once("%s was saved before checkpoints had manifests: it is used unchecked", folder)
-        yield
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise Damaged(f"it cannot be read: {cut(' '.join(str(error).split()), 100)}") from error
         return
     count, index = jax.process_count(), jax.process_index()
     problem, files = None, dict[str, Any]()

@@ -24,7 +24,7 @@ PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n $(WORKERS) --dist worksteal -q
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo-setup demo test test-fast test-long parity lint clean
+.PHONY: help setup demo-setup demo test test-fast test-long torture parity lint clean
 
 help:  ## this list
 	@echo "make TARGET"
@@ -45,6 +45,9 @@ test-long: setup  ## a million examples, ten thousand detections, more meshes an
 
 parity: setup  ## every part at its true shape against its reference implementation (24 GB of memory, an hour)
 	@JAX_PLATFORMS=cpu $(PY) tests/parity.py $(ARGS)
+
+torture: setup  ## kills and signals at random moments, 150 in all or ARGS=N of each kind (hours)
+	@$(PY) tests/torture.py $(ARGS)
 
 lint: setup  ## style and types
 	@$(PY) -m ruff check .

@@ -49,7 +49,9 @@ while [ ${#started[@]} -gt 0 ]; do
     if kill -0 "$process" 2>/dev/null; then
       alive+=("$process")
     else
-      wait "$process" || status=$?
+      code=0
+      wait "$process" || code=$?
+      [ "$status" != 0 ] || status=$code # the first to end badly knows why
     fi
   done
   started=("${alive[@]}")

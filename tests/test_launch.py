@@ -45,6 +45,9 @@ def test_dry_runs(script):
         (command,) = {w for w in words if "pisces_jax.train" in w}
         inside = shlex.split(command[command.index("-m pisces_jax.train") :].split(";")[0])
         assert "--workdir=runs/a b" in inside
+    if script == "slurm":  # what the same command continues goes on by itself (docs/launch.md)
+        (job,) = {w for w in words if "srun" in w}
+        assert "[ $status -lt 75 ] || [ $status -gt 77 ] || scontrol requeue $SLURM_JOB_ID; exit $status" in job
     if script == "tpu_vm":
         assert words.count("--worker=all") == 2 and "--spot" in words and "--node-count=2" in words
 

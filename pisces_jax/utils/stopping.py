@@ -86,7 +86,8 @@ class Stop:
         while not over.wait(min(1.0, self._limit / 4)):
             silent = time.monotonic() - self._last
             if silent > self._limit:
-                faulthandler.dump_traceback(all_threads=True)
+                with contextlib.suppress(Exception):  # standard error may be no file
+                    faulthandler.dump_traceback(all_threads=True)
                 words = f"stuck: no step has ended for {silent:.0f} s (limits.step_seconds); above is where; "
                 errors.leave(errors.STUCK, words + errors.AGAIN)
 

@@ -282,7 +282,7 @@ def test_reading_pictures_is_refused(drawn):
     model, _ = drawn
     picture = np.zeros((8, 8, 3), np.uint8)
     with jax.enable_x64(True):
-        with pytest.raises(UserError, match="reads no pictures here: its vision tower .* is not part of this project"):
+        with pytest.raises(UserError, match="reads no pictures .the vision tower of BLIP3-o, .* is not part of this"):
             model.answer([(Picture(picture, "read"), Text("what is it?"))])
         with pytest.raises(UserError, match="without its generation encoder"):
             model.draw([(Text("a"), Picture(picture, "draw"), Text("b"))], describe=False)

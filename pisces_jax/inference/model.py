@@ -323,8 +323,8 @@ class Model:
         """
         if len(placed["read"]) and self.pisces.config.understanding_encoder is None:
             raise UserError(
-                "this model reads no pictures here: its vision tower (Qwen2.5-VL's, of BLIP3-o) is not part of this "
-                "project: ask it about text alone, or draw"
+                "this model reads no pictures (the vision tower of BLIP3-o, Qwen2.5-VL's, is not part of this "
+                "project): ask it about text alone, or draw"
             )
         if len(placed["draw"]) and "generation_encoder" not in (self.params or {}):
             raise UserError(

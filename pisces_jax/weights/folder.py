@@ -5,6 +5,7 @@ A folder holds a published layout (`families.py`) or ours: the same files with o
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import sys
@@ -111,7 +112,7 @@ class Folder:
             if part in ("queries", "generator"):
                 return cls(path, *blip3o.settings_of(part, path, tensors), tensors)
             for what in blip3o.left_out(tensors):
-                log.warning("%s: %s", path, what)
+                _say_once(path, what)
         if family in ("llama", "qwen2") and settings.tied_embedding and _other_head(path, family, settings, tensors):
             settings = dataclasses.replace(settings, tied_embedding=False)
         return cls(path, family, settings, tensors)
@@ -210,6 +211,12 @@ class Folder:
         if wrong:
             raise UserError(f"{self.path} does not fit the model: {listed(wrong, separator='; ')}")
         return views
+
+
+@functools.cache
+def _say_once(path: Path, what: str) -> None:
+    """A folder is opened for its settings, and again to be read."""
+    log.warning("%s: %s", path, what)
 
 
 def _is_padded(rows: int, tokens: int) -> bool:

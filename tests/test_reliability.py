@@ -196,12 +196,12 @@ def refuse(monkeypatch, steps, error=None):
     """Saves of these steps fail in the background."""
     finish = checkpoints.Checkpoints._finish
 
-    def fail(self, step, saving):
+    def fail(self, orbax, step, saving):
         if step in steps:
-            self._orbax.wait_until_finished()
+            orbax.wait_until_finished()
             self._failure = error or OSError(28, "No space left on device", str(saving))
             return
-        finish(self, step, saving)
+        finish(self, orbax, step, saving)
 
     monkeypatch.setattr(checkpoints.Checkpoints, "_finish", fail)
 
@@ -240,7 +240,7 @@ def test_after_too_many_failures_the_state_goes_elsewhere(tmp_path, monkeypatch)
 
 def test_a_save_that_never_returns_is_left_behind(tmp_path, monkeypatch):
     free = threading.Event()
-    monkeypatch.setattr(checkpoints.Checkpoints, "_finish", lambda self, step, saving: free.wait(60))
+    monkeypatch.setattr(checkpoints.Checkpoints, "_finish", lambda self, *given: free.wait(60))
     try:
         with pytest.raises(UserError, match="step 12 of toy is not saved .step 3: it has not ended .*give --fallback"):
             train(tmp_path, limits=dict(save_seconds=0.2))

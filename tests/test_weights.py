@@ -405,7 +405,7 @@ def test_repositories_of_the_hub(tmp_path, monkeypatch):
         resolve("hf://org/name/vae@r1")
     assert asked == [("org/name", "r1", ["vae/*.json", "vae/*.safetensors"])]
     assert resolve("hf://org/name", TOKENIZER) == tmp_path
-    assert asked[1] == ("org/name", None, ["*.json", "tokenizer.model"])
+    assert asked[1] == ("org/name", None, ["*.json", "tokenizer.model", "merges.txt"])
     (tmp_path / "model.safetensors").touch()
     assert resolve("hf://org/name") == tmp_path
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pisces_jax.models.autoencoder import AutoencoderConfig
+from pisces_jax.models.denoiser import DenoiserConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.layers import ACTIVATIONS
 from pisces_jax.models.transformer import RopeScaling, TransformerConfig
@@ -232,7 +233,8 @@ def _write_unet(c: UNetConfig) -> dict[str, Any]:
 
 
 _KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (TransformerConfig, ViTConfig, AutoencoderConfig, DiTConfig, UNetConfig)
+    kind.__name__: kind
+    for kind in (TransformerConfig, ViTConfig, AutoencoderConfig, DiTConfig, DenoiserConfig, UNetConfig)
 }
 
 

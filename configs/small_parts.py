@@ -36,7 +36,7 @@ TEXT_TOWER = dict(width=128, layers=2, heads=2, mlp_hidden=384, unroll=True)
 LANGUAGE_MODEL = dict(
     width=192, layers=4, heads=3, kv_heads=1, head_dim=64, mlp_hidden=256, rope_theta=10_000.0, unroll=True
 )
-# The vector heads: flow matching (BLIP3-o), and regression (Pisces).
+# The vector heads: flow of the map (BLIP3-o), flow of each vector, regression (Pisces).
 FLOW_HEAD = dict(
     hidden=dict(projector=256), fed_vectors=False, standardise=True,
     generator=dict(width=192, layers=3, heads=3, mlp_hidden=384, local_condition=True, unroll=True),
@@ -48,7 +48,6 @@ DENOISER_HEAD = dict(
 REGRESSION_HEAD = dict(hidden=dict(projector=256, vector_head=256), place_embedding=True, fed_vectors=False)
 UNIFIED = dict(FLOW_HEAD, language_model=LANGUAGE_MODEL)
 # What a unified stage trains and the next one goes on from, beside the encoders.
-TRAINED = ("language_model", "understanding_projector", "queries", "generator", "feature_statistics")
 DENOISER_TRAINED = (
     "language_model", "understanding_projector", "generation_projector", "denoiser", "feature_statistics",
 )  # fmt: skip

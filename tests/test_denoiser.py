@@ -171,5 +171,9 @@ def test_its_parts_and_what_is_refused():
         make_program(settings(denoiser=dict(width=16, layers=1, channels=3)), L.vocab_size)
     with pytest.raises(UserError, match=r"hidden\.vector_head is of regression"):
         make_program(settings(hidden=dict(projector=24, vector_head=24)), L.vocab_size)
+    fed = settings(place_embedding=True, fed_vectors=False)
+    fed.loss.fed_noise = 0.1
+    with pytest.raises(UserError, match=r"loss\.fed_noise .* set it to 0"):
+        make_program(fed, L.vocab_size)
     with pytest.raises(UserError, match="two vector heads"):
         make_program(flow_config(model=dict(denoiser=dict(width=16, layers=1))), L.vocab_size)

@@ -18,6 +18,7 @@ import tiny
 from clu.metrics import Average
 from flax.core import meta
 from ml_collections import ConfigDict
+from toy import Toy as Small
 
 from pisces_jax.data.images import fit
 from pisces_jax.inference.samples import make_sampler
@@ -27,7 +28,7 @@ from pisces_jax.training import checkpoints, loop, optimizer
 from pisces_jax.training.config import build, flow_config, merge, run_config
 from pisces_jax.training.metrics import Writer, check_finite, read_metrics
 from pisces_jax.training.programs import make_program
-from pisces_jax.training.programs.base import Program, example_keys
+from pisces_jax.training.programs.base import example_keys
 from pisces_jax.training.programs.pretrain import resize
 from pisces_jax.training.programs.reconstruction import to_pixels, to_signal
 from pisces_jax.training.step import make_trainer
@@ -84,29 +85,14 @@ def test_learning_rate_is_the_closed_form():
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy(Program):
+class Toy(Small):
     """Mean over the valid rows of |x w - y|² + |x v - 1|², with frozen u."""
 
     weights = {"fit": 2.0, "idle": 0.0}
 
     @classmethod
-    def from_config(cls, config, vocab_size):
-        return cls()
-
-    @classmethod
     def parts(cls, config):
         return ("a", "b")
-
-    def batch_spec(self, config):
-        n = config.batch_size
-        shapes = {"x": ((n, 3), jnp.float32), "y": ((n,), jnp.float32), "valid": ((n,), jnp.bool_)}
-        return {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
-
-    def dataset(self, config, entries, tokenizer, caches, **how):
-        raise NotImplementedError
-
-    def forward_flops(self, spec):
-        return {}
 
     def init(self, key):
         part = {name: jnp.arange(1.0, 4.0) * scale for name, scale in (("w", 1.0), ("v", -0.5), ("scale", 2.0))}

@@ -331,17 +331,16 @@ def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
     language_model = transformer_config(config, vocab_size)
     if not {"understanding_encoder", "generation_encoder"} & set(config.model):
         return PiscesConfig(language_model)
-    flow, reads = "generator" in config.model, "understanding_encoder" in config.model
-    single = "denoiser" in config.model
+    reads, generator, denoiser = (k in config.model for k in ("understanding_encoder", "generator", "denoiser"))
     place_embedding = config.model.get("place_embedding", False)
     fed_vectors = config.model.get("fed_vectors", True)
-    hidden = _part(config, "hidden") if reads or fed_vectors or not flow else {}
-    if flow and place_embedding:
+    hidden = _part(config, "hidden") if reads or fed_vectors or not generator else {}
+    if generator and place_embedding:
         raise UserError("model.generator draws all vectors at once, so model.place_embedding has no use: leave it out")
-    if (flow or single) and "vector_head" in hidden:
-        head = "generator" if flow else "denoiser"
+    if (generator or denoiser) and "vector_head" in hidden:
+        head = "generator" if generator else "denoiser"
         raise UserError(f"model.{head} is the vector head, and model.hidden.vector_head is of regression: leave it out")
-    if not (flow or place_embedding or fed_vectors):
+    if not (generator or place_embedding or fed_vectors):
         raise UserError("model.fed_vectors=False needs model.place_embedding=True, to tell drawn vectors apart")
     try:
         return PiscesConfig(
@@ -350,9 +349,9 @@ def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
             generation_encoder=vit_config(config, "generation_encoder"),
             pool=config.model.pool,
             projector_hidden=hidden.get("projector", 0),
-            vector_head_hidden=0 if flow or single else hidden["vector_head"],
-            generator=generator_config(config, language_model.width) if flow else None,
-            denoiser=denoiser_config(config, language_model.width) if single else None,
+            vector_head_hidden=0 if generator or denoiser else hidden["vector_head"],
+            generator=generator_config(config, language_model.width) if generator else None,
+            denoiser=denoiser_config(config, language_model.width) if denoiser else None,
             standardise=config.model.get("standardise", False),
             place_embedding=place_embedding,
             fed_vectors=fed_vectors,

@@ -4,7 +4,6 @@ The compiled step skips a batch whose loss or gradient is not finite by itself (
 follows from the metrics of the steps and from nothing else, so a run that is killed and continued decides the same.
 """
 
-import contextlib
 import functools
 import json
 import logging
@@ -18,7 +17,7 @@ import numpy as np
 from clu.metrics import Average
 from ml_collections import ConfigDict
 
-from pisces_jax.training.metrics import merge
+from pisces_jax.training.metrics import merge, read_json_lines
 from pisces_jax.training.step import SKIPPED
 from pisces_jax.utils.errors import UserError, listed
 from pisces_jax.utils.files import write_atomic
@@ -68,14 +67,7 @@ class Events:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The events of a run in order, without lines that were cut off."""
-    path = run / "events.jsonl"
-    events = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("event"), str):
-                events.append(event)
-    return events
+    return [event for event in read_json_lines(run / "events.jsonl") if isinstance(event.get("event"), str)]
 
 
 def skipped(measured: Measured) -> dict[str, Average]:

@@ -143,12 +143,17 @@ class Writer:
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """The entries of a run's metrics.jsonl in order, without lines that are no entries: cut off when the run was
     killed, or damaged."""
-    path = run / "metrics.jsonl"
+    entries = read_json_lines(run / "metrics.jsonl")
+    return [entry for entry in entries if all(map(_is_number, entry.values()))]
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, that say their `step`; others are passed over. Empty without the file."""
     entries = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int) and all(map(_is_number, entry.values())):
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
                 entries.append(entry)
     return entries
 

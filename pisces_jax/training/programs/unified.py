@@ -90,6 +90,8 @@ class UnifiedProgram(Program):
         if config.loss.vector_error not in objectives.VECTOR_ERRORS:
             known = ", ".join(objectives.VECTOR_ERRORS)
             raise UserError(f"config key loss.vector_error: {config.loss.vector_error!r} is none of {known}")
+        if config.loss.fed_noise and not (pisces.generation_encoder is not None and pisces.fed_vectors):
+            raise UserError("loss.fed_noise is noise on drawn vectors that are fed in, and here none are: set it to 0")
         return cls(
             Pisces(pisces, jnp.dtype(config.compute_dtype)), weights, config.loss.chunk, tuple(config.data.train),
             reconstruction, config.loss.true_vectors, config.loss.vector_error, settings.vector_flow_config(config),
@@ -234,7 +236,7 @@ class UnifiedProgram(Program):
         shape, n, each = states.shape[:2], self.flow_samples, self._errors_per_picture
         states, target, ids = (x.reshape(-1, *x.shape[2:]) for x in (states, target, ids))
         data = apply(self.model, params, target, method="to_data")
-        if each > 1:
+        if self.model.config.generator is None:  # each vector is a sample of its own
             data, states = (x.reshape(-1, x.shape[-1]) for x in (data, states))
         keys = jax.vmap(lambda k: jax.random.split(k, each * n))(example_keys(key, ids, "vectors")).reshape(-1)
         data, states = (jnp.repeat(x, n, axis=0) for x in (data, states))

@@ -20,6 +20,7 @@ from pisces_jax.training import flops
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.unified import UnifiedProgram
 from pisces_jax.utils.errors import UserError
+from pisces_jax.weights.folder import part_shapes
 
 L, m, C, D = tiny.Letters, 4, 16, 32
 CONFIG = PISCES["denoiser"]
@@ -68,6 +69,12 @@ def test_the_network_in_plain_arithmetic():
     matrices = sum(a.size for a in jax.tree.leaves(p) if a.ndim > 1 and a.shape[-2:] != (3, 8) or a.ndim == 4)
     biases = 2 * 2 * 8  # of the blocks' two linear maps, which have an axis of layers
     assert flops.denoiser(config) == 2 * (matrices - biases)
+
+
+def test_its_shapes_alone_are_those_within_the_model(params):
+    """What a run's checkpoint is opened with."""
+    alone, within = part_shapes(CONFIG.denoiser), params["denoiser"]
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), alone) == jax.tree.map(lambda a: (a.shape, a.dtype), within)
 
 
 def test_the_loss_is_flow_matching_of_each_vector(params):

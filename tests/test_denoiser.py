@@ -129,7 +129,7 @@ def test_the_loss_is_flow_matching_of_each_vector(params):
 
 def test_a_rollout_draws_each_vector_from_the_state_of_training(params):
     """Vector k comes from noise of its own and the state that training has there, given the vectors before it."""
-    model, flow = Pisces(CONFIG), FlowConfig(steps=3, guidance=2.0)
+    model, flow = Pisces(CONFIG), FlowConfig(steps=3, guidance=2.0, temperature=0.7)
     rollout = Rollout(model)
 
     @jax.jit
@@ -153,7 +153,7 @@ def test_a_rollout_draws_each_vector_from_the_state_of_training(params):
         last, states, _ = teach(params, batch)
         noise = jnp.stack([jax.random.normal(jax.random.fold_in(keys[b], k), (C,)) for k in range(m)])
         field = guided(lambda *a: model.apply({"params": params}, *a, method="generate"), states[0, 0], flow)
-        made = model.apply({"params": params}, integrate(field, noise, 3), method="from_data")
+        made = model.apply({"params": params}, integrate(field, 0.7 * noise, 3), method="from_data")
         np.testing.assert_allclose(vectors[b], made, rtol=2e-4, atol=2e-4)
         np.testing.assert_allclose(hidden[b], last[0, len(whole) - 1], rtol=2e-4, atol=2e-4)
     other = draw(prompts([rows[1], [L.bos, 3, 3, 3, 3]]), keys[::-1])[2]

@@ -34,6 +34,8 @@ class FlowConfig:
             (max(1 − t, floor)², which makes it the squared error of the data).
         drop: fraction of the samples whose condition is dropped, for guidance.
         steps: number of Euler steps of a sampler.
+        temperature: standard deviation of the noise that a sampler starts from; less than 1 gives likelier samples that
+            differ less (as in Li et al. 2024, arXiv 2406.11838, section 3.2, for diffusion).
         guidance: scale of classifier-free guidance, see `guided`; 1 is no guidance.
         guidance_from, guidance_to: the times t between which there is guidance (Kynkäänniemi et al. 2024, arXiv
             2404.07724).
@@ -50,6 +52,7 @@ class FlowConfig:
     weight: str = "none"
     drop: float = 0.1
     steps: int = 20
+    temperature: float = 1.0
     guidance: float = 1.0
     guidance_from: float = 0.0
     guidance_to: float = 1.0
@@ -62,6 +65,8 @@ class FlowConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"flow.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.temperature < 0:
+            raise ValueError(f"flow.temperature {self.temperature:g} must be at least 0")
         if self.guidance != 1.0 and not self.drop:
             raise ValueError(
                 f"guidance {self.guidance:g} needs a network that has seen dropped conditions: train with drop > 0, or "

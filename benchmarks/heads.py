@@ -26,7 +26,9 @@ TASKS = {
 
 
 def run(module: str, *flags: str) -> None:
-    subprocess.run([sys.executable, "-m", f"pisces_jax.{module}", *flags], cwd=ROOT, check=True)
+    """A command of the package; where it fails, so does this one."""
+    if status := subprocess.run([sys.executable, "-m", f"pisces_jax.{module}", *flags], cwd=ROOT).returncode:
+        sys.exit(status)
 
 
 def score(workdir: Path, world: str, head: str, last: str, amounts: list[str]) -> dict[str, Any]:
@@ -96,9 +98,9 @@ def main() -> None:
             for name, stage in stages.items():
                 wanted = name.split("_")[1] in results or stage.program != "unified"
                 if name.split("_")[0] == world and wanted:
-                    steps = max(1, round(stage.steps * flags.steps))
+                    steps, warmup = (round(n * flags.steps) for n in (stage.steps, stage.optimizer.warmup_steps))
                     run("train", f"--config={CONFIG}:{name}", f"--workdir={workdir}", f"--config.seed={seed}",
-                        f"--config.steps={steps}")  # fmt: skip
+                        f"--config.steps={steps}", f"--config.optimizer.warmup_steps={warmup}")  # fmt: skip
             last = [name for name in stages if name.startswith(f"{world}_mse_")][-1].rpartition("_")[2]
             for head, found in results.items():
                 scores = flat(score(workdir, world, head, last, flags.amounts))

@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -19,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden/plans"
 COMPILER = pathlib.Path(sys.prefix) / "gpu-compiler"
 installed = COMPILER.is_dir() or any(importlib.util.find_spec(name.replace("-", "_")) for name in GPU_PLUGINS)
+EXACT = ("mesh", "devices", "fits", "hbm_bytes", "usable_bytes", "memory", "model_flops_by_part")
 PLANS = {
     "pisces_1b-stage1-h100-1": ["--config=configs/pisces_1b/stage1.py", "--topology=h100:1", "--config.batch_size=16"],
     "pisces_8b-stage1-h100-8": ["--config=configs/pisces_8b/stage1.py", "--topology=h100:8", "--config.batch_size=64"],
@@ -35,8 +37,11 @@ def make(name, out):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     plan = json.loads(out.read_text())
-    assert plan.pop("compile_seconds") > 0
-    return plan, done
+    sent = Counter()
+    for c in plan["collectives"]:
+        sent[f"{c['kind']} over {c['axis']}"] += c["bytes"] * c["executions"]
+    kept = {key: plan[key] for key in (*EXACT, "peak_bytes", "wire_bytes_per_step", "predicted_step_seconds")}
+    return {**kept, "arguments": plan["compiler"]["arguments"], "sent": sent}, done
 
 
 @pytest.mark.skipif(
@@ -50,17 +55,11 @@ def test_golden_plans(name, tmp_path):
     """State, batch and FLOPs exactly; temporaries nearly, as each release of the compiler lays them out as it likes."""
     made, done = make(name, tmp_path / "plan.json")
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
-    exact = ("mesh", "devices", "fits", "hbm_bytes", "usable_bytes", "memory", "model_flops_by_part")
+    exact = (*EXACT, "arguments", "predicted_step_seconds")
     assert {key: made[key] for key in exact} == {key: golden[key] for key in exact}
-    assert made["compiler"]["arguments"] == golden["compiler"]["arguments"]
-    assert made["peak_bytes"] == pytest.approx(golden["peak_bytes"], rel=0.05)
-    assert made["wire_bytes_per_step"] == pytest.approx(golden["wire_bytes_per_step"], rel=0.05)
-    # Of a host of eight GPUs: gradients travel as reduce-scatters. No seconds are predicted from TPUs.
-    kinds = {(c["kind"], c["axis"]) for c in made["collectives"]}
-    scattered = {("reduce-scatter", "fsdp"), ("reduce-scatter", "fsdp_inner")}
-    assert scattered <= kinds if made["devices"] > 1 else not kinds
-    assert made["predicted_step_seconds"] is None and "predicted nothing" in done.stdout
-    assert "Traceback" not in done.stderr
+    for key in ("peak_bytes", "wire_bytes_per_step", "sent"):
+        assert made[key] == pytest.approx(golden[key], rel=0.05)
+    assert "predicted nothing" in done.stdout and "Traceback" not in done.stderr
 
 
 if __name__ == "__main__":

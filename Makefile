@@ -53,7 +53,7 @@ lint: setup  ## style and types
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 
-setup: $(VENV)/.test  ## the environment for development (made by the other targets when they need it)
+setup: $(VENV)/.test $(VENV)/.gpu-compiler  ## the environment for development (made by the other targets when they need it)
 
 demo-setup: $(VENV)/.base  ## the environment for running only
 
@@ -79,6 +79,18 @@ $(VENV)/.venv:
 $(VENV)/.base: setup.py $(CONSTRAINTS) | $(VENV)/.venv
 	@echo "installing pisces_jax and what it needs (about half a minute)"
 	@$(PIP_INSTALL) $(PINNED) -e .
+	@touch $@
+
+# The compiler for NVIDIA GPUs has a folder of its own, which the tests that compile for GPUs look into: beside the rest,
+# JAX would print a traceback at every start without a driver.
+JAX = $$($(PY) -c "import importlib.metadata as m; print(m.version('jax'))")
+
+$(VENV)/.gpu-compiler: $(VENV)/.test
+	@rm -rf $(VENV)/gpu-compiler
+	@case "$$(uname -sm)" in "Linux x86_64") \
+	  echo "installing the compiler for NVIDIA GPUs, which needs none (223 MB)"; \
+	  $(PIP_INSTALL) $(PINNED) --no-deps --target $(VENV)/gpu-compiler \
+    jax-cuda12-plugin==$(JAX) jax-cuda12-pjrt==$(JAX) nvidia-cuda-nvcc-cu12;; esac
 	@touch $@
 
 $(VENV)/.test: setup.py $(CONSTRAINTS) | $(VENV)/.venv

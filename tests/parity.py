@@ -111,14 +111,14 @@ def widened(model: torch.nn.Module):
         if any(True for _ in module.parameters(recurse=False)):
             hooks.append(module.register_forward_pre_hook(cast(torch.double)))
             hooks.append(module.register_forward_hook(cast(NARROW)))
-    rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
-    if rotary is not None:
-        model.model.rotary_emb = type(rotary)(model.config)
+    rotary = [(module, module.rotary_emb) for module in model.modules() if hasattr(module, "rotary_emb")]
+    for module, narrow in rotary:
+        module.rotary_emb = type(narrow)(module.config)
     try:
         yield
     finally:
-        if rotary is not None:
-            model.model.rotary_emb = rotary
+        for module, narrow in rotary:
+            module.rotary_emb = narrow
         for hook in hooks:
             hook.remove()
 
@@ -171,7 +171,8 @@ class Case:
         ours: our output for (settings, params, inputs, dtype).
         inputs: host array, or a tuple of them.
         config_json: where the reference has no writer of its own.
-        in_place: whether float64 is had by widening each layer's values while it runs, for models that would not fit.
+        in_place: for models that would not fit twice: float64 is had by widening each layer's values while it runs, and
+            for bfloat16 the model's own values are rounded, for good.
         name: of the part, in a folder that holds several.
     """
 
@@ -203,8 +204,9 @@ class Case:
             if self.in_place and dtype != "bfloat16":
                 with widened(model) if dtype == "float64" else contextlib.nullcontext():
                     return self.run(model, self.inputs, DTYPES[dtype]).double().numpy()
-            copy = self.make().eval()
-            copy.load_state_dict(model.state_dict())
+            copy = model if self.in_place else self.make().eval()
+            if copy is not model:
+                copy.load_state_dict(model.state_dict())
             for p in copy.parameters():
                 p.data = p.data.to(DTYPES[dtype])
             out = self.run(copy, self.inputs, DTYPES[dtype])
@@ -517,8 +519,13 @@ def true_size() -> list[Case]:
         ),
         unet("Emu2-Gen, 256 px", 32, 64, in_place=True, **UNET),
         qwen(
-            "VL-3B, two layers", 256, in_place=True, vocab_size=151_936, hidden_size=2048, intermediate_size=11_008,
-            num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True,
+            "VL-7B, two layers, 8,192 words", 256, in_place=True, vocab_size=8192, hidden_size=3584,
+            intermediate_size=18_944, num_hidden_layers=2, num_attention_heads=28, num_key_value_heads=4,
+        ),
+        qwen(
+            "VL-3B, two layers", 256, vision=True, in_place=True, vocab_size=151_936, hidden_size=2048,
+            intermediate_size=11_008, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=2,
+            tie_word_embeddings=True,
         ),
         generator("8B", 64, 3584, 256, in_place=True, **GENERATOR),
     ]  # fmt: skip
@@ -537,11 +544,16 @@ class Result:
 
 
 def measure(case: Case, folder: Path, model: torch.nn.Module) -> list[Result]:
-    """In float64 ours must be within 1e-9; in float32 and bfloat16 at most twice the reference's own error."""
-    exact = case.reference(model, "float64")
+    """In float64 ours must be within 1e-9; in float32 and bfloat16 at most twice the reference's own error.
+
+    A `model` of a case that is `in_place` is rounded, and gone afterwards if the caller keeps no other reference.
+    """
+    expected = {dtype: case.reference(model, dtype) for dtype in DTYPES}
+    del model  # both implementations need not be in memory at once
+    exact = expected["float64"]
     results = []
     for dtype in DTYPES:
-        own = 0.0 if dtype == "float64" else relative(case.reference(model, dtype), exact)
+        own = relative(expected[dtype], exact)
         with jax.enable_x64(dtype == "float64"):
             # In float64 the values are those of the file, widened where they are used: a third of the memory.
             settings, params = case.params(folder, None if dtype == "float64" else dtype)
@@ -573,7 +585,9 @@ def main() -> None:
             for result in measure(case, Path(scratch) / "m", case.write(Path(scratch) / "m")):
                 print(row(result), flush=True)
                 good &= result.within
-        print(f"{case.part}, {case.size}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in case.make().parameters())
+        print(f"{case.part}, {case.size}: {count:,} parameters, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     if not good:
         sys.exit("some parts are out of bounds")
 

@@ -6,6 +6,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pickle
 import shutil
@@ -123,7 +124,7 @@ def vectors_of(made, states, first, wrong=(), steps=FLOW_STEPS, guidance=3.0):
     both = torch.cat([torch.zeros_like(states), states])
     if "guidance on the wrong side" in wrong:
         both = both.flip(0)
-    x = torch.as_tensor(first)[None]
+    x = torch.as_tensor(first)[None].to(states.dtype)
     for t in scheduler.timesteps:
         # Cut to whole numbers, as in float32, where 200 and 100 are not just below themselves as they are here.
         time = t if "times not cut" in wrong else (t + 1e-6).long().double()
@@ -147,7 +148,7 @@ def picture_of(made, vectors, null, first, wrong=(), steps=STEPS, guidance=3.0):
     if "sizes swapped" in wrong:
         sizes = [0, 0, size, size, size, size]
     added = {"text_embeds": pooled, "time_ids": torch.tensor([sizes, sizes]).double()}
-    x = torch.as_tensor(first)[None]
+    x = torch.as_tensor(first)[None].to(vectors.dtype)
     if "initial sigma left out" not in wrong:
         x = x * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -158,7 +159,7 @@ def picture_of(made, vectors, null, first, wrong=(), steps=STEPS, guidance=3.0):
         conditional, unconditional = out.chunk(2)
         x = scheduler.step(unconditional + guidance * (conditional - unconditional), t, x).prev_sample
     scale = 1.0 if "scaling factor left out" in wrong else made["vae"].config.scaling_factor
-    return made["vae"].decode(x / scale).sample.permute(0, 2, 3, 1)
+    return made["vae"].decode(x.to(made["vae"].dtype) / scale).sample.permute(0, 2, 3, 1)
 
 
 def ids_of(folder, prompt, wrong=()):
@@ -176,18 +177,28 @@ def ids_of(folder, prompt, wrong=()):
 
 @pytest.fixture(scope="module")
 def pipeline(released, drawn):
-    """A function of (stage, mistakes) that gives the vectors or the picture of the first prompt, in float64."""
+    """A function of (stage, mistakes) that gives the vectors or the picture of the first prompt, in float64 or `dtype`.
+
+    As it is run, the autoencoder is never in bfloat16.
+    """
     folder, made = released
     model = drawn[0]
-    copies = {}
-    with lifted(), torch.no_grad():
-        vocabulary = made["language"].model.language_model.embed_tokens.num_embeddings
-        copies = blip3o_folder.references(vocabulary)
-        for name, module in copies.items():
-            module.load_state_dict(made[name].state_dict())
-            module.double()
+    vocabulary = made["language"].model.language_model.embed_tokens.num_embeddings
 
-    def states(prompt, wrong=()):
+    def in_force(dtype):
+        return lifted() if dtype == "float64" else contextlib.nullcontext()
+
+    @functools.cache
+    def copies_in(dtype):
+        with in_force(dtype):
+            copies = blip3o_folder.references(vocabulary)
+            for name, module in copies.items():
+                module.load_state_dict(made[name].state_dict())
+                if (name, dtype) != ("vae", "bfloat16"):
+                    module.to(parity.DTYPES[dtype])
+        return copies
+
+    def states(copies, prompt, wrong=()):
         changed = copies
         if "biases of q, k and v left out" in wrong:
             changed = {**copies, "language": blip3o_folder.references(vocabulary)["language"].double()}
@@ -198,17 +209,20 @@ def pipeline(released, drawn):
         ids, library = ids_of(folder, prompt, wrong)
         return states_of(changed, ids, wrong), library
 
-    def run(stage, wrong=(), vectors=None, null=None):
-        with lifted(), torch.no_grad():
+    def run(stage, wrong=(), vectors=None, null=None, dtype="float64"):
+        copies = copies_in(dtype)
+        with in_force(dtype), torch.no_grad():
             if stage == "vectors":
-                given, _ = states(PROMPT, wrong)
-                return vectors_of(copies, given, vectors_noise(model, 5, 0), wrong).numpy()
+                given, _ = states(copies, PROMPT, wrong)
+                return vectors_of(copies, given, vectors_noise(model, 5, 0), wrong).double().numpy()
             if stage == "null":
-                _, library = states(PROMPT)
+                _, library = states(copies, PROMPT)
                 ids = [*library.encode(" ").ids, library.token_to_id("[IMG]")]
-                return vectors_of(copies, states_of(copies, ids, ()), vectors_noise(model, NULL_SEED, 0)).numpy()
+                first = vectors_noise(model, NULL_SEED, 0)
+                return vectors_of(copies, states_of(copies, ids, ()), first).double().numpy()
             first = noise(5 + models.DECODING, 0, model._decoder.network)
-            return picture_of(copies, torch.tensor(vectors), torch.tensor(null), first, wrong).numpy()
+            given = (torch.tensor(x).to(parity.DTYPES[dtype]) for x in (vectors, null))
+            return picture_of(copies, *given, first, wrong).double().numpy()
 
     return run
 
@@ -228,6 +242,31 @@ def test_the_whole_way_equals_the_references(drawn, pipeline):
         draw = jax.jit(model._decoder.draw, static_argnums=4)
         got = draw(model.decoder_params, expected[None], np.asarray(null), first, model.flow)
     assert parity.relative(got[0], signal) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_whole_way_errs_at_most_twice_as_much_as_the_references(dtype, released, drawn, pipeline):
+    """Each from its own vectors, against float64, as users run it: with optimised code. The vectors of no prompt, made
+    in the same way, are given."""
+    in_64, drawings = drawn
+    (null,) = in_64._nulls.values()
+    model = load_model(released[0], batch_size=2, dtype=dtype)
+    model._nulls[in_64.vector_flow] = null
+    model.vector_flow, model.flow = in_64.vector_flow, in_64.flow
+    model._draw = jax.jit(model._draw.__wrapped__, static_argnums=(3, 4, 5), compiler_options=parity.OPTIMISED)
+    model.decode = lambda vectors, **_: vectors
+    asked = [(Text(draw_instruction(words, BLIP3O_INSTRUCTION)),) for words in (PROMPT, "two dogs")]
+    vectors = model.draw(asked, describe=False, seed=5)[0].vectors[None]
+    first = noise(5 + models.DECODING, 0, model._decoder.network).transpose(1, 2, 0)[None].astype(np.float32)
+    draw = jax.jit(model._decoder.draw, static_argnums=4, compiler_options=parity.OPTIMISED)
+    ours = np.asarray(draw(model.decoder_params, vectors, null, first, model.flow))
+
+    exact = drawings[0].vectors[None], pipeline("picture", (), drawings[0].vectors[None], null)
+    own = pipeline("vectors", dtype=dtype)
+    theirs = own, pipeline("picture", (), own, null, dtype)
+    for got, reference, right in zip((vectors, ours), theirs, exact, strict=True):
+        assert parity.relative(got, right) <= 2 * parity.relative(reference, right)
 
 
 def test_the_generator_is_told_whole_times():

@@ -8,7 +8,7 @@ Published: 128 pictures a step, AdamW, learning rate 1e-4 falling to 1e-5 along 
 steps, no weight decay, clipping at 1, at least 10,000 steps. Taken at four pictures with their texts in a row of
 1,024 tokens: 32 rows a step.
 
-Hardware: not run, and not planned by itself; model, rows and optimizer are those of tune.py (docs/scale.md).
+Hardware: not run. Planned for one H100: a peak of 44.31 of 55.32 GiB (docs/blip3o.md).
 """
 
 import parts

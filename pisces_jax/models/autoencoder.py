@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from pisces_jax.models.layers import Linear, lecun, logical
 from pisces_jax.ops.attention import attention
+from pisces_jax.sharding import constrain, gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,11 @@ class AutoencoderConfig:
 
 
 class Conv(nn.Module):
-    """A square convolution with bias. `padding` is (before, after) of height and width; the default keeps the size."""
+    """A square convolution with bias. `padding` is (before, after) of height and width; the default keeps the size.
+
+    Pictures lie over the batch axes and kernels are gathered, as in `ops.sharded`: left to itself, the compiler spreads
+    the channels instead, and exchanges them for every norm.
+    """
 
     out: int
     size: int = 3
@@ -66,13 +71,14 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
         shape = (self.size, self.size, x.shape[-1], self.out)
         init = logical(lecun(self.size**2 * x.shape[-1]), None, None, None, "embed")
-        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        kernel = gathered(self.param("kernel", init, shape).astype(self.dtype), None, None, None, "embed")
         bias = self.param("bias", logical(nn.initializers.zeros, "embed"), (self.out,)).astype(self.dtype)
         padding = self.padding or [(self.size // 2, self.size // 2)] * 2
+        x = constrain(x.astype(self.dtype), "batch", None, None, None)
         y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y + bias
+        return constrain(y + gathered(bias, "embed"), "batch", None, None, None)
 
 
 class GroupNorm(nn.Module):

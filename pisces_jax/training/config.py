@@ -18,6 +18,7 @@ from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.denoiser import DenoiserConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.layers import REMAT_POLICIES
+from pisces_jax.models.lora import LoRA
 from pisces_jax.models.pisces import PiscesConfig
 from pisces_jax.models.transformer import RopeScaling, TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
@@ -313,10 +314,19 @@ def transformer_config(config: ConfigDict, vocab_size: int) -> TransformerConfig
     return build(TransformerConfig, language, "model.language_model")
 
 
+def lora_config(config: ConfigDict, base: TransformerConfig | None = None) -> LoRA | None:
+    """The settings of the language model's adapters, `model.lora`; None without any."""
+    if "lora" not in config.model:
+        return None
+    return dataclasses.replace(build(LoRA, config.model.lora, "model.lora"), base=base)
+
+
 def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
     """The settings of one part as its module takes them; None for projectors and heads."""
     if part == "language_model":
         return transformer_config(config, vocab_size)
+    if part == "lora":
+        return lora_config(config, transformer_config(config, vocab_size))
     if part in ("understanding_encoder", "generation_encoder"):
         return vit_config(config, part)
     if part in ("generator", "denoiser"):
@@ -328,7 +338,7 @@ def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
 def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
     """The unified model's settings; a config whose model has no encoder is a language model alone, and one without the
     understanding encoder draws but reads no pictures."""
-    language_model = transformer_config(config, vocab_size)
+    language_model = dataclasses.replace(transformer_config(config, vocab_size), lora=lora_config(config))
     if not {"understanding_encoder", "generation_encoder"} & set(config.model):
         return PiscesConfig(language_model)
     reads, generator, denoiser = (k in config.model for k in ("understanding_encoder", "generator", "denoiser"))

@@ -94,7 +94,7 @@ def config(**lora):
 
 
 def test_only_adapters_have_gradients_moments_and_float32(tmp_path):
-    c = config(rank=2, alpha=4, targets=("query", "down"))
+    c = config(rank=4, alpha=4, targets=("query", "down"))
     trainer = make_trainer(make_program(c, 300), c, make_mesh(fsdp=4, tensor=2))
     state, where = trainer.abstract, trainer.shardings
     assert {x.dtype.name for x in jax.tree.leaves(state.frozen["language_model"])} == {"bfloat16"}
@@ -103,8 +103,8 @@ def test_only_adapters_have_gradients_moments_and_float32(tmp_path):
     specs = {k: tuple(s.spec) for k, s in flatten(where.trained["lora"]).items()}
     assert specs == {
         "layers/attention/query/lora_a": (None, ("fsdp", "fsdp_inner")),
-        "layers/attention/query/lora_b": (None, None, "tensor"),
-        "layers/mlp/down/lora_a": (None, "tensor"),
+        "layers/attention/query/lora_b": (None, ("fsdp", "fsdp_inner"), "tensor"),
+        "layers/mlp/down/lora_a": (None, "tensor", ("fsdp", "fsdp_inner")),
         "layers/mlp/down/lora_b": (None, None, ("fsdp", "fsdp_inner")),
     }
 

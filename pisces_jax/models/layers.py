@@ -107,12 +107,13 @@ class Linear(nn.Module):
         x = x.astype(self.dtype)
         y = project(x, kernel, tuple(self.in_axes), tuple(self.out_axes))
         if self.lora is not None and self.name in self.lora.targets:
-            # The rank is small and on no mesh axis; each factor lies as the kernel's side that it shares.
+            # Each factor lies as the kernel's side that it shares; where that is not over fsdp, its rank is.
+            down, up = (None if "embed" in axes else "embed" for axes in (self.in_axes, self.out_axes))
             r = self.lora.rank
-            a = self.param("lora_a", logical(lecun(math.prod(in_shape)), *self.in_axes, None), (*in_shape, r))
-            b = self.param("lora_b", logical(nn.initializers.zeros, None, *self.out_axes), (r, *self.out_shape))
-            narrow = project(x, a, tuple(self.in_axes), (None,))
-            y = y + self.lora.scale * project(narrow, b, (None,), tuple(self.out_axes))
+            a = self.param("lora_a", logical(lecun(math.prod(in_shape)), *self.in_axes, down), (*in_shape, r))
+            b = self.param("lora_b", logical(nn.initializers.zeros, up, *self.out_axes), (r, *self.out_shape))
+            narrow = project(x, a, tuple(self.in_axes), (down,))
+            y = y + self.lora.scale * project(narrow, b, (up,), tuple(self.out_axes))
         if self.bias:
             init = logical(nn.initializers.zeros, *self.out_axes)
             y = y + self.param("bias", init, tuple(self.out_shape)).astype(self.dtype)

@@ -121,7 +121,10 @@ def run_config(**changes: Any) -> ConfigDict:
                 clip=1.0,  # global norm of the gradient
                 grad_accum_steps=1,  # the batch is taken in so many equal parts; the gradient is the whole batch's
                 ema=0.0,  # decay of the averaged weights, which later runs and inference use; 0: none
-                mu_dtype="float32",  # of the first moments
+                mu_dtype="float32",  # of the first moments; the second have the parameters'
+                # How parameters and moments in bfloat16 are rounded: "nearest", which loses small changes, or
+                # "stochastic", which keeps them in the mean.
+                rounding="nearest",
                 grad_dtype="",  # "": the parameters'; sums over accumulation steps are in the parameters'
                 # (pattern over parameter names, input axes, output axes): matrices that Muon updates instead of AdamW.
                 muon=(),
@@ -224,6 +227,7 @@ def check_names(config: ConfigDict) -> None:
     named |= {"optimizer.grad_dtype": o.grad_dtype} if o.grad_dtype else {}
     named |= {f"param_dtype.{part}": dtype for part, dtype in config.param_dtype.items()}
     choices: list[tuple[str, Any, tuple[str, ...]]] = [(key, value, DTYPES) for key, value in named.items()]
+    choices.append(("optimizer.rounding", o.rounding, ("nearest", "stochastic")))
     for part, settings in config.model.items():
         for key, known in (("remat", tuple(REMAT_POLICIES)), ("attention", BACKENDS)):
             if isinstance(settings, ConfigDict) and key in settings:

@@ -189,8 +189,11 @@ class Trainer:
         """
         gradients, metrics = self._gradient(state, batch)
         with jax.named_scope("optimizer"):
-            updates, opt = self.optimizer.update(gradients, state.optimizer, state.trained)
-            trained = optax.apply_updates(state.trained, updates)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), 2), state.step)
+            rounding = self.config.optimizer.rounding
+            trained, opt, updates = optimizer.update(
+                self.optimizer, rounding, gradients, state.optimizer, state.trained, key
+            )
             decay = self.config.optimizer.ema
             # The first steps average over less than 1/(1 - decay) steps, to forget the random start.
             decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))

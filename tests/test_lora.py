@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
+from pisces_jax.inference.export import export_run
 from pisces_jax.models.layers import apply
 from pisces_jax.models.lora import TARGETS, LoRA, attach, detach, merge
 from pisces_jax.models.pisces import Pisces, PiscesConfig
 from pisces_jax.models.transformer import Transformer, TransformerConfig
 from pisces_jax.sharding import make_mesh
+from pisces_jax.training.checkpoints import load_part
+from pisces_jax.training.config_files import load_stages
+from pisces_jax.training.loop import train
 from pisces_jax.training.optimizer import flatten
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.step import make_trainer
@@ -25,6 +31,9 @@ from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.export import export_part, import_folder
 from pisces_jax.weights.folder import Folder, part_shapes, read_part, read_source
 from pisces_jax.weights.language_json import read_llama, read_qwen2
+from pisces_jax.weights.sizes import settings as published
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 LANGUAGE = TransformerConfig(vocab_size=37, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_hidden=24)
 ADAPTERS = LoRA(rank=3, alpha=6.0, base=LANGUAGE)
@@ -137,10 +146,10 @@ def test_an_adapted_matrix_must_be_frozen():
 FAMILIES = {"llama": (LlamaForCausalLM, read_llama), "qwen2": (Qwen2ForCausalLM, read_qwen2)}
 
 
-def reference(family):
-    """A tiny model of transformers, its settings as ours and its parameters."""
+def reference(family, vocab_size=37):
+    """A tiny model of transformers, and its settings as ours."""
     sizes = dict(
-        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
     kind, read = FAMILIES[family]
@@ -208,3 +217,36 @@ def test_other_adapters_are_refused(tmp_path, values, said):
     with pytest.raises(UserError) as caught:
         Folder.open(f"{tmp_path}/lora", "lora")
     assert said in str(caught.value)
+
+
+def test_the_ten_lines_of_the_docs_train_and_open_in_peft(tmp_path, monkeypatch):
+    """The config of docs/gpu.md with a tiny model: trained, exported, opened in PEFT and merged; equal logits."""
+    page = (ROOT / "docs/gpu.md").read_text()
+    (text,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "lora=" in block]
+    monkeypatch.chdir(tmp_path)
+    example = dict(__name__="lora")
+    exec(compile(text, "docs/gpu.md", "exec"), example)
+    config = example["get_config"]()
+    assert config == load_stages(str(ROOT / "configs/lora.py"), {})["lora"]
+    model, settings = reference("llama", vocab_size=300)
+    model.save_pretrained(config.init_from.language_model)
+    turns = [{"from": "human", "value": "count to four"}, {"from": "gpt", "value": "one two three four"}]
+    with open("mine.jsonl", "w") as file:
+        file.writelines(json.dumps(dict(id=str(i), conversations=turns)) + "\n" for i in range(40))
+    config.model.language_model = published(settings, remat="full")
+    config.data.update(tokenizer="tokenizer.model", tokenizer_vocabulary=300, row_length=64)
+    config.update(steps=3, batch_size=8)
+    config.compute_dtype, config.param_dtype.language_model = "float32", "float32"
+    train(config, tmp_path / "runs")
+    export_run(tmp_path / "runs", "lora", ["lora"], None, tmp_path / "adapters")
+    export_run(tmp_path / "runs", "lora", ["language_model"], None, tmp_path / "merged", merged=True)
+
+    plain = theirs(model)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged/language_model", attn_implementation="eager").eval()
+    adapted = theirs(PeftModel.from_pretrained(model, tmp_path / "adapters/lora").eval())
+    params = {part: load_part(tmp_path / "runs", "lora", part) for part in ("language_model", "lora")}
+    lora = Folder.open(f"{tmp_path}/adapters/lora", "lora").settings
+    ours = np.asarray(logits(params, lora, settings))
+    assert np.abs(adapted - plain).max() > 1e-4
+    np.testing.assert_allclose(ours[..., :300], adapted, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(theirs(merged)[..., :300], adapted, rtol=1e-3, atol=1e-5)

@@ -134,10 +134,11 @@ def read_peft(values: Json, refuse: Refuse) -> LoRA:
     if values.get("init_lora_weights") not in _PEFT_STARTS:
         start = values["init_lora_weights"]
         raise refuse(f"adapters with init_lora_weights {start!r}, which changes the base", "convert them to plain LoRA")
-    named = values["target_modules"]
-    if isinstance(named, str) or (unknown := sorted(set(named) - set(_TARGETS))):
-        what = named if isinstance(named, str) else unknown[0]
-        raise refuse(f"adapters of {what!r}", f"the supported target_modules are {', '.join(_TARGETS)}")
+    given = values["target_modules"]
+    # PEFT writes last names, or whole ones, layer by layer: which tensors are there is checked when they are read.
+    named = {given} if isinstance(given, str) else {name.rpartition(".")[2] for name in given}
+    if unknown := sorted(named - set(_TARGETS)):
+        raise refuse(f"adapters of {unknown[0]!r}", f"the supported target_modules are {', '.join(_TARGETS)}")
     return LoRA(values["r"], float(values["lora_alpha"]), tuple(_TARGETS[name] for name in named))
 
 

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.param_dtype.language_model = "bfloat16"
     changes = dict(
         name="stage1_lora",
-        batch_size=64,
+        batch_size=128,
         optimizer=dict(
             learning_rate=2e-4,
             grad_accum_steps=16,

@@ -23,6 +23,7 @@ from pisces_jax.models.transformer import Transformer, TransformerConfig
 from pisces_jax.sharding import make_mesh
 from pisces_jax.training.checkpoints import load_part
 from pisces_jax.training.config_files import load_stages
+from pisces_jax.training.flops import step_flops_by_part
 from pisces_jax.training.loop import train
 from pisces_jax.training.optimizer import flatten
 from pisces_jax.training.programs import make_program
@@ -108,6 +109,9 @@ def test_only_adapters_have_gradients_moments_and_float32(tmp_path):
     state, where = trainer.abstract, trainer.shardings
     assert {x.dtype.name for x in jax.tree.leaves(state.frozen["language_model"])} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves(state.trained["lora"])} == {"float32"}
+    flops = trainer.program.forward_flops(trainer.program.batch_spec(c))["language_model"]
+    work = step_flops_by_part(trainer.program, trainer.program.batch_spec(c), set(state.trained))
+    assert work["language_model"] == 2 * flops and work["vector_head"] > 0
     assert "language_model" not in state.trained and not any("language_model" in n for n in names(state.optimizer))
     specs = {k: tuple(s.spec) for k, s in flatten(where.trained["lora"]).items()}
     assert specs == {

@@ -2,7 +2,7 @@
 
     python -m pisces_jax.train --config=configs/lora.py --workdir=runs
 
-Hardware: planned for one card of 24 GB, not run yet: PLAN
+Hardware: meant for one card of 24 GB; neither planned nor run yet.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
 
 As stage1.py, with the language model in bfloat16 as it was published; adapters, projectors and the vector head train.
 
-Hardware: planned for one card of 24 GB, not run yet: PLAN
+Hardware: meant for one card of 24 GB; neither planned nor run yet.
 """
 
 import parts

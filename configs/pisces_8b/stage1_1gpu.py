@@ -5,7 +5,7 @@
 As stage1.py, without float32 masters: 8 bytes a parameter for the language model (itself, two moments, gradient) in
 place of 16. Changes smaller than bfloat16 resolves are kept in the mean (docs/gpu.md).
 
-Hardware: planned for one H200 of 141 GB, not run yet: PLAN
+Hardware: meant for one H200 of 141 GB; neither planned nor run yet.
 """
 
 import stage1

@@ -5,7 +5,7 @@
 As stage1.py, with the language model in bfloat16 as it was published; adapters, projectors and the vector head train.
 docs/gpu.md says how adapters go to PEFT and back, and how they are merged.
 
-Hardware: planned for one H100 of 80 GB, not run yet: PLAN
+Hardware: meant for one H100 of 80 GB; neither planned nor run yet.
 """
 
 import parts

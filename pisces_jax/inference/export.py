@@ -41,8 +41,8 @@ def export_run(
         for part in parts or where:
             settings = part_settings(read_config(workdir / where[part]), part, tokenizer.vocab_size)
             params = load_part(workdir, where[part], part)
-            if merged and part == BASE:
-                params = merge(params, load_part(workdir, run, PART), lora_config(config))
+            if merged and part == BASE and (lora := lora_config(config)) is not None:
+                params = merge(params, load_part(workdir, run, PART), lora)
             beside = tokenizer if part == "language_model" else None
             family = export_part(scratch / part, part, settings, params, dtype=dtype, tokenizer=beside)
             cli.say(f"{part}: {family} layout, in {out / part}")

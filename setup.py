@@ -60,6 +60,7 @@ EXTRAS = {
         "torch>=2.13.0",
         "transformers>=5.23.0",
         "diffusers>=0.42.1",
+        "peft>=0.21.2",
     ],
 }
 

@@ -66,8 +66,8 @@ def export_weights(argv: list[str]) -> None:
         "convert export",
         "Writes each part of a run into its own folder below --out, as safetensors with a config.json. The language "
         "model, SigLIP and CLIP encoders are in the layout of transformers, EVA-CLIP has timm's names, the autoencoder "
-        "is in the layout of diffusers, and parts without a published layout are in this project's own. convert import "
-        "and configs read all of them.",
+        "is in the layout of diffusers, adapters are in that of PEFT, and parts without a published layout are in this "
+        "project's own. convert import (not for adapters) and configs read all of them.",
         [
             "--workdir=runs/shapes --out=exported",
             "--workdir=runs/pisces_1b --run=stage3 --part=language_model --dtype=bfloat16 --out=exported",
@@ -77,6 +77,7 @@ def export_weights(argv: list[str]) -> None:
     parser.add_argument("--run", default="", help="the run in it (default: the unified run that finished last)")
     parser.add_argument("--part", action="append", default=[], help="a part to export; may be repeated (default: all)")
     parser.add_argument("--dtype", choices=_DTYPES, help="the dtype to store (default: that of the run)")
+    parser.add_argument("--merge", action="store_true", help="multiply adapters out into the language model")
     parser.add_argument("--out", required=True, type=cli.path, metavar="FOLDER", help="a new folder to write")
     flags = parser.parse(argv)
     cli.check_output(flags.out, "--out", folder=True)
@@ -84,7 +85,7 @@ def export_weights(argv: list[str]) -> None:
     from pisces_jax.inference.export import export_run
 
     cli.start()
-    export_run(flags.workdir, flags.run, flags.part, flags.dtype, flags.out)
+    export_run(flags.workdir, flags.run, flags.part, flags.dtype, flags.out, flags.merge)
 
 
 if __name__ == "__main__":

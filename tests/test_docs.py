@@ -191,7 +191,9 @@ RUNS = {
         **TRAINED, "--out": "{tmp}/scores.json", "--grid": "{tmp}/grid.png", "few": ""
     },
     r"pisces_jax\.evaluate --folder=.*": {"--folder": "{tmp}/geneval", "--out": "{tmp}/results.jsonl"},
-    r"pisces_jax\.convert export .*": {**TRAINED, "--part": None, "--dtype": "bfloat16", "--out": "{tmp}/exported"},
+    r"pisces_jax\.convert export .*": {
+        **TRAINED, "--part": None, "--merge": None, "--dtype": "bfloat16", "--out": "{tmp}/exported",
+    },
     r"launch/.*": {"dry": ""},
 }  # fmt: skip
 FEW = ("--per_task=1", "--images=2", "--per_kind=2", "--held_out=1", "--spread=1", "--pictures=3")
@@ -200,7 +202,7 @@ NOT_RUN = {
     r"pisces_jax\.demo .*": "20 minutes and more; the fixture `trained` is a tiny one",
     r"pisces_jax\.cache .*": "needs a trained or published encoder; tests/test_features.py writes and reads caches",
     r"pisces_jax\.plan .*--search.*": "half an hour; tests/test_planning.py searches for a tiny step",
-    r"pisces_jax\.plan .*--topology=(rtx|[ah])\d+:.*": "needs the extra plan-gpu and a minute or more",
+    r"pisces_jax\.plan .*--topology=(rtx|[ah])\d+\w*:.*": "needs the extra plan-gpu and a minute or more",
     r"pisces_jax\.plan .*": "two minutes and more for a slice; tests/test_planning.py plans tiny steps for slices",
     r"pisces_jax\.evaluate --workdir=\S+ --task=pictures.*": "needs a run on real pictures; tests/test_evaluation.py",
     r"pisces_jax\.checkpoint .*": "its arguments are folders of a run; tests/test_checkpoints.py runs each command",
@@ -336,7 +338,7 @@ def first_line(text):
     return text.partition("\n")[0].removeprefix("# ")
 
 
-EXECUTED = ("extend.md", "one_gpu.md", "look_at_shardings.md", "README.md")
+EXECUTED = ("extend.md", "gpu.md", "look_at_shardings.md", "README.md")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in EXECUTED], ids=lambda page: page.name)
@@ -346,7 +348,7 @@ def test_python_is_python(page):
             compile(text, str(page), "exec")
 
 
-@pytest.mark.parametrize("name", ["one_gpu.md", "look_at_shardings.md"])
+@pytest.mark.parametrize("name", ["gpu.md", "look_at_shardings.md"])
 def test_examples_of_planning_run(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sharding, "RULES", sharding.RULES)  # which an example replaces

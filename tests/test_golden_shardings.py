@@ -19,10 +19,14 @@ CONFIGS = sorted(
     ]
     + [ROOT / "configs/text_8b.py"]
 )
-# v4-128 and v5p-128; v5e-256 and v6e-256; the former with tensor parallelism. The 1B model is for one host of GPUs.
+# v4-128 and v5p-128; v5e-256 and v6e-256; the former with tensor parallelism. The 1B model is for one host of GPUs, and
+# so are the 8B configs that fit on one GPU.
+HOST = (dict(fsdp=8), dict(fsdp=4, tensor=2))
 MESHES = {
     "pisces_8b": (dict(fsdp=64), dict(fsdp=256), dict(fsdp=16, tensor=4)),
-    "pisces_1b": (dict(fsdp=8), dict(fsdp=4, tensor=2)),
+    "pisces_1b": HOST,
+    "stage1_lora": HOST,
+    "stage1_1gpu": HOST,
 }
 
 
@@ -36,7 +40,7 @@ def shardings(path):
 
     (config,) = load_stages(str(path), {}).values()
     sections = []
-    for mesh in MESHES.get(path.parent.name, MESHES["pisces_8b"]):
+    for mesh in MESHES.get(path.stem) or MESHES.get(path.parent.name, MESHES["pisces_8b"]):
         head = ",".join(f"{axis}={size}" for axis, size in mesh.items())
         sections.append(f"# {head}\n{describe(trainer_without_devices(config, mesh))}\n")
     return "\n".join(sections)

@@ -160,6 +160,7 @@ def test_names_of_slices():
         ("h100", 1979, 80, 3.35, 900, 400),
         ("h200", 1979, 141, 4.8, 900, 400),
         ("rtx4090", 330.4, 24, 1.008, 64, 10),  # PCI Express in place of NVLink, and no DGX
+        ("rtx6000ada", 728.5, 48, 0.96, 64, 10),
     ],
 )
 def test_gpus_are_as_on_their_data_sheets(name, sparse_tflops, gigabytes, terabytes_a_second, nvlink, adapter):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pisces_jax.models.lora import LoRA, attach
 from pisces_jax.ops.sharded import project
 
 DType = Any
@@ -39,8 +40,8 @@ REMAT_POLICIES: dict[str, Any] = {
 
 
 def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls `module` with the given parameters; `method="name"` calls a method other than `__call__`."""
-    return module.apply({"params": params}, *args, **kwargs)
+    """Calls `module` with the given parameters by part; `method="name"` calls a method other than `__call__`."""
+    return module.apply({"params": attach(params)}, *args, **kwargs)
 
 
 def logical(init: nn.initializers.Initializer, *axes: str | None) -> Callable[..., Any]:
@@ -86,6 +87,7 @@ class Linear(nn.Module):
     Attributes:
         in_axes, out_axes: logical axes of the kernel (`sharding.RULES`).
         scale: of the initial kernel, relative to variance 1/fan_in.
+        lora: adapters of the model that this is in; it has one itself if its name is among their targets.
     """
 
     out_shape: Sequence[int]
@@ -94,6 +96,7 @@ class Linear(nn.Module):
     bias: bool = True
     scale: float = 1.0
     dtype: DType = jnp.float32
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -101,7 +104,16 @@ class Linear(nn.Module):
         in_shape = x.shape[-n:]
         init = logical(lecun(math.prod(in_shape), self.scale), *self.in_axes, *self.out_axes)
         kernel = self.param("kernel", init, (*in_shape, *self.out_shape))
-        y = project(x.astype(self.dtype), kernel, tuple(self.in_axes), tuple(self.out_axes))
+        x = x.astype(self.dtype)
+        y = project(x, kernel, tuple(self.in_axes), tuple(self.out_axes))
+        if self.lora is not None and self.name in self.lora.targets:
+            # Each factor lies as the kernel's side that it shares; where that is not over fsdp, its rank is.
+            down, up = (None if "embed" in axes else "embed" for axes in (self.in_axes, self.out_axes))
+            r = self.lora.rank
+            a = self.param("lora_a", logical(lecun(math.prod(in_shape)), *self.in_axes, down), (*in_shape, r))
+            b = self.param("lora_b", logical(nn.initializers.zeros, up, *self.out_axes), (r, *self.out_shape))
+            narrow = project(x, a, tuple(self.in_axes), (down,))
+            y = y + self.lora.scale * project(narrow, b, (up,), tuple(self.out_axes))
         if self.bias:
             init = logical(nn.initializers.zeros, *self.out_axes)
             y = y + self.param("bias", init, tuple(self.out_shape)).astype(self.dtype)
@@ -166,14 +178,17 @@ class SwiGLU(nn.Module):
 
     hidden: int
     dtype: DType = jnp.float32
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        how: dict[str, Any] = dict(bias=False, dtype=self.dtype, lora=self.lora)
+
         def project(name: str) -> Array:
-            return Linear((self.hidden,), ("embed",), ("mlp",), bias=False, dtype=self.dtype, name=name)(x)
+            return Linear((self.hidden,), ("embed",), ("mlp",), name=name, **how)(x)
 
         h = jax.nn.silu(project("gate")) * project("up")
-        return Linear((x.shape[-1],), ("mlp",), ("embed",), bias=False, dtype=self.dtype, name="down")(h)
+        return Linear((x.shape[-1],), ("mlp",), ("embed",), name="down", **how)(h)
 
 
 class Projector(nn.Module):

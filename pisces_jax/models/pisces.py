@@ -84,10 +84,11 @@ class PiscesConfig:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the parameters' parts."""
+        language = ("language_model", *("lora",) * (self.language_model.lora is not None))
         if self.generation_encoder is None:
-            return ("language_model",)
+            return language
         reads = self.understanding_encoder is not None
-        common = ("language_model", *("understanding_encoder", "understanding_projector") * reads, "generation_encoder")
+        common = (*language, *("understanding_encoder", "understanding_projector") * reads, "generation_encoder")
         common += ("feature_statistics",) * self.standardise
         if self.generator is None:
             return (*common, "generation_projector", "vector_head" if self.denoiser is None else "denoiser")

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pisces_jax.models.layers import CosSin, Linear, RMSNorm, SwiGLU, apply_rope, cos_sin, logical, scanned
+from pisces_jax.models.lora import LoRA
 from pisces_jax.ops.attention import BACKENDS, attention, cache_mask
 from pisces_jax.ops.sharded import look_up
 from pisces_jax.sharding import constrain
@@ -43,6 +44,7 @@ class TransformerConfig:
         qkv_bias: whether the projections to queries, keys and values have biases (Qwen2.5).
         attention: one of `attention.BACKENDS`.
         remat, unroll: as in `layers.scanned`.
+        lora: adapters of the blocks' matrices, if there are any.
 
     Raises:
         ValueError: the backend is unknown, or the heads are not a multiple of the key-value heads.
@@ -64,6 +66,7 @@ class TransformerConfig:
     vocab_multiple: int = 1
     remat: str = "none"
     unroll: bool = False
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         if self.attention not in BACKENDS:
@@ -121,7 +124,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int, axis: str) -> Array:
             shape, axes = (heads, c.head_dim), (axis, "head_dim")
-            y = Linear(shape, ("embed",), axes, bias=c.qkv_bias, dtype=self.dtype, name=name)(x)
+            y = Linear(shape, ("embed",), axes, bias=c.qkv_bias, dtype=self.dtype, lora=c.lora, name=name)(x)
             return constrain(y, "batch", "length", axis, None)
 
         q = apply_rope(project("query", c.heads, "heads"), rope)
@@ -135,8 +138,8 @@ class Attention(nn.Module):
             k, v = (old.at[rows, positions].set(new.astype(old.dtype)) for old, new in zip(cache, (k, v), strict=True))
             cache = (k, v)
             y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=cache_mask(positions, k.shape[1]))
-        y = Linear((c.width,), ("heads", "head_dim"), ("embed",), bias=False, dtype=self.dtype, name="out")(y)
-        return y, cache
+        how: dict[str, Any] = dict(bias=False, dtype=self.dtype, lora=c.lora, name="out")
+        return Linear((c.width,), ("heads", "head_dim"), ("embed",), **how)(y), cache
 
 
 class Block(nn.Module):
@@ -155,7 +158,7 @@ class Block(nn.Module):
         x = x + constrain(y, "batch", "stream", "width")
         y = RMSNorm(c.eps, dtype=self.dtype, name="mlp_norm")(x)
         y = constrain(y, "batch", "length", "width")
-        y = SwiGLU(c.mlp_hidden, dtype=self.dtype, name="mlp")(y)
+        y = SwiGLU(c.mlp_hidden, dtype=self.dtype, lora=c.lora, name="mlp")(y)
         return x + constrain(y, "batch", "stream", "width"), cache
 
 

@@ -18,6 +18,7 @@ from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.denoiser import DenoiserConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.layers import REMAT_POLICIES
+from pisces_jax.models.lora import LoRA
 from pisces_jax.models.pisces import PiscesConfig
 from pisces_jax.models.transformer import RopeScaling, TransformerConfig
 from pisces_jax.models.vit import TextTowerConfig, ViTConfig
@@ -120,7 +121,10 @@ def run_config(**changes: Any) -> ConfigDict:
                 clip=1.0,  # global norm of the gradient
                 grad_accum_steps=1,  # the batch is taken in so many equal parts; the gradient is the whole batch's
                 ema=0.0,  # decay of the averaged weights, which later runs and inference use; 0: none
-                mu_dtype="float32",  # of the first moments
+                mu_dtype="float32",  # of the first moments; the second have the parameters'
+                # How parameters and moments in bfloat16 are rounded: "nearest", which loses small changes, or
+                # "stochastic", which keeps them in the mean.
+                rounding="nearest",
                 grad_dtype="",  # "": the parameters'; sums over accumulation steps are in the parameters'
                 # (pattern over parameter names, input axes, output axes): matrices that Muon updates instead of AdamW.
                 muon=(),
@@ -223,6 +227,7 @@ def check_names(config: ConfigDict) -> None:
     named |= {"optimizer.grad_dtype": o.grad_dtype} if o.grad_dtype else {}
     named |= {f"param_dtype.{part}": dtype for part, dtype in config.param_dtype.items()}
     choices: list[tuple[str, Any, tuple[str, ...]]] = [(key, value, DTYPES) for key, value in named.items()]
+    choices.append(("optimizer.rounding", o.rounding, ("nearest", "stochastic")))
     for part, settings in config.model.items():
         for key, known in (("remat", tuple(REMAT_POLICIES)), ("attention", BACKENDS)):
             if isinstance(settings, ConfigDict) and key in settings:
@@ -313,10 +318,19 @@ def transformer_config(config: ConfigDict, vocab_size: int) -> TransformerConfig
     return build(TransformerConfig, language, "model.language_model")
 
 
+def lora_config(config: ConfigDict, base: TransformerConfig | None = None) -> LoRA | None:
+    """The settings of the language model's adapters, `model.lora`; None without any."""
+    if "lora" not in config.model:
+        return None
+    return dataclasses.replace(build(LoRA, config.model.lora, "model.lora"), base=base)
+
+
 def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
     """The settings of one part as its module takes them; None for projectors and heads."""
     if part == "language_model":
         return transformer_config(config, vocab_size)
+    if part == "lora":
+        return lora_config(config, transformer_config(config, vocab_size))
     if part in ("understanding_encoder", "generation_encoder"):
         return vit_config(config, part)
     if part in ("generator", "denoiser"):
@@ -328,7 +342,7 @@ def part_settings(config: ConfigDict, part: str, vocab_size: int) -> Any:
 def pisces_config(config: ConfigDict, vocab_size: int) -> PiscesConfig:
     """The unified model's settings; a config whose model has no encoder is a language model alone, and one without the
     understanding encoder draws but reads no pictures."""
-    language_model = transformer_config(config, vocab_size)
+    language_model = dataclasses.replace(transformer_config(config, vocab_size), lora=lora_config(config))
     if not {"understanding_encoder", "generation_encoder"} & set(config.model):
         return PiscesConfig(language_model)
     reads, generator, denoiser = (k in config.model for k in ("understanding_encoder", "generator", "denoiser"))

@@ -2,7 +2,8 @@
 
 A matrix product of [m, k] by [k, n] is 2·m·k·n. Causal attention counts as half: T²/2 pairs of positions. Elementwise
 operations, norms and softmax are left out. A trained part counts as three forward passes (the backward pass has the
-gradients with respect to inputs and to weights), a frozen part as one.
+gradients with respect to inputs and to weights), a frozen part as one; a frozen language model with adapters as two,
+since the gradients of its inputs pass through all of it. The adapters' own few products are left out.
 """
 
 import itertools
@@ -93,9 +94,10 @@ def step_flops_by_part(program: Any, spec: Mapping[str, Any], trained: set[str])
         trained: the parts with any trained parameter.
     """
     forward: dict[str, float] = program.forward_flops(spec)
-    return {
-        part: (3 if part in trained and part not in program.targets else 1) * flops for part, flops in forward.items()
-    }
+    passes = {part: 3 for part in trained - set(program.targets)}
+    if "lora" in trained:
+        passes = {"language_model": 2, **passes}
+    return {part: passes.get(part, 1) * flops for part, flops in forward.items()}
 
 
 def step_flops(program: Any, spec: Mapping[str, Any], trained: set[str]) -> float:

@@ -166,6 +166,13 @@ def make_optimizer(
     Raises:
         UserError: as `learning_rate`, or rows of `muon` that do not fit the parameters.
     """
+    if config.rounding == "stochastic":
+        # What is stored is widened for the update, and nothing is to be rounded inside (`update`).
+        wide = ConfigDict({**config, "mu_dtype": "float32", "rounding": "nearest"})
+        narrow = ConfigDict({**config, "rounding": "nearest"})
+        return optax.GradientTransformation(
+            make_optimizer(narrow, steps, trained, rules).init, make_optimizer(wide, steps, trained, rules).update
+        )
     flat = flatten(trained)
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype))
     matrices = _muon_axes(config.muon, flat)
@@ -182,3 +189,45 @@ def make_optimizer(
         _per_parameter(multiple, lambda u, p, m: m * u),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def update(
+    tx: optax.GradientTransformation, rounding: str, gradients: Any, state: Any, params: Any, key: jax.Array
+) -> tuple[Any, Any, Any]:
+    """The new parameters and state of the optimizer, and the change of the parameters.
+
+    With `rounding` "stochastic" everything is computed in float32 and what is stored in bfloat16 is rounded up or down
+    at random (`rounded`), so that changes too small for bfloat16 add up in the mean (Zamirai et al. 2020, arXiv
+    2010.06192).
+    """
+    if rounding == "nearest":
+        changes, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, changes), state, changes
+    wide = jax.tree.map(_widened, (gradients, state, params))
+    changes, after = tx.update(*wide)
+    new, after = rounded((optax.apply_updates(wide[2], changes), after), (params, state), key)
+    return new, after, changes
+
+
+def rounded(tree: Any, like: Any, key: jax.Array) -> Any:
+    """The arrays of a float32 tree in the dtypes of `like`; to bfloat16, each number goes to one of its two neighbours,
+    to the nearer one more often, so that its mean is the number itself.
+
+    The random bits belong to the number's place in its array, however the array is sharded.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    stored = (_rounded(x, old.dtype, k) for x, old, k in zip(leaves, jax.tree.leaves(like), keys, strict=True))
+    return jax.tree.unflatten(structure, stored)
+
+
+def _rounded(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+    if dtype != jnp.bfloat16 or x.dtype != jnp.float32:
+        return x.astype(dtype)
+    # bfloat16 is the upper half of float32: what is added to the lower half carries with its own probability.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (jax.random.bits(key, x.shape) & 0xFFFF)
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(dtype)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from pisces_jax.models.lora import adapted
 from pisces_jax.sharding import Fallback, batch_sharding, batch_shards, param_shardings
 from pisces_jax.training import optimizer
 from pisces_jax.training.programs.base import Batch, Program
@@ -188,8 +189,11 @@ class Trainer:
         """
         gradients, metrics = self._gradient(state, batch)
         with jax.named_scope("optimizer"):
-            updates, opt = self.optimizer.update(gradients, state.optimizer, state.trained)
-            trained = optax.apply_updates(state.trained, updates)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), 2), state.step)
+            rounding = self.config.optimizer.rounding
+            trained, opt, updates = optimizer.update(
+                self.optimizer, rounding, gradients, state.optimizer, state.trained, key
+            )
             decay = self.config.optimizer.ema
             # The first steps average over less than 1/(1 - decay) steps, to forget the random start.
             decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
@@ -260,6 +264,12 @@ def make_trainer(program: Program, config: ConfigDict, mesh: Any) -> Trainer:
             raise UserError(f"config key param_dtype.{part}: the model's parts are {', '.join(params)}")
     rules = optimizer.match(optimizer.read_table(config.optimizer.param_groups), list(optimizer.flatten(params)))
     rules |= {k: dataclasses.replace(r, multiple=0.0) for k, r in rules.items() if k.split("/")[0] in program.measured}
+    for matrix in adapted(rules).values():
+        if rules[matrix].multiple:
+            raise UserError(
+                f"model.lora adapts {matrix}, which trains too: freeze it with a row ('language_model/.*', 0.0, 0.0) "
+                "at the start of optimizer.param_groups"
+            )
     trained, _ = optimizer.split(params, rules)
     if not trained:
         raise UserError("optimizer.param_groups freezes every parameter: leave some with a multiple above 0")

@@ -227,6 +227,11 @@ CHIPS: dict[str, Chip] = {
             "RTX4090", ("NVIDIA GeForce RTX 4090",), 165.2e12, 25_757_220_864, 1008e9, 32e9, 1.25e9, ("1", "2", "4"),
             "NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 100 * 1024, 72 * 2**20, 2.52, threads=1536,
         ),
+        # The same architecture with 48 GB, of which PyTorch reports 47.5 GiB; the network is taken as above.
+        Gpu(
+            "RTX6000ADA", ("NVIDIA RTX 6000 Ada",), 364.2e12, 51_000_000_000, 960e9, 32e9, 1.25e9, ("1", "2", "4"),
+            "NVIDIA RTX 6000 Ada Generation", (8, 9), 142, 128, 100 * 1024, 96 * 2**20, 2.505, threads=1536,
+        ),
     )
 }  # fmt: skip
 

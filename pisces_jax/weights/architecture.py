@@ -10,8 +10,10 @@ from pisces_jax.utils.errors import UserError
 from pisces_jax.weights.config_json import BICUBIC, DIFFUSERS, NATIVE, READERS, WRITERS, Json, Refuse, family_of_file
 from pisces_jax.weights.tensors import read_json
 
+# The files that say what a folder holds: of transformers, diffusers and ours; of open_clip; of PEFT.
+CONFIGS = ("config.json", "open_clip_config.json", "adapter_config.json")
 # Settings of how a model runs or is initialised: they do not make it another model.
-_RUNNING = {"attention", "remat", "unroll", "post_scale", "vocab_size", "vocab_multiple"}
+_RUNNING = {"base", "attention", "remat", "unroll", "post_scale", "vocab_size", "vocab_multiple"}
 
 
 def read_architecture(folder: Path) -> tuple[str, Any]:
@@ -20,8 +22,7 @@ def read_architecture(folder: Path) -> tuple[str, Any]:
     Raises:
         UserError: there is no `config.json`, or the model is not supported; the message says what is not.
     """
-    names = ("config.json", "open_clip_config.json")
-    path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+    path = next((folder / name for name in CONFIGS if (folder / name).exists()), folder / CONFIGS[0])
     values = read_json(path)
     refuse = _refusal(path)
     if values.get("quantization_config"):
@@ -116,7 +117,7 @@ def config_json(family: str, config: Any, part: str, dtype: str) -> dict[str, An
     values = WRITERS[family](config)
     if family == NATIVE:
         values["part"] = part
-    if family not in DIFFUSERS:  # it does not write a dtype
+    if family not in (*DIFFUSERS, "peft"):  # they write no dtype
         values["dtype"] = dtype
     if family == "llama":
         values["torch_dtype"] = dtype  # the key of transformers 4

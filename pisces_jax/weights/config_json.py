@@ -14,6 +14,7 @@ from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.denoiser import DenoiserConfig
 from pisces_jax.models.dit import DiTConfig
 from pisces_jax.models.layers import ACTIVATIONS
+from pisces_jax.models.lora import LoRA
 from pisces_jax.models.transformer import RopeScaling, TransformerConfig
 from pisces_jax.models.unet import SIZES, UNetConfig
 from pisces_jax.models.vit import ViTConfig
@@ -259,13 +260,13 @@ def _write_native(config: Any) -> dict[str, Any]:
 
 READERS: dict[str, Callable[[Json, Refuse], Any]] = {
     NATIVE: _read_native, "llama": language_json.read_llama, "qwen2": language_json.read_qwen2, "eva": _read_eva,
-    "autoencoder": _read_autoencoder, "unet": _read_unet,
+    "autoencoder": _read_autoencoder, "unet": _read_unet, "peft": language_json.read_peft,
     "siglip": lambda values, refuse: _read_vit("siglip", values, refuse),
     "clip": lambda values, refuse: _read_vit("clip", values, refuse, **_CLIP_FORM, **_CLIP_PIXELS),
 }  # fmt: skip
 WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     NATIVE: _write_native, "llama": language_json.write_llama, "qwen2": language_json.write_qwen2, "eva": _write_eva,
-    "autoencoder": _write_autoencoder, "unet": _write_unet,
+    "autoencoder": _write_autoencoder, "unet": _write_unet, "peft": language_json.write_peft,
     "siglip": lambda c: _write_vit("siglip", "SiglipVisionModel", c, vision_use_head=False),
     "clip": lambda c: _write_vit("clip", "CLIPVisionModel", c),
 }  # fmt: skip
@@ -275,6 +276,8 @@ def family_of_file(values: Json, refuse: Refuse) -> str:
     """The family that a `config.json` describes."""
     if values.get("model_type") == NATIVE:
         return NATIVE
+    if "peft_type" in values:
+        return "peft"
     if _eva_settings(values) is not None:
         return "eva"
     kind = values.get("_class_name") or values.get("model_type") or values.get("architecture") or "an unknown model"
@@ -295,6 +298,8 @@ def family_of(config: Any) -> str:
         if not config.qkv_bias:
             return "llama"
         return "qwen2" if config.rope_scaling is None and config.head_dim * config.heads == config.width else NATIVE
+    if isinstance(config, LoRA):
+        return "peft"
     if isinstance(config, AutoencoderConfig):
         return "autoencoder" if config.eps == 1e-6 else NATIVE
     if isinstance(config, UNetConfig):

@@ -108,7 +108,8 @@ def export_part(
     for array in flat.values():
         sizes[np.dtype(dtype or array.dtype)] += math.prod(array.shape)
     most = str(sizes.most_common(1)[0][0])  # the dtype of most parameters
-    files = {"config.json": config_json(name, settings, part, most)}
+    adapter = "adapter_" if name == "peft" else ""
+    files = {f"{adapter}config.json": config_json(name, settings, part, most)}
     if tokenizer is not None:
         ids = dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad)
         files["config.json"] |= ids
@@ -116,7 +117,7 @@ def export_part(
         files["generation_config.json"] = dict(ids, suppress_tokens=never)
     if isinstance(settings, ViTConfig) and name != NATIVE:
         files["preprocessor_config.json"] = preprocessor_json(name, settings)
-    stem = "diffusion_pytorch_model" if name in DIFFUSERS else "model"
+    stem = "diffusion_pytorch_model" if name in DIFFUSERS else f"{adapter}model"
     with new_folder(target) as scratch, progress_bar(f"writing {part}", total) as bar:
         write_folder(scratch, pending, stem, bar.update)
         if tokenizer is not None:

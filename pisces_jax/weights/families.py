@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pisces_jax.models.autoencoder import AutoencoderConfig
 from pisces_jax.models.dit import DiTConfig
+from pisces_jax.models.lora import LoRA
 from pisces_jax.models.transformer import TransformerConfig
 from pisces_jax.models.unet import UNetConfig
 from pisces_jax.models.vit import ViTConfig
@@ -82,22 +83,44 @@ def _linear(ours: str, theirs: str, kernel: str = "O I -> I O", bias: str = "O -
     return rows + ([Entry(f"{ours}/bias", f"{theirs}.bias", bias)] if bias else [])
 
 
+# The matrices of a LLaMA's or Qwen2's block, in the order of the files.
+PROJECTIONS = {
+    "attention/query": ("self_attn.q_proj", "(N H) D -> D N H"),
+    "attention/key": ("self_attn.k_proj", "(N H) D -> D N H"),
+    "attention/value": ("self_attn.v_proj", "(N H) D -> D N H"),
+    "attention/out": ("self_attn.o_proj", "D (N H) -> N H D"),
+    "mlp/gate": ("mlp.gate_proj", "O I -> I O"),
+    "mlp/up": ("mlp.up_proj", "O I -> I O"),
+    "mlp/down": ("mlp.down_proj", "O I -> I O"),
+}
+
+
 def llama(c: TransformerConfig) -> list[Entry]:
     """LLaMA, and Qwen2 with its biases."""
     block, ours = "model.layers.{i}", "layers"
-    heads = "(N H) D -> D N H"
     rows = [Entry("embedding", "model.embed_tokens.weight", "V D -> V D", vocabulary=True)]
     rows += _norm(f"{ours}/attention_norm", f"{block}.input_layernorm", bias=False)
-    for name, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        bias = "(N H) -> N H" if c.qkv_bias else ""
-        rows += _linear(f"{ours}/attention/{name}", f"{block}.self_attn.{theirs}", heads, bias)
-    rows += _linear(f"{ours}/attention/out", f"{block}.self_attn.o_proj", "D (N H) -> N H D", bias="")
-    rows += _norm(f"{ours}/mlp_norm", f"{block}.post_attention_layernorm", bias=False)
-    for name in ("gate", "up", "down"):
-        rows += _linear(f"{ours}/mlp/{name}", f"{block}.mlp.{name}_proj", bias="")
+    for name, (theirs, kernel) in PROJECTIONS.items():
+        if name == "mlp/gate":
+            rows += _norm(f"{ours}/mlp_norm", f"{block}.post_attention_layernorm", bias=False)
+        bias = "(N H) -> N H" if c.qkv_bias and kernel.startswith("(N H)") else ""
+        rows += _linear(f"{ours}/{name}", f"{block}.{theirs}", kernel, bias)
     rows += _norm("final_norm", "model.norm", bias=False)
     if not c.tied_embedding:
         rows.append(Entry("head", "lm_head.weight", "V D -> V D", vocabulary=True))
+    return rows
+
+
+def peft(c: LoRA) -> list[Entry]:
+    """Adapters of a LLaMA or a Qwen2: A of shape [R, inputs] and B of [outputs, R], split as the matrix is."""
+    rows = []
+    for name, (theirs, kernel) in PROJECTIONS.items():
+        if name.rpartition("/")[2] not in c.targets:
+            continue
+        ours, block = f"layers/{name}", f"model.layers.{{i}}.{theirs}"
+        outputs, inputs = re.findall(r"\(.*?\)|\w+", kernel.partition(" -> ")[0])
+        rows.append(Entry(f"{ours}/lora_a", f"{block}.lora_A.weight", f"R {inputs} -> {inputs.strip('()')} R"))
+        rows.append(Entry(f"{ours}/lora_b", f"{block}.lora_B.weight", f"{outputs} R -> R {outputs.strip('()')}"))
     return rows
 
 
@@ -293,6 +316,7 @@ FAMILIES = {
         unused=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight", *TOWERS, _GENERATOR, _QUERIES),
         renamed=((r"^model\.language_model\.", "model."),),  # of Qwen2.5-VL in transformers 5
     ),
+    "peft": Family(peft, ("base_model.model.",)),
     # A parameter of diffusers' model that pads texts of one batch: BLIP3-o's conditions are all equally long.
     "lumina": Family(lumina, ("model.dit.model.",), (r"pad_token",)),
     "queries": Family(queries, ("model.",), (r"(?!latent_queries).*",)),

@@ -24,12 +24,13 @@ from pisces_jax.data.tokenizers import APPENDED
 from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from pisces_jax.models.denoiser import Denoiser, DenoiserConfig
 from pisces_jax.models.dit import DiT
+from pisces_jax.models.lora import BASE, PART, LoRA, detach
 from pisces_jax.models.transformer import Transformer, TransformerConfig
 from pisces_jax.models.unet import SIZES, UNet, UNetConfig
 from pisces_jax.models.vit import ViT, ViTConfig
 from pisces_jax.utils.errors import UserError, listed
 from pisces_jax.weights import blip3o
-from pisces_jax.weights.architecture import differences, read_architecture
+from pisces_jax.weights.architecture import CONFIGS, differences, read_architecture
 from pisces_jax.weights.config_json import NATIVE
 from pisces_jax.weights.families import FAMILIES, Family
 from pisces_jax.weights.layout import Entry
@@ -104,7 +105,7 @@ class Folder:
         path = resolve(source)
         if part and (path / part).is_dir() and not (path / "config.json").exists():  # as `convert import` writes them
             path = path / part
-        if not any((path / name).exists() for name in ("config.json", "open_clip_config.json")):
+        if not any((path / name).exists() for name in CONFIGS):
             read_folder(path)  # if the weights are wrong too, the user should know that first
         family, settings = read_architecture(path)
         tensors = read_folder(path)
@@ -350,6 +351,12 @@ def boxed_shapes(settings: Any) -> Any:
         return jax.eval_shape(lambda *a: module.init(key, *a, method=method), *inputs)["params"]
 
     c = settings
+    if isinstance(c, LoRA):
+        if c.base is None:
+            raise UserError(
+                "adapters have the shapes of their language model: name their folder in a config's init_from.lora"
+            )
+        return detach({BASE: boxed_shapes(dataclasses.replace(c.base, lora=c))})[PART]
     if isinstance(c, TransformerConfig):
         return abstract(Transformer(c), zeros(1, 4, dtype=jnp.int32), method="init_all")
     if isinstance(c, ViTConfig):

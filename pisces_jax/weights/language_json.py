@@ -1,11 +1,14 @@
-"""The `config.json` of language models (transformers): LLaMA, and Qwen2 with the text part of Qwen2.5-VL.
+"""The `config.json` of language models (transformers): LLaMA, and Qwen2 with the text part of Qwen2.5-VL; and the
+`adapter_config.json` of their adapters (PEFT).
 
 BLIP3-o's checkpoints are the latter with two parts more (`weights/blip3o.py`).
 """
 
 from typing import Any
 
+from pisces_jax.models.lora import LoRA
 from pisces_jax.models.transformer import RopeScaling, TransformerConfig
+from pisces_jax.weights.families import PROJECTIONS
 from pisces_jax.weights.fields import Json, Refuse, ours, require, theirs
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -112,4 +115,38 @@ def write_qwen2(c: TransformerConfig) -> dict[str, Any]:
         architectures=["Qwen2ForCausalLM"], model_type="qwen2", **theirs(_FIELDS, c), **_QWEN_FIXED,
         num_key_value_heads=c.kv_heads, head_dim=c.head_dim, max_position_embeddings=32_768,
         rope_parameters=rope, rope_theta=c.rope_theta,
+    )  # fmt: skip
+
+
+# Variants that compute otherwise, or whose base is not as it was published.
+_PEFT_FIXED: dict[str, Any] = dict(
+    peft_type="LORA", bias="none", fan_in_fan_out=False, use_rslora=False, use_dora=False, lora_bias=False,
+    use_qalora=False, rank_pattern={}, alpha_pattern={}, modules_to_save=None, layers_to_transform=None,
+    layers_pattern=None, target_parameters=None, trainable_token_indices=None, layer_replication=None,
+    alora_invocation_tokens=None,
+)  # fmt: skip
+_PEFT_STARTS = (None, True, False, "gaussian", "orthogonal")
+_TARGETS = {theirs.rpartition(".")[2]: ours.rpartition("/")[2] for ours, (theirs, _) in PROJECTIONS.items()}
+
+
+def read_peft(values: Json, refuse: Refuse) -> LoRA:
+    require(values, _PEFT_FIXED, refuse, "adapters", "take plain LoRA, of matrices of the blocks alone")
+    if values.get("init_lora_weights") not in _PEFT_STARTS:
+        start = values["init_lora_weights"]
+        raise refuse(f"adapters with init_lora_weights {start!r}, which changes the base", "convert them to plain LoRA")
+    given = values["target_modules"]
+    # PEFT writes last names, or whole ones, layer by layer: which tensors are there is checked when they are read.
+    named = {given} if isinstance(given, str) else {name.rpartition(".")[2] for name in given}
+    if unknown := sorted(named - set(_TARGETS)):
+        raise refuse(f"adapters of {unknown[0]!r}", f"the supported target_modules are {', '.join(_TARGETS)}")
+    return LoRA(values["r"], float(values["lora_alpha"]), tuple(_TARGETS[name] for name in named))
+
+
+def write_peft(c: LoRA) -> dict[str, Any]:
+    named = [name for name, target in _TARGETS.items() if target in c.targets]
+    alpha = int(c.alpha) if c.alpha == int(c.alpha) else c.alpha
+    return dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, inference_mode=True, r=c.rank,
+        lora_alpha=alpha, lora_dropout=0.0, target_modules=named, bias="none", fan_in_fan_out=False,
+        use_rslora=False, use_dora=False,
     )  # fmt: skip

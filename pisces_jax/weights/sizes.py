@@ -87,8 +87,9 @@ def latent_decoder(encoder: ViTConfig, pool: int, autoencoder: AutoencoderConfig
 # map of EVA-CLIP-E-plus features and the 3,584-wide states of its 8B model.
 FEATURE_GENERATOR = dict(width=1792, layers=24, heads=28, mlp_hidden=4864, published=True)
 
-# What a config says elsewhere: the tokenizer its vocabulary, the generation encoder what the decoder is conditioned on.
-_IMPLIED = ("vocab_size", "condition_width", "condition_vectors")
+# What a config says elsewhere: the tokenizer its vocabulary, the generation encoder what the decoder is conditioned on,
+# and `model.lora` the adapters.
+_IMPLIED = ("vocab_size", "condition_width", "condition_vectors", "lora")
 
 
 def settings(config: Any, **changes: Any) -> dict[str, Any]:

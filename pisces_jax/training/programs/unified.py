@@ -16,6 +16,7 @@ from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.losses import objectives
 from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.layers import apply
+from pisces_jax.models.lora import detach
 from pisces_jax.models.pisces import Pisces, PiscesConfig
 from pisces_jax.models.transformer import Transformer
 from pisces_jax.ops.cross_entropy import text_cross_entropy
@@ -169,7 +170,7 @@ class UnifiedProgram(Program):
         c, tokens = self.model.config, jnp.zeros((1, 8), jnp.int32)
         if c.generation_encoder is None:
             language_model = Transformer(c.language_model, self.model.dtype)
-            return {"language_model": language_model.init(key, tokens, method="init_all")["params"]}
+            return detach({"language_model": language_model.init(key, tokens, method="init_all")["params"]})
 
         def blank(size: int) -> Array:
             return jnp.zeros((1, size, size, 3), jnp.uint8)
@@ -177,7 +178,7 @@ class UnifiedProgram(Program):
         images = blank(c.read_size), blank(c.draw_size)
         params = dict(self.model.init(key, *images, tokens, method="init_all")["params"])
         decoding = {} if self.reconstruction is None else self.reconstruction.init(jax.random.fold_in(key, 1))
-        return {**decoding, **params}
+        return {**decoding, **detach(params)}
 
     def counts(self, batch: Batch) -> dict[str, Array]:
         _, learned = text_targets(batch)

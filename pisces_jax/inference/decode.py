@@ -92,7 +92,8 @@ class PictureDecoder:
         def network(*args: Array) -> Array:
             return apply(self.flow_network, params["decoder"], *args)
 
-        made = integrate(guided(network, vectors, how), noise_of(keys, self.flow_network), how.steps)
+        noise = noise_of(keys, self.flow_network)
+        made = integrate(guided(network, vectors, how), noise, how.steps, how.solver, how.shift)
         if self.autoencoder is not None:
             made = apply(self.autoencoder, params["autoencoder"], made, method="decode")
         return to_pixels(made)

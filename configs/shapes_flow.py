@@ -122,5 +122,18 @@ def get_config() -> ConfigDict:
         optimizer=dict(OPTIMIZER, learning_rate=2.4e-3, final_rate=0.05), log=LOG,
         sampling=dict(describe=False, temperature=0.7),
     )  # fmt: skip
-    runs = (pretrain, autoencoder, reader, stage1, colours, questions, stage2, stage3)
+    # Prompts again, most of them drawn directly: shapes become sharp.
+    stage4 = run_config(
+        **STAGE, name="stage4", steps=2600, model=MODEL,
+        init_from=FROZEN | dict.fromkeys(parts.DENOISER_TRAINED, "stage3"),
+        data=dict(ROWS, read_slots=3, draw_slots=32, **parts.train_and_evaluate(
+            parts.SHAPES_HELD_OUT,
+            conversation=dict(FOUR_WORDED, task="conversation", weight=0.25, num_examples=2500),
+            draw_prompt=dict(FOUR_WORDED, task="draw_prompt", weight=3.0, num_examples=30_000),
+            draw_described=dict(FOUR_WORDED, task="draw_described", weight=0.3, num_examples=3000),
+        )),
+        optimizer=dict(OPTIMIZER, final_rate=0.03, ema=0.995), log=dict(LOG, samples_every=0),
+        sampling=dict(describe=False, temperature=0.7),
+    )  # fmt: skip
+    runs = (pretrain, autoencoder, reader, stage1, colours, questions, stage2, stage3, stage4)
     return ConfigDict(dict(stages={run.name: run for run in runs}))

@@ -58,7 +58,9 @@ FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
 
 # How the flow head is trained and sampled.
 VECTOR_FLOW = dict(drop=0.1, steps=20, guidance=2.0)
-DENOISER_FLOW = dict(prediction="preconditioned", times="logit_normal", drop=0.1, steps=20, guidance=1.5)
+DENOISER_FLOW = dict(
+    prediction="preconditioned", times="logit_normal", drop=0.1, steps=20, guidance=1.5, temperature=0.6
+)
 
 # Rows of `optimizer.param_groups`: (pattern, multiple of the learning rate, weight decay); the first match applies.
 FROZEN_GENERATION_ENCODER = ("generation_encoder/.*", 0.0, 0.0)

@@ -20,6 +20,7 @@ from pisces_jax.training import flops
 from pisces_jax.training.programs import make_program
 from pisces_jax.training.programs.unified import UnifiedProgram
 from pisces_jax.utils.errors import UserError
+from pisces_jax.weights.folder import part_shapes
 
 L, m, C, D = tiny.Letters, 4, 16, 32
 CONFIG = PISCES["denoiser"]
@@ -68,6 +69,12 @@ def test_the_network_in_plain_arithmetic():
     matrices = sum(a.size for a in jax.tree.leaves(p) if a.ndim > 1 and a.shape[-2:] != (3, 8) or a.ndim == 4)
     biases = 2 * 2 * 8  # of the blocks' two linear maps, which have an axis of layers
     assert flops.denoiser(config) == 2 * (matrices - biases)
+
+
+def test_its_shapes_alone_are_those_within_the_model(params):
+    """What a run's checkpoint is opened with."""
+    alone, within = part_shapes(CONFIG.denoiser), params["denoiser"]
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), alone) == jax.tree.map(lambda a: (a.shape, a.dtype), within)
 
 
 def test_the_loss_is_flow_matching_of_each_vector(params):
@@ -122,7 +129,7 @@ def test_the_loss_is_flow_matching_of_each_vector(params):
 
 def test_a_rollout_draws_each_vector_from_the_state_of_training(params):
     """Vector k comes from noise of its own and the state that training has there, given the vectors before it."""
-    model, flow = Pisces(CONFIG), FlowConfig(steps=3, guidance=2.0)
+    model, flow = Pisces(CONFIG), FlowConfig(steps=3, guidance=2.0, temperature=0.7)
     rollout = Rollout(model)
 
     @jax.jit
@@ -146,7 +153,7 @@ def test_a_rollout_draws_each_vector_from_the_state_of_training(params):
         last, states, _ = teach(params, batch)
         noise = jnp.stack([jax.random.normal(jax.random.fold_in(keys[b], k), (C,)) for k in range(m)])
         field = guided(lambda *a: model.apply({"params": params}, *a, method="generate"), states[0, 0], flow)
-        made = model.apply({"params": params}, integrate(field, noise, 3), method="from_data")
+        made = model.apply({"params": params}, integrate(field, 0.7 * noise, 3), method="from_data")
         np.testing.assert_allclose(vectors[b], made, rtol=2e-4, atol=2e-4)
         np.testing.assert_allclose(hidden[b], last[0, len(whole) - 1], rtol=2e-4, atol=2e-4)
     other = draw(prompts([rows[1], [L.bos, 3, 3, 3, 3]]), keys[::-1])[2]

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pisces_jax.inference import decode
 from pisces_jax.losses.flow import FlowConfig, guided, integrate, interpolate, loss_weight, sample_time, velocity
 from pisces_jax.losses.objectives import flow_matching
+from pisces_jax.models.dit import DiT, DiTConfig
 
 MEAN, STD = 1.5, 0.4
 
@@ -96,6 +98,22 @@ def test_integration_carries_noise_to_the_data():
     assert errors[100] / errors[200] == pytest.approx(2, rel=0.1)  # Euler is of first order
     assert ends[1600].mean() == pytest.approx(MEAN, abs=4 * STD / math.sqrt(20_000))
     assert ends[1600].std() == pytest.approx(STD, rel=0.02)
+
+
+def test_temperature_scales_the_noise_that_a_picture_starts_from(monkeypatch):
+    """Of data ~ N(0, s²), noise z becomes the picture s·τ·z."""
+    network = DiT(DiTConfig(
+        size=4, patch_size=1, channels=3, width=8, layers=1, heads=1, mlp_hidden=8, condition_width=2,
+        condition_vectors=1,
+    ))  # fmt: skip
+    monkeypatch.setattr(
+        decode, "apply", lambda module, params, x, t, *rest: exact(x + t.reshape(-1, 1, 1, 1) * MEAN, t) - MEAN
+    )
+    how = FlowConfig(steps=1600, temperature=0.5)
+    got = decode.PictureDecoder(network, None).decode({"decoder": {}}, jnp.zeros((6, 1, 2)), keys(6), how)
+    expected = 127.5 * (1 + STD * 0.5 * np.asarray(decode.noise_of(keys(6), network)))
+    assert expected.std() > 20
+    np.testing.assert_allclose(np.asarray(got, float), expected, atol=1)
 
 
 def test_each_step_uses_the_velocity_at_its_start():

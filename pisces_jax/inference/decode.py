@@ -92,7 +92,7 @@ class PictureDecoder:
         def network(*args: Array) -> Array:
             return apply(self.flow_network, params["decoder"], *args)
 
-        noise = noise_of(keys, self.flow_network)
+        noise = how.temperature * noise_of(keys, self.flow_network)
         made = integrate(guided(network, vectors, how), noise, how.steps, how.solver, how.shift)
         if self.autoencoder is not None:
             made = apply(self.autoencoder, params["autoencoder"], made, method="decode")

@@ -224,5 +224,5 @@ class Rollout:
 
         noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
         noise = noise.astype(jnp.promote_types(self.model.dtype, jnp.float32))
-        made = integrate(guided(network, states, flow), noise, flow.steps, flow.solver, flow.shift)
+        made = integrate(guided(network, states, flow), flow.temperature * noise, flow.steps, flow.solver, flow.shift)
         return self._apply(params, made, method="from_data")

@@ -37,6 +37,8 @@ class FlowConfig:
         solver: of a sampler, one of `SOLVERS`.
         shift: more than 1 moves a sampler's steps towards the noise: 1 − t becomes shift·(1 − t) / (1 + (shift − 1)·
             (1 − t)) (Esser et al. 2024, arXiv 2403.03206, eq. 23).
+        temperature: standard deviation of the noise that a sampler starts from; less than 1 gives likelier samples that
+            differ less (as in Li et al. 2024, arXiv 2406.11838, section 3.2, for diffusion).
         guidance: scale of classifier-free guidance, see `guided`; 1 is no guidance.
         guidance_from, guidance_to: the times t between which there is guidance (Kynkäänniemi et al. 2024, arXiv
             2404.07724).
@@ -55,6 +57,7 @@ class FlowConfig:
     steps: int = 20
     solver: str = "euler"
     shift: float = 1.0
+    temperature: float = 1.0
     guidance: float = 1.0
     guidance_from: float = 0.0
     guidance_to: float = 1.0
@@ -70,6 +73,8 @@ class FlowConfig:
                 raise ValueError(f"flow.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.steps < 1 or not 0 < self.shift < float("inf"):
             raise ValueError(f"steps {self.steps} and shift {self.shift:g} must be at least 1 and above 0")
+        if self.temperature < 0:
+            raise ValueError(f"flow.temperature {self.temperature:g} must be at least 0")
         if self.guidance != 1.0 and not self.drop:
             raise ValueError(
                 f"guidance {self.guidance:g} needs a network that has seen dropped conditions: train with drop > 0, or "

@@ -35,7 +35,9 @@ class Companions:
         self._decided = threading.Event()
         self._heard: dict[str, tuple[str, float]] = {}  # process 0: the last beat of each other one, and when
         self._started = time.monotonic()
-        threading.Thread(target=self._watch, name="companions", daemon=True).start()
+        self._gone = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="companions", daemon=True)
+        self._watcher.start()
 
     def ask(self) -> None:
         """Asks all processes to stop together; from any thread."""
@@ -69,6 +71,11 @@ class Companions:
         import jax
 
         self._leaving = True
+        self._gone.set()
+        # Python ends threads that come back from C++ while it ends itself, and C++ aborts the process for it.
+        self._watcher.join(5.0)
+        if self._watcher.is_alive():
+            errors.hanging = True
         jax.distributed.shutdown()
 
     def _tell(self, ended: str) -> None:
@@ -93,9 +100,8 @@ class Companions:
                 failed = failed or now
                 if not self._leaving and now - failed > self._silent:
                     self._end(errors.LOST, "process 0 cannot be reached")
-            if self._leaving:
+            if self._leaving or self._gone.wait(POLL):
                 return
-            time.sleep(POLL)
 
     def _look(self, beat: str) -> None:
         if self._process:

@@ -65,8 +65,7 @@ def run_command(main: Callable[[], None]) -> None:
     _prepare_output()
     try:
         main()
-        if goodbye is not None:
-            goodbye()
+        _part(0)
     except UserError as error:
         _end(FAILED, f"error: {error}")
     except OSError as error:
@@ -75,8 +74,7 @@ def run_command(main: Callable[[], None]) -> None:
         _end(FAILED, f"error: {words}")
     except Preempted:
         print(f"interrupted: {AGAIN}", file=sys.stderr)
-        if goodbye is not None:
-            goodbye()
+        _part(PREEMPTED)
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         _end(130, f"interrupted: {AGAIN}")
@@ -90,7 +88,7 @@ def run_command(main: Callable[[], None]) -> None:
 # Tells the other processes of a run that this one ends, with its exit status and a sentence; None: there are no others.
 farewell: Callable[[int, str], None] | None = None
 goodbye: Callable[[], None] | None = None  # waits for them, where all have come to an end
-hanging = False  # a thread of this process waits for storage that never answers: it must not wait for that thread
+hanging = False  # a thread waits for storage or a service that never answers: the process ends without it
 
 
 def leave(status: int, sentence: str) -> NoReturn:
@@ -115,6 +113,17 @@ def _end(status: int, sentence: str) -> NoReturn:
         leave(status, sentence)
     print(sentence, file=sys.stderr)
     sys.exit(status)
+
+
+def _part(status: int) -> None:
+    """Ends with the other processes, where all have come to an end."""
+    if goodbye is not None:
+        goodbye()
+    if hanging:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 def _fail_with_traceback(error: Exception) -> NoReturn:

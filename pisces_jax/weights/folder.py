@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from pisces_jax.data.tokenizers import APPENDED
 from pisces_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from pisces_jax.models.denoiser import Denoiser, DenoiserConfig
 from pisces_jax.models.dit import DiT
 from pisces_jax.models.transformer import Transformer, TransformerConfig
 from pisces_jax.models.unet import SIZES, UNet, UNetConfig
@@ -358,6 +359,8 @@ def boxed_shapes(settings: Any) -> Any:
     if isinstance(c, UNetConfig):
         latents = zeros(1, c.size, c.size, c.channels)
         return abstract(UNet(c), latents, zeros(1), zeros(1, 1, c.condition_width), zeros(1, SIZES))
+    if isinstance(c, DenoiserConfig):
+        return abstract(Denoiser(c), zeros(1, c.channels), zeros(1), zeros(1, c.condition_width), zeros(1, dtype=bool))
     condition = zeros(1, c.condition_vectors, c.condition_width)
     return abstract(DiT(c), zeros(1, c.size, c.size, c.channels), zeros(1), condition, zeros(1, dtype=jnp.bool_))
 

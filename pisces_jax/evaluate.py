@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=cli.whole_number(1), default=64, help="rows at a time (default 64)")
     flags = parser.parse()
 
+    from pisces_jax.data.images import png
     from pisces_jax.evaluation import geneval_folder, judging, pictures
-    from pisces_jax.evaluation.grids import png
     from pisces_jax.inference.model import load_model
     from pisces_jax.shapes_world import scores as shapes
     from pisces_jax.training.input import evaluation_sources, judged_sources, training_sources

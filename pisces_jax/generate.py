@@ -40,9 +40,10 @@ def main() -> None:
     flags = parser.parse()
 
     from pisces_jax.data.example import Text
+    from pisces_jax.data.images import png
     from pisces_jax.data.instructions import draw_instruction
     from pisces_jax.evaluation import geneval, geneval_folder
-    from pisces_jax.evaluation.grids import Cell, labelled_grid, png
+    from pisces_jax.evaluation.grids import Cell, labelled_grid
     from pisces_jax.inference.model import load_model
     from pisces_jax.shapes_world.scene import SHAPES
 
@@ -51,7 +52,7 @@ def main() -> None:
     metadata = geneval_folder.read_prompts(flags.geneval, known) if flags.geneval else []
     if prompts and flags.geneval:
         raise UserError("--geneval gives all prompts: leave --prompt and --prompts_file out")
-    prompts += [line["prompt"] for line in metadata]
+    prompts += [(line["prompt"], None) for line in metadata]
     if not prompts:
         raise UserError("there is nothing to draw: give a prompt by --prompt, --prompts_file or --geneval")
     cli.check_output(flags.out, "--out", folder=True)
@@ -63,12 +64,13 @@ def main() -> None:
     size = flags.batch_size or min(64, n * len(prompts))
     model = load_model(flags.workdir, flags.run, batch_size=size, **shared.device_choice(flags))
     how = shared.drawing_choice(flags, model.config)
-    words = [draw_instruction(prompt, model.config.sampling.instruction) for prompt in prompts]
+    form = model.config.sampling.instruction
+    parts = [(*([picture] if picture else []), Text(draw_instruction(prompt, form))) for prompt, picture in prompts]
     seeds = shared.given_seeds(flags, len(prompts))
-    drawings = model.draw([(Text(text),) for text in words for _ in range(n)], seed=flags.seed, seeds=seeds, **how)
+    drawings = model.draw([one for one in parts for _ in range(n)], seed=flags.seed, seeds=seeds, **how)
     files: dict[str, bytes] = {}
     lines, rows = [], []
-    for p, prompt in enumerate(prompts):
+    for p, (prompt, _) in enumerate(prompts):
         own = drawings[p * n : (p + 1) * n]
         if metadata:
             made = geneval_folder.sample_files(p, metadata[p], [drawing.image for drawing in own])

@@ -121,7 +121,8 @@ def test_only_a_newline_ends_a_prompt(tmp_path):
     """A byte order mark is no part of a prompt; other breaks stand for spaces within one."""
     path = tmp_path / "prompts.txt"
     path.write_text("a red\u2028circle\r\na\x85blue\x0csquare\n\n", "utf-8-sig", newline="")
-    assert given_prompts(Namespace(prompt=[], prompts_file=path)) == ["a red circle", "a blue square"]
+    given = given_prompts(Namespace(prompt=[], prompts_file=path))
+    assert given == [("a red circle", None), ("a blue square", None)]
     path.write_text("a red circle", "utf-16")
     with pytest.raises(UserError, match="is text in UTF-16"):
         given_prompts(Namespace(prompt=[], prompts_file=path))
@@ -152,6 +153,36 @@ def test_answer_prints_the_answer_alone(trained, call):
     status, out, error = call("answer", *flags, "--question=what colour is the circle?")
     assert (status, error) == (0, "") and out.endswith("\n")
     assert call("answer", *flags)[0] == 0
+
+
+def test_many_questions_are_answered_in_their_order(trained, call, tmp_path):
+    picture = Image.open(trained / "picture.png")
+    for name in ("b.png", "a.jpg"):
+        picture.rotate(90 * (name == "b.png")).save(tmp_path / name)
+    asked = [{"question": "how many?", "image": "b.png", "id": 7}, {"question": "and now?"}, {"image": "a.jpg"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in asked))
+    run = f"--workdir={trained / 'run'}"
+    flags = [run, "--max_tokens=4", "--batch_size=2", f"--questions={tmp_path / 'q.jsonl'}"]
+    status, out, error = call("answer", *flags, f"--out={tmp_path / 'a.jsonl'}")
+    assert (status, error) == (0, "") and "3 answers" in out
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [{k: line[k] for k in given} for line, given in zip(lines, asked, strict=True)] == asked
+    assert lines[2]["question"] == "describe:"
+    assert call("answer", *flags)[1] == (tmp_path / "a.jsonl").read_text()
+    _, out, _ = call("answer", run, "--max_tokens=4", f"--images={tmp_path}", "--question=how  many?", "--batch_size=2")
+    folder = [json.loads(line) for line in out.splitlines()]
+    assert [line["image"] for line in folder] == ["a.jpg", "b.png"]
+    assert folder[1]["answer"] == lines[0]["answer"] and folder[1]["question"] == "how many?"
+
+
+def test_prompts_with_pictures_are_drawn_in_their_order(trained, call, tmp_path):
+    lines = [{"prompt": "a red circle"}, {"prompt": "the same in blue", "image": "picture.png"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [f"--workdir={trained / 'run'}", f"--images={trained}", "--num_images=1", "--solver=dpm++", "--steps=3"]
+    status, out, error = call("generate", *flags, f"--prompts_file={tmp_path / 'p.jsonl'}", f"--out={tmp_path / 'out'}")
+    assert (status, error) == (0, "") and "2 pictures of 2 prompts" in out
+    made = [json.loads(line) for line in (tmp_path / "out/prompts.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in made] == [line["prompt"] for line in lines]
 
 
 def test_evaluate_writes_what_it_prints(trained, call, tmp_path):
@@ -253,6 +284,20 @@ BAD = [
     ("answer --workdir=RUN --image=SYNTAX", "cannot be read"),
     ("answer --workdir=RUN --image=PICTURE --question=", "--question is empty"),
     ("answer --workdir=FOREIGN --image=PICTURE", "holds no finished unified run"),
+    ("answer --workdir=RUN", "there is nothing to read"),
+    ("answer --workdir=RUN --image=PICTURE --images=RUN", "there is nothing to read"),
+    ("answer --workdir=RUN --images=FOREIGN", "holds no pictures"),
+    ("answer --workdir=RUN --questions=LINES", "line 3 is not of the form"),
+    ("answer --workdir=RUN --questions=LINES --image=PICTURE", "leave --image and --question out"),
+    ("answer --workdir=RUN --questions=EMPTY", "holds no question"),
+    ("answer --workdir=RUN --questions=LOST", "gone.png cannot be read"),
+    ("answer --workdir=RUN --image=PICTURE --top_p=0", "top_p 0.0 is not above 0"),
+    ("answer --workdir=RUN --image=PICTURE --out=FOREIGN", "is a folder"),
+    ("generate --workdir=RUN --out=NEW --prompts_file=LINES", "line 1 is not of the form"),
+    ("chat --workdir=FOREIGN", "holds no finished unified run"),
+    ("chat --workdir=RUN --out=FILE", "is a file"),
+    ("serve --workdir=FOREIGN --port=0", "holds no finished unified run"),
+    ("serve --workdir=RUN --host=192.0.2.1", "cannot be used"),
     ("evaluate --workdir=RUN --task=painting", "spread, reading, reconstruction, pictures, judge, all"),
     ("evaluate --workdir=RUN --task=pictures", "does not fit this run"),
     ("evaluate --workdir=RUN --task=reading --grid=NEW", "draws none"),
@@ -279,6 +324,9 @@ def test_a_mistake_is_one_sentence_and_leaves_no_trace(trained, call, tmp_path, 
     places["FILE"].write_text("a file")
     places["FOREIGN"] = tmp_path / "foreign"
     (places["FOREIGN"] / "photos").mkdir(parents=True)
+    places["LINES"], places["LOST"] = tmp_path / "lines.jsonl", tmp_path / "lost.jsonl"
+    places["LINES"].write_text('{"question": "how many?"}\n\n{"question": 3}\n')
+    places["LOST"].write_text('{"image": "gone.png"}\n')
     places["PROMPTS"] = tmp_path / "prompts.jsonl"
     places["PROMPTS"].write_text(json.dumps(geneval_prompts(1)[0]))
     places["SAMPLES"] = tmp_path / "samples"

@@ -177,7 +177,10 @@ RUNS = {
         "--count": "1",
     },
     r"pisces_jax\.data index .*": {"--path": "{tmp}/shard.tar", "--index_dir": "{tmp}", "--workers": "1"},
-    r"pisces_jax\.answer .*": {**TRAINED, "--image": "{trained}/picture.png", "--question": "how many?"},
+    r"pisces_jax\.answer .*": {
+        **TRAINED, "--image": "{trained}/picture.png", "--question": "how many?", "--images": "{trained}",
+        "--questions": "{tmp}/questions.jsonl", "--out": "{tmp}/answers.jsonl",
+    },
     r"pisces_jax\.generate --workdir=weights/.*": {
         "--workdir": "{released}", "--out": "{tmp}/drawn_released", "--prompt": "a red circle", "--seeds": "1",
     },
@@ -205,6 +208,8 @@ NOT_RUN = {
     r"pisces_jax\.plan .*--topology=(rtx|[ah])\d+\w*:.*": "needs the extra plan-gpu and a minute or more",
     r"pisces_jax\.plan .*": "two minutes and more for a slice; tests/test_planning.py plans tiny steps for slices",
     r"pisces_jax\.evaluate --workdir=\S+ --task=pictures.*": "needs a run on real pictures; tests/test_evaluation.py",
+    r"pisces_jax\.chat .*": "reads what is typed; tests/test_chat.py types",
+    r"pisces_jax\.serve .*": "serves until it is ended; tests/test_serve.py",
     r"pisces_jax\.checkpoint .*": "its arguments are folders of a run; tests/test_checkpoints.py runs each command",
     r"pisces_jax\.convert import .*": "needs published weights; tests/test_weights.py imports generated ones",
 }
@@ -237,6 +242,7 @@ def test_a_command_is_run_or_there_is_a_reason_why_not(command):
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     (folder / "prompts.txt").write_text("a red circle\n")
+    (folder / "questions.jsonl").write_text('{"question": "how many?", "image": "picture.png"}\n')
     for name in ("1.png", "1.txt"):
         (folder / name).write_text("a caption")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "1.png")

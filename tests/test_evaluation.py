@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pisces_jax.data.example import Example, Picture, Text
+from pisces_jax.data.images import png
 from pisces_jax.data.instructions import draw_instruction
 from pisces_jax.evaluation import answers, charts, geneval, grids, pictures, report, suite
 from pisces_jax.evaluation.geneval import TAGS, Detection
@@ -325,7 +326,7 @@ def test_report_and_sheet_show_prompts_reasons_and_curves(tmp_path):
     drawn = results.outcomes["geneval"].drawn
     drawn["described"][0] = dataclasses.replace(drawn["described"][0], description="a \0 red circle")
     (tmp_path / "samples").mkdir()
-    (tmp_path / "samples/0000010.png").write_bytes(grids.png(np.zeros((4, 4, 3), np.uint8)))
+    (tmp_path / "samples/0000010.png").write_bytes(png(np.zeros((4, 4, 3), np.uint8)))
     page = report.write_html("A title", results.scores, results, {"stage": tmp_path}, {"stage": LINES})
     assert "<h1>A title</h1>" in page and "a \N{REPLACEMENT CHARACTER} red circle" in page
     assert page.count("data:image/svg+xml") == 1 and "step 10:" in page

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from flax import linen as nn
 
 from pisces_jax.data.example import Text
 from pisces_jax.inference.model import Model
-from pisces_jax.inference.rollout import Pool, Prompts, Rollout
+from pisces_jax.inference.rollout import Pool, Prompts, Rollout, Rows
+from pisces_jax.inference.sampling import Choices, TextSampling
 from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.pisces import Pisces
 from pisces_jax.training import config as settings
@@ -36,11 +38,7 @@ def model(config):
 
 @pytest.fixture(scope="module")
 def params(model):
-    inputs = jnp.zeros((1, 8, 8, 3), jnp.uint8), jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, 4), jnp.int32)
-    init = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, method="init_all"))
-    p = plain.randomised(nn.unbox(init)["params"], seed=2, sharpen=("query", "key"))
-    p["language_model"]["head"] *= 4  # so that the greedy choice is far from a tie
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), p)
+    return tiny.random_params(model)
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +119,16 @@ def fast(model, params):
     """Text, then a picture: jitted once for each choice of settings."""
     rollout = Rollout(model)
 
-    @functools.partial(jax.jit, static_argnames=("temperature", "stop", "max_tokens"))
-    def run(prompts, keys, allowed, temperature=0.0, stop=(), max_tokens=MOST):
+    @functools.partial(jax.jit, static_argnames=("stop", "steps"))
+    def run(prompts, keys, allowed, how, stop, steps):
         rows = rollout.prefill(params, prompts, SLOTS)
-        rows, tokens = rollout.sample_text(
-            params, rows, keys, max_tokens=max_tokens, temperature=temperature, stop=stop, allowed=allowed
-        )
+        rows, tokens = rollout.sample_text(params, rows, keys, how, steps=steps, stop=stop, allowed=allowed)
         return tokens, rollout.draw_vectors(params, rows, L.begin_image, keys, FlowConfig())[1]
 
-    def call(rows, allowed, seeds=None, **kwargs):
+    def call(rows, allowed, seeds=None, stop=(), max_tokens=MOST, **how):
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds or range(len(rows))))
-        return jax.device_get(run(prompts(rows), keys, jnp.asarray(allowed), **kwargs))
+        how = Choices.of([TextSampling(max_tokens, **how)] * len(rows))
+        return jax.device_get(run(prompts(rows), keys, jnp.asarray(allowed), how, stop, max_tokens))
 
     return call
 
@@ -296,3 +293,124 @@ def test_description_ends_where_the_picture_begins(apply, ready, params, monkeyp
     assert at_once.description == ""
     expected = slow_vectors(apply, inputs_of(apply, ROWS[0]))
     np.testing.assert_allclose(at_once.vectors, expected, rtol=2e-4, atol=2e-5)
+
+
+# --- many rows, each for itself
+
+
+def start(model, params, rows, slots=SLOTS, **how):
+    return jax.jit(lambda given: Rollout(model).prefill(params, given, slots, **how))(prompts(rows))
+
+
+def writer(model, params, steps, stop=()):
+    rollout, allowed = Rollout(model), jnp.ones(L.vocab_size, bool)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def write(rows, keys, how):
+        return rollout.sample_text(params, rows, keys, how, steps=steps, stop=stop, allowed=allowed)
+
+    return write
+
+
+DIFFERENT = [
+    TextSampling(9, t, top_k=k, repetition_penalty=p) for t, k, p in ((0, 0, 2), (1, 3, 1), (2, 0, 1), (0, 0, 1))
+]
+KEYS = jax.random.split(jax.random.key(3), 4)
+
+
+def test_prompts_in_chunks_equal_whole_ones(model, params):
+    rows = [([L.bos, *range(7, 7 + n)], None, None) for n in (3, 9, 14, 15)] + [ROWS[1]]
+    whole, parts = (
+        jax.jit(lambda given, chunk=chunk: Rollout(model).prefill(params, given, SLOTS, chunk))(prompts(rows, 16))
+        for chunk in (16, 4)
+    )
+    np.testing.assert_allclose(parts.hidden, whole.hidden, rtol=1e-5, atol=1e-5)
+    for b, length in enumerate(whole.length):
+        np.testing.assert_allclose(parts.cache.k[:, b, :length], whole.cache.k[:, b, :length], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(parts.seen, whole.seen)
+
+
+def test_a_text_in_pieces_is_the_text_at_once(model, params):
+    how = Choices.of(DIFFERENT)
+    _, whole = writer(model, params, 12)(start(model, params, ROWS), KEYS, how)
+    rows, pieces, write = start(model, params, ROWS), [], writer(model, params, 4)
+    for _ in range(3):
+        rows, tokens = write(rows, KEYS, how)
+        pieces.append(tokens)
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
+    assert (np.asarray(whole)[:, :9] >= 0).all() and (np.asarray(whole)[:, 9:] == -1).all() and not rows.going.any()
+
+
+def test_a_row_that_joins_a_running_batch_gets_what_it_gets_alone(model, params):
+    """It takes the place of a row that has ended, while others are in the middle of theirs."""
+    how = [DIFFERENT[0], None, DIFFERENT[2], None]
+    write = writer(model, params, 3)
+    rows, first = write(start(model, params, ROWS), KEYS, Choices.of(how))
+    how[1] = DIFFERENT[1]
+    rows = jax.jit(Rows.put, donate_argnums=0)(rows, jnp.int32(1), start(model, params, [ROWS[3]]))
+    keys, pieces = KEYS.at[1].set(jax.random.key(8)), []
+    for _ in range(3):
+        rows, tokens = write(rows, keys, Choices.of(how))
+        pieces.append(np.asarray(tokens))
+    joined = np.concatenate(pieces, axis=1)[1]
+    _, alone = writer(model, params, 9)(
+        start(model, params, [ROWS[3]]), jnp.stack([jax.random.key(8)]), Choices.of([DIFFERENT[1]])
+    )
+    np.testing.assert_array_equal(joined, alone[0])
+    _, others = writer(model, params, 9)(start(model, params, ROWS), KEYS, Choices.of(DIFFERENT))
+    for b in (0, 2):
+        np.testing.assert_array_equal(np.concatenate([first[b], *[p[b] for p in pieces]])[:9], others[b])
+
+
+def test_writing_ends_with_the_last_row(model, params):
+    """`steps` bounds it; what it costs are the steps of the longest text."""
+    steps = []
+
+    class Counting(Rollout):
+        def advance(self, *args):
+            jax.debug.callback(lambda: steps.append(1))
+            return super().advance(*args)
+
+    how = Choices.of([TextSampling(n) if n else None for n in (2, 5, 0, 3)])
+    everything = jnp.ones(L.vocab_size, bool)
+    run = jax.jit(
+        lambda rows: Counting(model).sample_text(params, rows, KEYS, how, steps=1000, stop=(), allowed=everything)
+    )
+    rows, tokens = run(start(model, params, ROWS))
+    jax.effects_barrier()
+    assert len(steps) == 5
+    np.testing.assert_array_equal((np.asarray(tokens) >= 0).sum(axis=1), [2, 5, 0, 3])
+    np.testing.assert_array_equal(rows.written, [2, 5, 0, 3])
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_the_cache_is_updated_in_place(model, unroll):
+    """The compiled program writes into the memory that it is given, and no instruction makes a second cache."""
+    c = model.config
+    deep = Pisces(dataclasses.replace(c, language_model=dataclasses.replace(c.language_model, layers=4, unroll=unroll)))
+    inputs = jnp.zeros((1, 8, 8, 3), jnp.uint8), jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, 4), jnp.int32)
+    shapes = jax.eval_shape(lambda: nn.unbox(deep.init(jax.random.key(0), *inputs, method="init_all"))["params"])
+    rows = jax.eval_shape(lambda p, given: Rollout(deep).prefill(p, given, 4096), shapes, prompts(ROWS))
+
+    def write(params, rows, keys, how):
+        return Rollout(deep).sample_text(params, rows, keys, how, steps=8, stop=(), allowed=jnp.ones(32, bool))
+
+    compiled = jax.jit(write, donate_argnums=1).lower(shapes, rows, KEYS, Choices.of(DIFFERENT)).compile()
+    memory, cache = compiled.memory_analysis(), 2 * rows.cache.k.size * 4
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < cache / 2  # some of one layer's keys and values, not those of all four
+    shape = "f32[{}]".format(",".join(map(str, rows.cache.k.shape)))
+    whole = [line for line in compiled.as_text().splitlines() if f"= {shape}" in line]
+    assert whole and not [line for line in whole if re.search(r" copy(-start)?\(", line)]
+
+
+def test_answers_stop_at_texts_and_have_seeds_of_their_own(ready):
+    asked = questions(3)
+    free = ready(2).answer(asked, max_tokens=70)
+    stop = free[0][3:5]
+    stopped = ready(2).answer(asked, max_tokens=70, stop=(stop,))
+    assert stopped == [text.partition(stop)[0] for text in free] and stopped[0] != free[0]
+    drawn = ready(2).answer(asked, max_tokens=8, temperature=3.0, seeds=[5, 6, 7])
+    assert ready(8).answer(asked[1:], max_tokens=8, temperature=3.0, seeds=[6, 7]) == drawn[1:]
+    assert ready(2).answer(asked, max_tokens=8, temperature=3.0, seeds=[8, 6, 7])[0] != drawn[0]
+    assert ready(2).answer(asked, max_tokens=8, temperature=3.0, top_k=1) == ready(2).answer(asked, max_tokens=8)

@@ -133,6 +133,45 @@ def config(**changes):
     return run_config(**{"name": "run", "steps": 10, **changes})
 
 
+def random_params(pisces):
+    """Parameters of a `Pisces` with which every choice of a token is far from a tie."""
+    import jax
+    import jax.numpy as jnp
+    import plain
+    from flax import linen as nn
+
+    inputs = jnp.zeros((1, 8, 8, 3), jnp.uint8), jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, 4), jnp.int32)
+    init = jax.eval_shape(lambda: pisces.init(jax.random.key(0), *inputs, method="init_all"))
+    p = plain.randomised(nn.unbox(init)["params"], seed=2, sharpen=("query", "key"))
+    p["language_model"]["head"] *= 4
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), p)
+
+
+class Painted:
+    """A decoder whose pictures show the first vector: what it draws depends on everything before it."""
+
+    parts, size, takes_null = (), 16, False
+
+    def decode(self, params, vectors, keys, how, null=None):
+        import jax.numpy as jnp
+
+        grey = jnp.clip(128 + 40 * vectors[:, 0, :3], 0, 255).astype(jnp.uint8)
+        return jnp.broadcast_to(grey[:, None, None], (len(vectors), 16, 16, 3))
+
+
+def ready_model(batch_size=2):
+    """A model that reads, writes letters and paints, with random parameters."""
+    from pisces_jax.inference.model import Model
+    from pisces_jax.losses.flow import FlowConfig
+    from pisces_jax.models.pisces import Pisces
+    from pisces_jax.training.config import pisces_config
+
+    made = config(program="unified", model=model_settings(), data=dict(row_length=128), compute_dtype="float32")
+    made.sampling.instruction = "draw{}"
+    params = random_params(Pisces(pisces_config(made, Letters.vocab_size)))
+    return Model(made, Letters(), params, Painted(), {}, FlowConfig(), batch_size)
+
+
 def llama_tokenizer(path):
     """A small byte-level `tokenizer.json` with LLaMA 3's special tokens; returns the bare tokenizer of the library."""
     import tokenizers

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pisces_jax.utils.errors import UserError, cut
 from pisces_jax.utils.files import SNIFFED, sniff
@@ -116,7 +116,8 @@ def open_image(source: str | os.PathLike | bytes, name: str = "", at_least: int 
     # Damaged files make PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         meaning = sniff(source[:SNIFFED] if isinstance(source, bytes) else _beginning(source))
-        reason = f"it is {meaning}" if meaning else cut(error)
+        unknown = isinstance(error, UnidentifiedImageError)  # whose words would show an address in memory
+        reason = f"it is {meaning}" if meaning else "its format is unknown" if unknown else cut(error)
         raise UnreadablePicture(f"picture {name} cannot be read ({reason}): replace or remove it") from error
 
 
@@ -236,3 +237,10 @@ def fit(
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
     resized = pixels.resize(new, Image.Resampling.BICUBIC)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def png(image: Image.Image | np.ndarray) -> bytes:
+    """The bytes of a PNG file."""
+    out = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(out, "PNG", optimize=True)
+    return out.getvalue()

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from pisces_jax.data.images import png
 from pisces_jax.evaluation.geneval import COLORS, TAGS, Detection, Detector, Metadata, judge, keep, scores
-from pisces_jax.evaluation.grids import png
 from pisces_jax.evaluation.relations import RELATIONS
 from pisces_jax.utils.errors import UserError
 

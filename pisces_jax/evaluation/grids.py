@@ -1,7 +1,6 @@
 """Pictures in labelled grids that a person can judge, as arrays and PNG files."""
 
 import dataclasses
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,10 +98,3 @@ def _wrap(
         else:
             lines.append(word)
     return lines
-
-
-def png(image: Image.Image | np.ndarray) -> bytes:
-    """The bytes of a PNG file."""
-    out = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(out, "PNG", optimize=True)
-    return out.getvalue()

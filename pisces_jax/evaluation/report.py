@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pisces_jax.data.images import png
 from pisces_jax.evaluation.answers import Answered, plain
 from pisces_jax.evaluation.charts import line_chart, svg, training_curves
 from pisces_jax.evaluation.geneval import TAGS, Judged
-from pisces_jax.evaluation.grids import Cell, Row, labelled_grid, png
+from pisces_jax.evaluation.grids import Cell, Row, labelled_grid
 from pisces_jax.evaluation.suite import Results, number
 
 WAYS = {

@@ -93,7 +93,7 @@ class PictureDecoder:
             return apply(self.flow_network, params["decoder"], *args)
 
         noise = how.temperature * noise_of(keys, self.flow_network)
-        made = integrate(guided(network, vectors, how), noise, how.steps)
+        made = integrate(guided(network, vectors, how), noise, how.steps, how.solver, how.shift)
         if self.autoencoder is not None:
             made = apply(self.autoencoder, params["autoencoder"], made, method="decode")
         return to_pixels(made)

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pisces_jax.data.example import Example, Picture, Role, Text
-from pisces_jax.data.packing.layout import Layout, lay_out
+from pisces_jax.data.example import Picture, Text
+from pisces_jax.data.packing.layout import Layout
 from pisces_jax.data.tokenizers import Tokenizer
 from pisces_jax.inference.decode import Decoder
 from pisces_jax.inference.loading import Places, load_decoder, load_parts, open_config
-from pisces_jax.inference.rollout import Pool, Prompts, Rollout
+from pisces_jax.inference.prompts import PromptMaker
+from pisces_jax.inference.rollout import Prompts, Rollout, Rows
+from pisces_jax.inference.sampling import Choices, TextSampling
 from pisces_jax.losses.diffusion import DiffusionConfig
 from pisces_jax.losses.flow import FlowConfig
 from pisces_jax.models.layers import apply
@@ -31,6 +33,7 @@ from pisces_jax.utils.errors import UserError
 NOISE = 1  # folded into a drawing's key for the flow head's noise
 DECODING = 1_000_003  # added to a seed for the decoder's noise
 NULL_SEED = 1_000_033  # of the noise of the vectors that stand for no prompt
+STEPS = 32  # tokens between two looks at stop texts; room for text is made in multiples of it
 Sampling = FlowConfig | DiffusionConfig
 
 
@@ -83,35 +86,26 @@ class Model:
         allowed_draw = plain.copy()
         allowed_draw[tokenizer.begin_image] = True
 
-        def answer(params: Any, prompts: Prompts, keys: Any, max_tokens: int, temperature: float) -> Any:
-            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + max_tokens + 1)
+        def write(params: Any, rows: Rows, keys: Any, how: Choices, steps: int) -> Any:
             stop = (tokenizer.eos,)
-            return rollout.sample_text(
-                params,
-                rows,
-                keys,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                stop=stop,
-                allowed=jnp.asarray(plain),
-            )[1]
+            return rollout.sample_text(params, rows, keys, how, steps=steps, stop=stop, allowed=jnp.asarray(plain))
 
-        def draw(
-            params: Any, prompts: Prompts, keys: Any, max_tokens: int, temperature: float, flow: FlowConfig
-        ) -> Any:
-            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + max_tokens + c.draw_positions + 2)
+        def draw(params: Any, prompts: Prompts, keys: Any, how: Choices, steps: int, flow: FlowConfig) -> Any:
+            rows = rollout.prefill(params, prompts, prompts.tokens.shape[1] + steps + c.draw_positions + 2)
             tokens = jnp.zeros((prompts.tokens.shape[0], 0), jnp.int32)
-            if max_tokens:
+            if steps:
+                stop = tokenizer.begin_image, tokenizer.eos
                 rows, tokens = rollout.sample_text(
-                    params, rows, keys, max_tokens=max_tokens, temperature=temperature,
-                    stop=(tokenizer.begin_image, tokenizer.eos), allowed=jnp.asarray(allowed_draw),
-                )  # fmt: skip
+                    params, rows, keys, how, steps=steps, stop=stop, allowed=jnp.asarray(allowed_draw)
+                )
             # The noise has keys of its own, which do not depend on how much text came before.
             noise = jax.vmap(lambda k: jax.random.fold_in(k, NOISE))(keys)
             return tokens, rollout.draw_vectors(params, rows, tokenizer.begin_image, noise, flow)[1]
 
-        self._answer = jax.jit(answer, static_argnums=(3, 4))
-        self._draw = jax.jit(draw, static_argnums=(3, 4, 5))
+        # `write` continues texts and takes the memory of the rows that it is given.
+        self.prefill = jax.jit(rollout.prefill, static_argnums=2)
+        self.write = jax.jit(write, static_argnums=4, donate_argnums=1)
+        self._draw = jax.jit(draw, static_argnums=(4, 5))
         self._features = jax.jit(lambda p, x: apply(self.pisces, p, x, method="features"))
         if decoder is not None:
             self._decode = jax.jit(decoder.decode, static_argnums=3)
@@ -131,10 +125,27 @@ class Model:
         """The compiled functions of drawing by phase, for the planner."""
         return {"vectors": self._draw, "pictures": self._decode}
 
-    def _on_mesh(self) -> Any:
+    def resized(self, batch_size: int) -> "Model":
+        """The same model, with the same parameters, in batches of another size."""
+        if batch_size == self.batch_size:
+            return self
+        parts = self.params, self._decoder, self.decoder_params, self.flow
+        return Model(self.config, self.tokenizer, *parts, batch_size, self.mesh, self._stay)
+
+    @property
+    def picture_size(self) -> int:
+        """Side of the pictures that it draws, in pixels; 0 if it draws none."""
+        return self._decoder.size if self._decoder is not None else 0
+
+    @property
+    def prompt_maker(self) -> PromptMaker:
+        known = "generation_encoder" in (self.params or {})
+        return PromptMaker(self.pisces.config, self.tokenizer, self._layout, self.batch_size, known)
+
+    def on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _there(self, params: Any) -> Any:
+    def there(self, params: Any) -> Any:
         """The parameters on the devices: for good, or until the result is dropped."""
         if self._stay:
             return params
@@ -157,17 +168,39 @@ class Model:
         max_tokens: int = 32,
         temperature: float = 0.0,
         seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        **how: Any,
     ) -> list[str]:
-        """The model's text after each question, a sequence of pictures to read and texts."""
+        """The model's text after each question, a sequence of pictures to read and texts.
+
+        Args:
+            seed, seeds: as `draw` takes them; for a temperature above 0.
+            how: more of `sampling.TextSampling`.
+        """
+        sampling = TextSampling(max_tokens, temperature, **how)
         answers: list[str] = []
-        params = self._there(self.params)
+        params = self.there(self.params)
         for first in self._batches(len(questions), "reading"):
             some = questions[first : first + self.batch_size]
-            with self._on_mesh():
-                prompts, keys = self._prompts(some), self._keys(seed, first)
-                tokens = self._answer(params, prompts, keys, max_tokens, temperature)
-            answers += [self._text(row) for row in np.asarray(tokens)[: len(some)]]
+            keys = self.keys(seed, first, seeds)
+            with self.on_mesh():
+                answers += self._texts(params, self.prompt_maker.prompts(some), keys, sampling, len(some))
         return answers
+
+    def _texts(self, params: Any, prompts: Prompts, keys: Any, sampling: TextSampling, number: int) -> list[str]:
+        """The texts of the first `number` rows: written at once, or, where texts stop it, in steps between which they
+        are looked for."""
+        most = _rounded(sampling.max_tokens)
+        rows = self.prefill(params, prompts, prompts.tokens.shape[1] + most + 1)
+        how: list[TextSampling | None] = [*[sampling] * number, *[None] * (self.batch_size - number)]
+        tokens = np.zeros((number, 0), np.int32)
+        while True:
+            rows, new = self.write(params, rows, keys, Choices.of(how), STEPS if sampling.stop else most)
+            tokens = np.concatenate([tokens, np.asarray(new)[:number]], axis=1)
+            texts = [sampling.cut(self.text(row)) for row in tokens]
+            how = [None if b >= number or texts[b][1] else sampling for b in range(self.batch_size)]
+            if not (np.asarray(rows.going) & [row is not None for row in how]).any():
+                return [text for text, _ in texts]
 
     def draw(
         self,
@@ -177,6 +210,8 @@ class Model:
         max_tokens: int = 96,
         temperature: float = 1.0,
         guidance: float | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
         vector_guidance: float | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
@@ -189,6 +224,7 @@ class Model:
 
         Args:
             guidance, vector_guidance: scales of the decoder's and of the flow head's guidance; None: the config's.
+            steps, solver: of the decoder's sampler (`FlowConfig`).
             seed: of all pictures; each has noise of its own, by its place among the prompts.
             seeds: of each picture, in place of `seed`: the picture that its prompt alone gives with that seed.
             turn_ends: whether the tokenizer's `before_picture` is written, as in training.
@@ -198,24 +234,26 @@ class Model:
         """
         if vector_guidance is not None and not self.pisces.config.flow:
             raise UserError("--vector_guidance is of the flow heads, and this model's head is regression: leave it out")
-        flow = _with_guidance(self.vector_flow, vector_guidance, "--vector_guidance")
+        flow = _changed(self.vector_flow, "vector_guidance", guidance=vector_guidance)
         if not prompts:
             return []
         texts, made = [], []
-        params = self._there(self.params)
-        with self._on_mesh():
+        params = self.there(self.params)
+        with self.on_mesh():
             for first in self._batches(len(prompts), "drawing"):
                 some = prompts[first : first + self.batch_size]
                 closed = not describe and turn_ends
-                given = self._prompts(some, self.tokenizer.before_picture if closed else ())
-                keys = self._keys(seed, first, seeds)
-                tokens, vectors = self._draw(params, given, keys, max_tokens if describe else 0, temperature, flow)
-                texts += [self._text(t) for t in np.asarray(tokens)[: len(some)]]
+                given = self.prompt_maker.prompts(some, self.tokenizer.before_picture if closed else ())
+                keys = self.keys(seed, first, seeds)
+                how = [TextSampling(max_tokens, temperature) if b < len(some) else None for b in range(self.batch_size)]
+                most = _rounded(max_tokens) if describe else 0
+                tokens, vectors = self._draw(params, given, keys, Choices.of(how), most, flow)
+                texts += [self.text(t) for t in np.asarray(tokens)[: len(some)]]
                 made.append(np.asarray(vectors)[: len(some)])
             null = self._null(params, flow)
         del params
         vectors = np.concatenate(made)
-        images = self.decode(vectors, seed=seed, seeds=seeds, guidance=guidance, null=null)
+        images = self.decode(vectors, seed=seed, seeds=seeds, guidance=guidance, steps=steps, solver=solver, null=null)
         return [Drawing(*drawn) for drawn in zip(texts, vectors, images, strict=True)]
 
     def _null(self, params: Any, flow: FlowConfig) -> Any:
@@ -226,17 +264,18 @@ class Model:
         if flow not in self._nulls:
             t = self.tokenizer
             start = [t.bos] if list(t.opening) == [t.bos] else []
-            prompts = self._rows([np.array([*start, *t.encode(" ")], np.int32)])
-            self._nulls[flow] = np.asarray(self._draw(params, prompts, self._keys(NULL_SEED, 0), 0, 1.0, flow)[1])[:1]
+            prompts = self.prompt_maker.rows([np.array([*start, *t.encode(" ")], np.int32)])
+            how = Choices.of([None] * self.batch_size)
+            self._nulls[flow] = np.asarray(self._draw(params, prompts, self.keys(NULL_SEED, 0), how, 0, flow)[1])[:1]
         return self._nulls[flow]
 
     def features(self, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N m C"]:
         """The true visual vectors of pictures of the generation encoder's size."""
-        self._check_pictures({"read": (), "draw": list(images)})
-        parts, params = [], self._there(self.params)
+        self.prompt_maker.check_pictures({"read": (), "draw": list(images)})
+        parts, params = [], self.there(self.params)
         for first in range(0, len(images), self.batch_size):
             some = images[first : first + self.batch_size]
-            with self._on_mesh():
+            with self.on_mesh():
                 parts.append(np.asarray(self._features(params, _pad(some, self.batch_size)))[: len(some)])
         return np.concatenate(parts)
 
@@ -248,6 +287,8 @@ class Model:
         first: int = 0,
         seeds: Sequence[int] | None = None,
         guidance: float | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
         null: Any = None,
     ) -> UInt8[np.ndarray, "N S S 3"]:
         """Pictures from visual vectors [N, m, C]; picture i's noise comes from (seed, first + i), or from its own of
@@ -258,16 +299,18 @@ class Model:
         """
         if self._decoder is None or self.flow is None:
             raise UserError("this run names no decoder (config key decoder): it can answer but not draw")
-        how = _with_guidance(self.flow, guidance, "--guidance")
+        if solver is not None and not isinstance(self.flow, FlowConfig):
+            raise UserError("--solver is of decoders that follow a flow, and this one removes noise: leave it out")
+        how = _changed(self.flow, "guidance", guidance=guidance, steps=steps, solver=solver)
         if null is None and self._decoder.takes_null:
-            with self._on_mesh():
-                null = self._null(self._there(self.params), self.vector_flow)
-        params = self._there(self.decoder_params)
+            with self.on_mesh():
+                null = self._null(self.there(self.params), self.vector_flow)
+        params = self.there(self.decoder_params)
         images = []
         for start in self._batches(len(vectors), "decoding"):
             some = vectors[start : start + self.batch_size]
-            keys = self._keys(seed, first + start, seeds, DECODING)
-            with self._on_mesh():
+            keys = self.keys(seed, first + start, seeds, DECODING)
+            with self.on_mesh():
                 made = self._decode(params, _pad(np.asarray(some), self.batch_size), keys, how, null)
                 images.append(np.asarray(made)[: len(some)])
         return np.concatenate(images)
@@ -277,7 +320,7 @@ class Model:
         starts = range(0, number, self.batch_size)
         return tqdm(starts, desc=doing, unit="batch", leave=False, disable=len(starts) < 3, dynamic_ncols=True)
 
-    def _keys(self, seed: int, first: int, seeds: Sequence[int] | None = None, added: int = 0) -> Any:
+    def keys(self, seed: int, first: int, seeds: Sequence[int] | None = None, added: int = 0) -> Any:
         """The keys of a batch: of (seed, place), or of (its own seed, 0)."""
         if seeds is None:
             key = jax.random.key(seed + added)
@@ -286,67 +329,20 @@ class Model:
         own += [0] * (self.batch_size - len(own))
         return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(own) + added)
 
-    def _text(self, tokens: np.ndarray) -> str:
+    def text(self, tokens: Iterable[int]) -> str:
+        """The text of a row of tokens; -1 is none."""
         return self.tokenizer.decode([int(t) for t in tokens if t >= 0])
 
-    def _prompts(self, some: Sequence[Sequence[Text | Picture]], closing: Sequence[int] = ()) -> Prompts:
-        """A batch of prompts; `closing` is written where one ends with the header of the assistant's turn."""
-        laid = [lay_out(Example(tuple(parts), "prompt"), self.tokenizer, self._layout, prompt=True) for parts in some]
-        header = self.tokenizer.header("assistant") if closing else []
-        ids = [
-            np.append(row.tokens, closing).astype(np.int32) if header and [*row.tokens[-len(header) :]] == header
-            else row.tokens
-            for row in laid
-        ]  # fmt: skip
-        placed: dict[Role, list[tuple[int, int, Picture]]] = {"read": [], "draw": []}
-        for b, row in enumerate(laid):
-            for found in row.pictures:
-                placed[found.role].append((b, found.start, found.picture))
-        self._check_pictures(placed)
-        return self._rows(ids, *(self._pool(role, pictures) for role, pictures in placed.items()))
 
-    def _rows(self, ids: Sequence[np.ndarray], read: Pool | None = None, drawn: Pool | None = None) -> Prompts:
-        """Rows of tokens as a batch. Lengths are rounded up to powers of two, so that few programs are compiled."""
-        longest = max(32, *map(len, ids), 0)
-        tokens = np.full((self.batch_size, 1 << (longest - 1).bit_length()), self.tokenizer.pad, np.int32)
-        length = np.ones(self.batch_size, np.int32)
-        for b, row in enumerate(ids):
-            tokens[b, : len(row)], length[b] = row, len(row)
-        read = self._pool("read", []) if read is None else read
-        drawn = self._pool("draw", []) if drawn is None else drawn
-        return Prompts(jnp.asarray(tokens), jnp.asarray(length), read, drawn)
-
-    def _check_pictures(self, placed: Mapping[Role, Sequence[Any]]) -> None:
-        """
-        Raises:
-            UserError: there are pictures, and no encoder for them.
-        """
-        if len(placed["read"]) and self.pisces.config.understanding_encoder is None:
-            raise UserError(
-                "this model reads no pictures (the vision tower of BLIP3-o, Qwen2.5-VL's, is not part of this "
-                "project): ask it about text alone, or draw"
-            )
-        if len(placed["draw"]) and "generation_encoder" not in (self.params or {}):
-            raise UserError(
-                "this model came without its generation encoder, which pictures drawn before need: draw from text alone"
-            )
-
-    def _pool(self, role: Role, placed: Sequence[tuple[int, int, Picture]]) -> Pool:
-        """Pictures at (row, position), in a multiple of `batch_size` slots."""
-        slots = -(-len(placed) // self.batch_size) * self.batch_size
-        size, stretch = self._layout.size(role), role == "read" and self._layout.read_stretch
-        images = np.zeros((slots, size, size, 3), np.uint8)
-        row, start, valid = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.arange(slots) < len(placed)
-        for i, (b, at, picture) in enumerate(placed):
-            images[i], row[i], start[i] = picture.square(size, stretch), b, at
-        return Pool(*map(jnp.asarray, (images, row, start, valid)))
-
-
-def _with_guidance(flow: Any, guidance: float | None, flag: str) -> Any:
+def _changed(flow: Any, flag: str, **values: Any) -> Any:
     try:
-        return flow if guidance is None else dataclasses.replace(flow, guidance=float(guidance))
+        return dataclasses.replace(flow, **{name: value for name, value in values.items() if value is not None})
     except ValueError as error:
-        raise UserError(f"{flag}: {error}") from error
+        raise UserError(f"--{flag}: {error}") from error
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // STEPS) * STEPS
 
 
 def _pad(x: np.ndarray, size: int) -> np.ndarray:

@@ -17,19 +17,41 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pisces_jax.inference.sampling import Choices, choose
 from pisces_jax.losses.flow import FlowConfig, guided, integrate
 from pisces_jax.models.layers import apply
 from pisces_jax.models.pisces import Pisces, place_vectors, slot_positions
 from pisces_jax.models.transformer import Cache, empty_cache
 
+CHUNK = 512  # positions of prompts that are run at once: masks and logits of attention grow with it
 
-@flax.struct.dataclass
-class Rows:
-    """A batch of rollouts: `length[b]` positions are in the cache, `hidden` is the state at the last of them."""
+
+class Rows(flax.struct.PyTreeNode):
+    """A batch of rollouts.
+
+    Attributes:
+        length: positions that are in the cache.
+        hidden: the state at the last of them.
+        seen: the tokens that stand in the prompt and the text.
+        written: the number of tokens of the text.
+        going: whether the text goes on.
+    """
 
     cache: Cache
     length: Int[Array, "B"]
     hidden: Float[Array, "B D"]
+    seen: Bool[Array, "B V"]
+    written: Int[Array, "B"]
+    going: Bool[Array, "B"]
+
+    def put(self, at: Int[Array, ""], one: "Rows") -> "Rows":
+        """With the single rollout `one`, of as many slots, in place of row `at`."""
+
+        def row(axis: int) -> Any:
+            return lambda many, new: jax.lax.dynamic_update_slice_in_dim(many, new.astype(many.dtype), at, axis)
+
+        cache = jax.tree.map(row(1), self.cache, one.cache)
+        return jax.tree.map(row(0), self.replace(cache=None), one.replace(cache=None)).replace(cache=cache)
 
 
 @flax.struct.dataclass
@@ -61,8 +83,9 @@ class Rollout:
     def _apply(self, params: Any, *args: Any, method: str) -> Any:
         return apply(self.model, params, *args, method=method)
 
-    def prefill(self, params: Any, prompts: Prompts, slots: int) -> Rows:
-        """Runs the prompts; the cache has `slots` positions, for the prompts and all that follows."""
+    def prefill(self, params: Any, prompts: Prompts, slots: int, chunk: int = CHUNK) -> Rows:
+        """Runs the prompts, `chunk` positions at a time; the cache has `slots` positions, for them and all that
+        follows."""
         B, T = prompts.tokens.shape
         x = self._apply(params, prompts.tokens, method="embed")
 
@@ -77,57 +100,77 @@ class Rollout:
             x = put(x, prompts.drawn, self._apply(params, features, method="drawn_inputs"))
         cache = empty_cache(self.model.config.language_model, B, slots, self.model.dtype)
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        hidden, cache = self._apply(params, x, positions, None, cache, method="run")
-        last = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
-        return Rows(cache, prompts.length, last)
+        last = jnp.zeros((B, x.shape[-1]), self.model.dtype)
+        if T <= chunk or T % chunk:
+            chunk = T
+
+        def run(carried: tuple[Cache, Array], start: Array) -> tuple[tuple[Cache, Array], None]:
+            cache, last = carried
+            x_, where = (jax.lax.dynamic_slice_in_dim(a, start, chunk, 1) for a in (x, positions))
+            hidden, cache = self._apply(params, x_, where, None, cache, method="run")
+            at = prompts.length - 1 - start
+            found = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+            return (cache, jnp.where(((at >= 0) & (at < chunk))[:, None], found, last)), None
+
+        if chunk == T:
+            (cache, last), _ = run((cache, last), jnp.zeros((), jnp.int32))
+        else:
+            (cache, last), _ = jax.lax.scan(run, (cache, last), jnp.arange(0, T, chunk))
+        V = self.model.config.language_model.vocab_size
+        tokens = jnp.where(positions < prompts.length[:, None], prompts.tokens, V)
+        seen = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], tokens].set(True, mode="drop")
+        return Rows(cache, prompts.length, last, seen, jnp.zeros(B, jnp.int32), jnp.ones(B, bool))
 
     def advance(self, params: Any, rows: Rows, x: Float[Array, "B D"], move: Bool[Array, "B"]) -> Rows:
         """One position further with input x for the rows in `move`; for the others the next slot is written but
         does not count."""
         hidden, cache = self._apply(params, x[:, None], rows.length[:, None], None, rows.cache, method="run")
-        return Rows(cache, rows.length + move, jnp.where(move[:, None], hidden[:, 0], rows.hidden))
+        hidden = jnp.where(move[:, None], hidden[:, 0], rows.hidden)
+        return rows.replace(cache=cache, length=rows.length + move, hidden=hidden)
 
     def extend(self, params: Any, rows: Rows, x: Float[Array, "B n D"]) -> tuple[Rows, Float[Array, "B n D"]]:
         """n positions further with inputs x; the states at them."""
         positions = rows.length[:, None] + jnp.arange(x.shape[1])
         hidden, cache = self._apply(params, x, positions, None, rows.cache, method="run")
-        return Rows(cache, rows.length + x.shape[1], hidden[:, -1]), hidden
+        return rows.replace(cache=cache, length=rows.length + x.shape[1], hidden=hidden[:, -1]), hidden
 
     def sample_text(
         self,
         params: Any,
         rows: Rows,
         keys: Array,
+        how: Choices,
         *,
-        max_tokens: int,
-        temperature: float,
+        steps: int,
         stop: tuple[int, ...],
         allowed: Array,
-    ) -> tuple[Rows, Int[Array, "B max_tokens"]]:
-        """Up to `max_tokens` tokens per row, before one of `stop`; then -1.
+    ) -> tuple[Rows, Int[Array, "B steps"]]:
+        """Up to `steps` more tokens per row, before one of `stop` or the row's limit; then -1. It ends as soon as all
+        rows have. Several calls, one after the other, write what one call does.
 
         Args:
             keys: one random key per row.
-            temperature: 0 is greedy.
             allowed: bool [V], the tokens that may be sampled, `stop` included.
         """
-        stops = jnp.asarray(stop)
+        stops, B = jnp.asarray(stop, jnp.int32), rows.length.shape[0]
 
-        def step(carry: Any, i: Array) -> tuple[Any, Array]:
-            rows, going = carry
+        def step(carried: Any) -> Any:
+            i, rows, tokens = carried
             logits = self._apply(params, rows.hidden[:, None], method="logits")[:, 0]
-            logits = jnp.where(allowed, logits, -jnp.inf)
-            if temperature:
-                draw = jax.vmap(lambda k, z: jax.random.categorical(jax.random.fold_in(k, i), z))
-                token = draw(keys, logits / temperature)
-            else:
-                token = jnp.argmax(logits, axis=-1)
-            going = going & ~jnp.isin(token, stops)
+            own = jax.vmap(jax.random.fold_in)(keys, rows.written)
+            token = choose(jnp.where(allowed, logits, -jnp.inf), own, rows.seen, how)
+            going = rows.going & ~jnp.isin(token, stops)
             x = self._apply(params, token[:, None], method="embed")[:, 0]
-            return (self.advance(params, rows, x, going), going), jnp.where(going, token, -1)
+            rows = self.advance(params, rows, x, going)
+            written = rows.written + going
+            seen = rows.seen.at[jnp.arange(B), token].max(going)
+            rows = rows.replace(seen=seen, written=written, going=going & (written < how.limit))
+            return i + 1, rows, tokens.at[:, i].set(jnp.where(going, token, -1))
 
-        (rows, _), tokens = jax.lax.scan(step, (rows, jnp.ones(rows.length.shape, bool)), jnp.arange(max_tokens))
-        return rows, tokens.T
+        rows = rows.replace(going=rows.going & (rows.written < how.limit))
+        start = jnp.zeros((), jnp.int32), rows, jnp.full((B, steps), -1, jnp.int32)
+        _, rows, tokens = jax.lax.while_loop(lambda c: (c[0] < steps) & c[1].going.any(), step, start)
+        return rows, tokens
 
     def draw_vectors(
         self, params: Any, rows: Rows, begin_image: int, keys: Array, flow: FlowConfig
@@ -181,5 +224,5 @@ class Rollout:
 
         noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
         noise = noise.astype(jnp.promote_types(self.model.dtype, jnp.float32))
-        made = integrate(guided(network, states, flow), flow.temperature * noise, flow.steps)
+        made = integrate(guided(network, states, flow), flow.temperature * noise, flow.steps, flow.solver, flow.shift)
         return self._apply(params, made, method="from_data")

@@ -113,13 +113,16 @@ def empty_cache(config: TransformerConfig, rows: int, slots: int, dtype: Any = j
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries; `cache` is the (k, v) of one layer, or None."""
+    """Causal self-attention with grouped queries; `cache` is that of all layers, of which this one is `layer`, or
+    None."""
 
     config: TransformerConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, cache: Any, rope: CosSin, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, cache: Cache | None, layer: Any, rope: CosSin, positions: Array, segment_ids: Any
+    ) -> tuple[Array, Cache | None]:
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -134,32 +137,36 @@ class Attention(nn.Module):
             ids = None if segment_ids is None else (segment_ids, segment_ids)
             y = attention(q, k, v, causal=True, segment_ids=ids, backend=c.attention)
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            k, v = (old.at[rows, positions].set(new.astype(old.dtype)) for old, new in zip(cache, (k, v), strict=True))
-            cache = (k, v)
-            y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=cache_mask(positions, k.shape[1]))
+            # The loop over the layers carries the cache whole, so that XLA writes the new positions where they belong:
+            # as an input and an output of each layer it would be copied at every token.
+            at = layer, jnp.arange(x.shape[0])[:, None], positions
+            cache = Cache(*(old.at[at].set(new.astype(old.dtype)) for old, new in ((cache.k, k), (cache.v, v))))
+            k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
+            y = attention(q, k, v, mask=cache_mask(positions, k.shape[1]))
         how: dict[str, Any] = dict(bias=False, dtype=self.dtype, lora=c.lora, name="out")
         return Linear((c.width,), ("heads", "head_dim"), ("embed",), **how)(y), cache
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU; returns the new hidden states and the layer's cache."""
+    """Pre-norm attention and SwiGLU; maps the hidden states and the cache of all layers to new ones."""
 
     config: TransformerConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, cache: Any, rope: CosSin, positions: Array, segment_ids: Any) -> tuple[Array, Any]:
-        c = self.config
+    def __call__(
+        self, carried: tuple[Array, Cache | None], layer: Any, rope: CosSin, positions: Array, segment_ids: Any
+    ) -> tuple[tuple[Array, Cache | None], None]:
+        c, (x, cache) = self.config, carried
         x = checkpoint_name(constrain(x, "batch", "stream", "width"), "block_input")
         y = RMSNorm(c.eps, dtype=self.dtype, name="attention_norm")(x)
         y = constrain(y, "batch", "length", "width")
-        y, cache = Attention(c, self.dtype, name="attention")(y, cache, rope, positions, segment_ids)
+        y, cache = Attention(c, self.dtype, name="attention")(y, cache, layer, rope, positions, segment_ids)
         x = x + constrain(y, "batch", "stream", "width")
         y = RMSNorm(c.eps, dtype=self.dtype, name="mlp_norm")(x)
         y = constrain(y, "batch", "length", "width")
         y = SwiGLU(c.mlp_hidden, dtype=self.dtype, lora=c.lora, name="mlp")(y)
-        return x + constrain(y, "batch", "stream", "width"), cache
+        return (x + constrain(y, "batch", "stream", "width"), cache), None
 
 
 class Transformer(nn.Module):
@@ -201,10 +208,9 @@ class Transformer(nn.Module):
         slots, and a position sees every slot up to its own.
         """
         rope = cos_sin(positions[..., None].astype(jnp.float32) * rope_frequencies(self.config), self.config.unroll)
-        x, slots = self.layers(
-            x.astype(self.dtype), None if cache is None else (cache.k, cache.v), rope, positions, segment_ids
-        )
-        return self.final_norm(x), None if cache is None else Cache(*slots)
+        layers = None if cache is None else jnp.arange(self.config.layers)
+        (x, cache), _ = self.layers((x.astype(self.dtype), cache), layers, rope, positions, segment_ids)
+        return self.final_norm(x), cache
 
     def output_matrix(self) -> Float[Array, "R D"]:
         """The matrix of `logits`, with R ≥ V rows: those after the vocabulary are padding."""

@@ -22,6 +22,7 @@ from pisces_jax.inference.loading import Places
 from pisces_jax.inference.model import Model
 from pisces_jax.inference.released import decoder_of_folder
 from pisces_jax.inference.rollout import Pool, Prompts
+from pisces_jax.inference.sampling import Choices
 from pisces_jax.losses.diffusion import DiffusionConfig
 from pisces_jax.models.autoencoder import Autoencoder
 from pisces_jax.models.transformer import empty_cache
@@ -130,10 +131,10 @@ def make_inference_plan(
     wide = jnp.promote_types(kind, jnp.float32)
     vectors = given((pictures, c.draw_vectors, c.generation_encoder.output_width), wide)
     null = given((1, *vectors.shape[1:]), wide) if decoder.takes_null else None
-    drawing = {part: params[part] for part in decoder.parts}
+    drawing, idle = {part: params[part] for part in decoder.parts}, Choices.of([None] * pictures)
     with jax.set_mesh(mesh):
         lowered = {
-            "vectors": model.programs["vectors"].lower(own, prompts, keys, 0, 1.0, model.vector_flow),
+            "vectors": model.programs["vectors"].lower(own, prompts, keys, idle, 0, model.vector_flow),
             "pictures": model.programs["pictures"].lower(drawing, vectors, keys, how, null),
         }
         sizes = {

@@ -65,7 +65,10 @@ def main() -> None:
     model = load_model(flags.workdir, flags.run, batch_size=size, **shared.device_choice(flags))
     how = shared.drawing_choice(flags, model.config)
     form = model.config.sampling.instruction
-    parts = [(*([picture] if picture else []), Text(draw_instruction(prompt, form))) for prompt, picture in prompts]
+    parts = [
+        [part for part in (picture, Text(draw_instruction(prompt, form))) if part is not None]
+        for prompt, picture in prompts
+    ]
     seeds = shared.given_seeds(flags, len(prompts))
     drawings = model.draw([one for one in parts for _ in range(n)], seed=flags.seed, seeds=seeds, **how)
     files: dict[str, bytes] = {}

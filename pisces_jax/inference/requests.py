@@ -181,7 +181,8 @@ def _message(message: Any, number: int, pictures: list[str], limits: Limits) -> 
 def _data_of(image: Any, where: str) -> bytes:
     """The bytes of a data URL. Pictures are not fetched: a server that fetched would reach what its clients cannot."""
     url = image.get("url") if isinstance(image, dict) else image
-    found = re.match(r"data:[\w/+.-]*(?:;[\w=.-]+)*;base64,", url) if isinstance(url, str) else None
+    url = url if isinstance(url, str) else ""
+    found = re.match(r"data:[\w/+.-]*(?:;[\w=.-]+)*;base64,", url)
     if not found:
         raise Refused(400, f"a picture in {where} is no data URL: send it as data:image/png;base64,...")
     try:

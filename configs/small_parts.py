@@ -59,7 +59,7 @@ FLOW = dict(prediction="data", weight="data", zero_share=0.6, drop=0.0, steps=8)
 # How the flow head is trained and sampled.
 VECTOR_FLOW = dict(drop=0.1, steps=20, guidance=2.0)
 DENOISER_FLOW = dict(
-    prediction="preconditioned", times="logit_normal", drop=0.1, steps=20, guidance=1.5, temperature=0.6
+    prediction="preconditioned", times="logit_normal", drop=0.1, steps=20, guidance=2.0, temperature=0.5
 )
 
 # Rows of `optimizer.param_groups`: (pattern, multiple of the learning rate, weight decay); the first match applies.

@@ -1,8 +1,8 @@
 """Plans for NVIDIA GPUs that are not here, against golden ones, from the shell as a user makes them.
 
 `make test` installs the compiler into a folder of its own, `VENV/gpu-compiler`, and makes the first plan; `make
-test-long` makes all. Golden plans are renewed by `python tests/test_gpu_plans.py NAME`; what changed is then read line by
-line.
+test-long` makes all. Golden plans are renewed by `python tests/test_gpu_plans.py NAME`; what changed is then read line
+by line.
 """
 
 import importlib.util

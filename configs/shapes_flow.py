@@ -8,8 +8,8 @@ A picture is sampled: another seed, another picture.
 
 Hardware: two cores of an AMD EPYC. Time: 2 h 28 min for all stages, with other work beside them. Result, seed 0, 300
 pictures by GenEval's rules: 0.363 drawn directly (0.342 in wordings that training never uses, 240 pictures), 0.403
-described first; reading 0.824 (1,000 questions). After stage3, so after 57 min less, drawn directly it was 0.21 on other
-prompts. Sampling settings were chosen on prompts of another seed (docs/small_runs.md).
+described first; reading 0.824 (1,000 questions). Without the last stage, so 61 min earlier, it was 0.23 drawn directly,
+on other prompts. Sampling settings were chosen on prompts of another seed (docs/small_runs.md).
 """
 
 import shapes

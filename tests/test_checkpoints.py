@@ -121,7 +121,6 @@ def test_every_damage_to_every_file_is_found(run):
     assert steps.flaw(folder, content=True) is None and steps.finished_step(run) == 3
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_the_step_before_is_restored_whatever_file_is_damaged(saved, tmp_path, caplog):
     """With its data position; the damaged one is said, and set aside as it is."""
     for number, name in enumerate(path.relative_to(saved / "checkpoints/3") for path in files(saved / "checkpoints/3")):

@@ -176,7 +176,8 @@ def of_first_process(number: int) -> int:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """For a block that reads what may be damaged, and lets no `Damaged` out: what the storage library was still doing
-    when a file failed would complain on the terminal, with tracebacks, when Python collects it."""
+    when a file failed would complain on the terminal, with tracebacks, when Python collects it. What ends later
+    still in the library's own threads may be seen."""
     previous, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield

@@ -4,7 +4,8 @@
 
 As stage1.py, with the language model in bfloat16 as it was published; adapters, projectors and the vector head train.
 
-Hardware: meant for one card of 24 GB; neither planned nor run yet.
+Hardware: meant for one card of 24 GB; not run yet. Planned (`plan --topology=rtx4090:1 --mem_fraction=0.9`):
+peak 12.63 GiB of the 17.59 GiB that a step may use.
 """
 
 import parts

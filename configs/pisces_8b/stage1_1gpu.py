@@ -5,7 +5,8 @@
 As stage1.py, without float32 masters: 8 bytes a parameter for the language model (itself, two moments, gradient) in
 place of 16. Changes smaller than bfloat16 resolves are kept in the mean (docs/gpu.md).
 
-Hardware: meant for one H200 of 141 GB; neither planned nor run yet.
+Hardware: meant for one H200 of 141 GB; not run yet. Planned (`plan --topology=h200:1`):
+peak 99.34 GiB of the 101.75 GiB that a step may use.
 """
 
 import stage1

@@ -2,9 +2,9 @@
 
     python benchmarks/heads.py --workdir=runs/heads [--seeds=0,1,2] [--sets=shapes,cifar10,emoji] [--steps=1.0]
 
-The same command continues: trained stages and finished scores are kept. docs/heads.md has the last results. On the
-shapes world every seed is trained; on the real sets the first one. Drawn directly and after a description of its own:
-the real sets have no descriptions to learn from, so there pictures are drawn directly alone.
+The same command continues: trained stages and finished scores are kept; the table is WORKDIR/heads.md. It was not run
+to its end yet. On the shapes world every seed is trained; on the real sets the first one. Pictures are drawn directly
+and after a description of the model's own; the real sets have no descriptions to learn from, so there directly alone.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from pisces_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "configs"))
@@ -46,8 +48,7 @@ def score(workdir: Path, world: str, head: str, last: str, amounts: list[str]) -
 
 def step_seconds(folder: Path) -> float:
     """The median of the seconds per step in a run's log, without its first line, which compiles."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = [line["train/seconds_per_step"] for line in lines if "train/seconds_per_step" in line]
+    seconds = [line["train/seconds_per_step"] for line in read_metrics(folder) if "train/seconds_per_step" in line]
     return statistics.median(seconds[1:] or seconds)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,7 @@ def test_every_damage_to_every_file_is_found(run):
     assert steps.flaw(folder, content=True) is None and steps.finished_step(run) == 3
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_the_step_before_is_restored_whatever_file_is_damaged(saved, tmp_path, caplog):
     """With its data position; the damaged one is said, and set aside as it is."""
     for number, name in enumerate(path.relative_to(saved / "checkpoints/3") for path in files(saved / "checkpoints/3")):
@@ -137,6 +139,20 @@ def test_the_step_before_is_restored_whatever_file_is_damaged(saved, tmp_path, c
         (said, then) = [record.getMessage() for record in caplog.records]
         assert name.name in said and "3 is damaged" in said and "set aside as damaged-3" in said and "\n" not in said
         assert then.endswith("goes on from step 2")
+
+
+def test_only_reads_that_end_late_are_unsaid(monkeypatch):
+    """After a read, exceptions that nobody can catch are said as before, but for the closed loop's; hooks do not pile
+    up."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    for _ in range(2):
+        with steps.quietly():
+            pass
+    late, other = (types.SimpleNamespace(exc_value=RuntimeError(words)) for words in ("Event loop is closed", "other"))
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert said == [other] and sys.unraisablehook._hook == said.append
 
 
 @pytest.mark.parametrize("broken", ["empty folder", "all", "without manifest"])

@@ -26,8 +26,8 @@ SETTINGS = [
 
 def published(row, how):
     """The scores of one row after transformers' processors, in its order."""
-    logits_process = pytest.importorskip("transformers.generation.logits_process")
     import torch
+    from transformers.generation import logits_process
 
     scores, ids = torch.tensor(LOGITS[row : row + 1]), torch.tensor([PROMPTS[row]])
     chain = [logits_process.RepetitionPenaltyLogitsProcessor(how.repetition_penalty)]
@@ -170,7 +170,7 @@ def test_the_shift_moves_steps_to_the_noise():
 
 def test_the_multistep_solver_is_that_of_diffusers():
     """On the times of its own grid, away from t = 0, where it cannot start."""
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
     import torch
 
     scheduler = diffusers.DPMSolverMultistepScheduler(

@@ -20,17 +20,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 import tiny
+import uvicorn
 from PIL import Image
 
 from pisces_jax.data.example import Picture, Text
 from pisces_jax.data.images import png
 from pisces_jax.inference.engine import Engine
 from pisces_jax.inference.requests import Limits
-
-openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = Limits(upload=200_000, pixels=10_000, pictures=2, tokens=40, seconds=2.0)

@@ -176,14 +176,26 @@ def of_first_process(number: int) -> int:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """For a block that reads what may be damaged, and lets no `Damaged` out: what the storage library was still doing
-    when a file failed would complain on the terminal, with tracebacks, when Python collects it. What ends later
-    still in the library's own threads may be seen."""
+    when a file failed would complain on the terminal, with tracebacks, when Python collects it. Its own threads may end
+    later still: their complaint that nobody listens any more stays unsaid for good."""
     previous, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
         gc.collect()
     finally:
-        sys.unraisablehook = previous
+        sys.unraisablehook = previous if isinstance(previous, _WithoutLate) else _WithoutLate(previous)
+
+
+class _WithoutLate:
+    """A hook for unraisable exceptions without those of reads that end after their event loop."""
+
+    def __init__(self, hook: Any) -> None:
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self._hook(unraisable)
 
 
 def _raise_if(problem: str | None, folder: Path) -> None:
